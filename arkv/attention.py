@@ -1,0 +1,107 @@
+"""The attention function that lets a model read a tri-state cache, registered with transformers under ``"arkv"``.
+
+No forward of transformers is replaced: ``Cache.update`` hands the model a :class:`~arkv.cache.LayerHandle` in the place
+of keys and values, the model passes it on untouched, and :func:`attention_forward` lets the layer attend to its own
+storage. Stock caches keep working under the same function, which then is transformers' SDPA path.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "arkv"
+
+
+class LazyMask:
+    """The mask of one forward, made only as far as it is needed.
+
+    Layers of a tri-state cache hold different numbers of tokens, so the one dense mask of a forward fits none of them
+    while decoding; they need to know the padding at most.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self._arguments = arguments
+
+    @cached_property
+    def dense(self) -> torch.Tensor | None:
+        """What SDPA would get: bool [B, 1, T, N], or None where plain causal attention is meant."""
+        mask: torch.Tensor | None = sdpa_mask(**self._arguments)
+        return mask
+
+    @cached_property
+    def padding(self) -> torch.Tensor | None:
+        """Bool [B, tokens seen and new], False where a token is padding; None without any padding."""
+        mask: torch.Tensor | None = self._arguments.get("attention_mask")
+        return None if mask is None or bool(mask.all()) else mask.bool()
+
+
+def attention_mask(**arguments: Any) -> LazyMask:
+    """The mask function that belongs to :func:`attention_forward`."""
+    return LazyMask(arguments)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over a tri-state layer (``key`` is its handle) or over plain keys and values.
+
+    Args:
+        query: after RoPE, [B, Hq, T, D].
+        key, value: what ``Cache.update`` returned.
+
+    Returns:
+        ``(output [B, T, Hq, D], None)``.
+    """
+    if isinstance(key, torch.Tensor):
+        dense = attention_mask.dense if isinstance(attention_mask, LazyMask) else attention_mask
+        output: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, dense, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return output
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    return key.attend(module, query, attention_mask, scaling, **kwargs), None
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, attention_mask)
+
+
+class attach:  # noqa: N801 - reads as a verb, like torch.no_grad
+    """Let ``model`` attend through this library; as a context manager, put its own attention back at the end.
+
+    >>> with attach(model):                                                     # doctest: +SKIP
+    ...     model.generate(**inputs, past_key_values=TriStateCache(model, config))
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.previous = model.config._attn_implementation
+        model.set_attn_implementation(NAME)
+
+    def detach(self) -> None:
+        """Put the model's own attention back."""
+        self.model.set_attn_implementation(self.previous)
+
+    def __enter__(self) -> attach:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> Literal[False]:
+        self.detach()
+        return False

@@ -1,0 +1,122 @@
+r"""What the attention of the prompt's last queries says: the OQ score of a layer, the importance of its tokens.
+
+Letters: ``B`` batch, ``Hq`` query heads, ``H`` KV heads, ``G = Hq / H``, ``N`` prompt tokens, ``W`` window, ``D`` head
+dim. With the last ``W`` queries (ARKV, arXiv 2603.08727)::
+
+    A        = softmax(Q_W K^T / sqrt(D)), causal                                   [B, Hq, W, N]
+    P        = A[..., : N - W]                   the window never competes
+    entropy  = -sum P log P                      over query heads, window queries and keys
+    variance = sum Var_q(P)                      over the window queries, summed over query heads and keys
+    kurtosis = sum m4_q(P) / m2_q(P)^2           central moments over the window queries, summed likewise
+    OQ       = entropy^(1/tau1) variance^(1/tau2) kurtosis^(1/tau3)                 [B]
+    hh       = mean_g avg_pool1d(mean_q(P) + gamma Var_q(P), 5)                     [B, H, N - W]
+
+Variances are the unbiased ones and ``m2`` is held above 1e-8, as in the setting that the published taus were fitted to.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+MIN_SECOND_MOMENT = 1e-8
+LOG_EPS = 1e-10
+
+
+class PrefillStatistics(NamedTuple):
+    """``importance`` [B, H, N] (higher stays longer; the window's part counts once its tokens leave it) and the layer
+    statistics ``entropy``, ``variance``, ``kurtosis`` [B]."""
+
+    importance: torch.Tensor
+    entropy: torch.Tensor
+    variance: torch.Tensor
+    kurtosis: torch.Tensor
+
+    def oq_score(self, tau1: float, tau2: float, tau3: float) -> torch.Tensor:
+        """OQ score of the layer for each sample, [B]; 0 where there is no evictable region."""
+        return (
+            self.entropy.clamp_min(0) ** (1 / tau1)
+            * self.variance.clamp_min(0) ** (1 / tau2)
+            * self.kurtosis.clamp_min(0) ** (1 / tau3)
+        )
+
+
+def causal_visibility(length: int, window: int, padding: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """Which keys the last ``window`` of ``length`` tokens may see: bool [1 or B, 1, W, N].
+
+    Args:
+        padding: [B, N], False where a token is padding.
+    """
+    index = torch.arange(length, device=device)
+    visible = (index[None, :] <= index[length - window :, None])[None, None]
+    if padding is not None:
+        visible = visible & padding[:, None, None, :] & padding[:, None, length - window :, None]
+    return visible
+
+
+def window_attention(
+    query: torch.Tensor, key: torch.Tensor, scaling: float, visible: torch.Tensor
+) -> torch.Tensor:
+    """Attention of the last W queries over all keys.
+
+    Args:
+        query: the last W queries after RoPE, [B, Hq, W, D].
+        key: all keys, [B, H, N, D].
+        scaling: factor of the logits, usually ``1 / sqrt(D)``.
+        visible: bool, broadcastable to [B, H, W, N]: what a query may see.
+
+    Returns:
+        Probabilities [B, Hq, W, N] in float32; a query that sees nothing (padding) has a row of zeros.
+    """
+    batch, query_heads, window, dim = query.shape
+    heads, length = key.shape[1], key.shape[2]
+    grouped = query.reshape(batch, heads, query_heads // heads * window, dim)
+    logits = (grouped.float() @ key.float().transpose(-1, -2)) * scaling
+    logits = logits.view(batch, heads, query_heads // heads, window, length)
+    hidden = ~visible.unsqueeze(2)
+    # Lowest number instead of -inf: the softmax of a row that sees nothing must not become NaN.
+    logits = logits.masked_fill_(hidden, torch.finfo(torch.float32).min)
+    probabilities = logits.softmax(dim=-1).masked_fill_(hidden, 0.0)
+    return probabilities.view(batch, query_heads, window, length)
+
+
+def pool(scores: torch.Tensor, width: int) -> torch.Tensor:
+    """Average pooling over neighbouring tokens, [..., S]; beyond the ends counts as zero."""
+    if width == 1 or scores.shape[-1] == 0:
+        return scores
+    flat = scores.reshape(-1, 1, scores.shape[-1])
+    return F.avg_pool1d(flat, width, stride=1, padding=width // 2).view(scores.shape)
+
+
+def prefill_statistics(attention: torch.Tensor, heads: int, gamma: float, pool_width: int) -> PrefillStatistics:
+    """Layer statistics and token importance from :func:`window_attention`.
+
+    Args:
+        attention: [B, Hq, W, N].
+        heads: number of KV heads H.
+        gamma: weight of the variance in the importance.
+        pool_width: width of the pooling over neighbouring tokens.
+    """
+    batch, query_heads, window, length = attention.shape
+    past = length - window
+    mean = attention.mean(dim=2)
+    deviation = attention - mean.unsqueeze(2)
+    square = deviation * deviation
+    # A single query has no spread.
+    variance = square.sum(dim=2) / max(window - 1, 1)
+
+    evictable = attention[..., :past]
+    m2 = square[..., :past].mean(dim=2).clamp_min(MIN_SECOND_MOMENT)
+    m4 = (square[..., :past] * square[..., :past]).mean(dim=2)
+    entropy = -(evictable * (evictable + LOG_EPS).log()).sum(dim=(1, 2, 3))
+
+    score = mean + gamma * variance
+    score = torch.cat([pool(score[..., :past], pool_width), pool(score[..., past:], pool_width)], dim=-1)
+    return PrefillStatistics(
+        importance=score.view(batch, heads, query_heads // heads, length).mean(dim=2),
+        entropy=entropy,
+        variance=variance[..., :past].sum(dim=(1, 2)),
+        kurtosis=(m4 / (m2 * m2)).sum(dim=(1, 2)),
+    )

@@ -1,0 +1,147 @@
+"""What a task is: documents, a request for each, and the score of an answer.
+
+A task knows tokens, prompts and metrics. It knows nothing of caches or of how an answer is computed, so every
+cache method is asked exactly the same thing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class TaskError(ValueError):
+    """A task cannot be set up: what is wrong and what to change, in one line.
+
+    ``usage`` marks an error in what was asked for (an unknown name), as opposed to one met on the way (missing data).
+    """
+
+    def __init__(self, message: str, *, usage: bool = False) -> None:
+        super().__init__(message)
+        self.usage = usage
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The tail of an "unknown name" message: the nearest known names, or all of them when nothing is near."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"known: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
+
+
+def draw(count: int, sampling_ratio: float, seed: int | str) -> list[int]:
+    """Indices of the documents that ``sampling_ratio`` keeps of ``count``, ascending; the same for a seed."""
+    if not 0 < sampling_ratio <= 1:
+        raise TaskError(f"sampling_ratio must lie in (0, 1], not {sampling_ratio}", usage=True)
+    if sampling_ratio == 1:
+        return list(range(count))
+    return sorted(random.Random(str(seed)).sample(range(count), max(1, round(sampling_ratio * count))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """Everything a task may use to build its documents."""
+
+    tokenizer: Any
+    """A transformers tokenizer."""
+    max_length: int
+    """Longest prompt plus answer in tokens: the model's context, or the user's smaller limit."""
+    seed: int = 0
+    limit: int | None = None
+    """Use at most this many documents."""
+    sampling_ratio: float = 1.0
+    """Use this share of the documents, drawn with ``seed`` before ``limit`` is applied."""
+    data_dir: Path | None = None
+    """Local rows that stand in for a download."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of one task, such as ``lengths`` of needle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Greedy continuation of ``prompt_ids`` until a stop string, an end-of-sequence token or ``max_new_tokens``."""
+
+    prompt_ids: tuple[int, ...]
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+    """The answer ends before the first of these strings."""
+
+
+Request = Generate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One question: its request, and what the score needs."""
+
+    id: str
+    """Unique and stable within the task for given settings."""
+    request: Request
+    reference: Any = None
+    truncated: bool = False
+    """The prompt was cut to fit the model."""
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """Facts worth keeping beside the answer (depth of a needle, subject of a question); must be JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """The answer to :class:`Generate`."""
+
+    text: str
+    """Decoded without special tokens and cut at the first stop string."""
+    token_ids: tuple[int, ...] = ()
+
+
+Answer = Generated
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """A score as it stands in a table."""
+
+    name: str
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Aggregated scores of one task for one method: ``values[metric]``, and ``stderr`` where the task defines one."""
+
+    values: Mapping[str, float]
+    stderr: Mapping[str, float] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """A set of documents and their metric.
+
+    Subclasses give ``name``, ``metrics`` (the first is the headline), :meth:`load` and :meth:`score`.
+    """
+
+    name: str
+    metrics: tuple[Metric, ...]
+
+    @abstractmethod
+    def load(self, settings: TaskSettings) -> Sequence[Document]:
+        """Build the documents. The same settings give the same documents. Raises :class:`TaskError`."""
+
+    @abstractmethod
+    def score(self, document: Document, answer: Answer) -> dict[str, float]:
+        """Every metric of one answer."""
+
+    def evaluate(self, documents: Sequence[Document], answers: Mapping[str, Answer]) -> Evaluation:
+        """Aggregate over the answered documents: the mean, unless the task's official rule is another one."""
+        answered = [document for document in documents if document.id in answers]
+        scores = [self.score(document, answers[document.id]) for document in answered]
+        names = [metric.name for metric in self.metrics]
+        return Evaluation(values={n: sum(s[n] for s in scores) / len(scores) for n in names} if scores else {})
+
+    def data_hash(self) -> str:
+        """SHA-256 over the documents' source, known after :meth:`load`; empty when generated from the seed alone."""
+        return ""
