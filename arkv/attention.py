@@ -81,7 +81,7 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, attention_mask)
 
 
-class attach:  # noqa: N801 - reads as a verb, like torch.no_grad
+class attach:
     """Let ``model`` attend through this library; as a context manager, put its own attention back at the end.
 
     >>> with attach(model):                                                     # doctest: +SKIP

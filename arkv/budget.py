@@ -1,43 +1,156 @@
 """From OQ scores and a budget to slots per layer.
 
-Letters: ``L`` layers, ``B`` batch, ``C`` cache size, ``W`` window.
+Letters: ``L`` layers, ``B`` batch, ``N`` prompt tokens, ``C`` cache size, ``W`` window, ``D`` head dim.
+
+In token units every layer holds ``C`` tokens, and a Quantized one costs as much as an Original one (ARKV, arXiv
+2603.08727). In byte units a budget is what ``C`` tokens take at model precision; positions, scores and quantization
+ranges are paid from it, and what quantization saves buys more tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from arkv.config import CacheConfig
+import torch
+
+from arkv.config import CacheConfig, ConfigError
+
+SLOT_BYTES = torch.int32.itemsize + torch.float32.itemsize
+"""Position and score of a slot, per KV head."""
 
 
 class Slots(NamedTuple):
-    """Slots of one layer and sample beside the window, per KV head."""
+    """Slots of one layer and sample, per KV head: ``original`` without the window, ``quantized``."""
 
     original: int
     quantized: int
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """What a token costs: one KV head of one layer."""
+
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def full_bytes(self) -> int:
+        """Key and value of a token at model precision, as a stock cache holds them."""
+        return 2 * self.head_dim * self.dtype.itemsize
+
+    @property
+    def original_bytes(self) -> int:
+        """An Original slot, position and score included."""
+        return self.full_bytes + SLOT_BYTES
+
+
 def oq_ratios(scores: Sequence[float]) -> list[float]:
     """OQ ratio of each layer of one sample, ``r_l = OQ_l / max_l OQ_l``.
 
-    Without any evictable region all scores are zero: nothing tells the layers apart, and all keep their tokens Original.
+    Without any evictable region all scores are zero: nothing tells the layers apart, and all keep tokens Original.
     """
     top = max(scores)
     return [score / top for score in scores] if top > 0 else [1.0] * len(scores)
 
 
-def token_slots(config: CacheConfig, scores: Sequence[float]) -> list[Slots]:
-    """Token budgets: each layer holds ``C - W`` past tokens, of which ``round(r_l (C - W))`` stay Original.
+def token_limit(config: CacheConfig, tokens: int) -> int:
+    """C in token units for a prompt of ``tokens`` tokens; a ratio gives at least the window, the sinks and one."""
+    if config.cache_ratio is None:
+        return config.tokens_worth(tokens)
+    return max(config.tokens_worth(tokens), config.window_size + config.n_sink + 1)
+
+
+def token_slots(config: CacheConfig, limit: int, ratio: float) -> Slots:
+    """Token budgets: of ``limit - W`` past tokens, ``round(r_l (C - W))`` stay Original and the others are Quantized.
 
     Args:
-        scores: OQ score of each layer of one sample; layers not computed yet are left out. More layers can only
-            lower an Original budget, so what was quantized before stays so.
+        limit: C of the sample, from :func:`token_limit`.
+        ratio: OQ ratio of the layer, which counts where ``original_share`` is None.
     """
-    past = config.past_size
-    if config.original_share is None:
-        shares = oq_ratios(scores)
-    else:
-        shares = [config.original_share] * len(scores)
-    originals = [round(share * past) for share in shares]
-    return [Slots(original, past - original) for original in originals]
+    past = limit - config.window_size
+    original = round((ratio if config.original_share is None else config.original_share) * past)
+    return Slots(original, past - original)
+
+
+def minimal_bytes(config: CacheConfig, geometry: Geometry) -> int:
+    """The least that one KV head of a layer needs: the window, the sinks, and one token or quantization group more."""
+    quantized = 0
+    if config.quantizes:
+        multiple = config.number_format.slot_multiple
+        quantized = round(multiple * (config.number_format.bytes_per_token(geometry.head_dim) + SLOT_BYTES))
+    return (config.window_size + config.n_sink + 1) * geometry.original_bytes + quantized
+
+
+class ByteBudget:
+    """Shares one sample's bytes among the layers, in the order in which they are computed.
+
+    A layer gets the share of what is left that its OQ score has among the layers to come, which are expected to be like
+    the mean of those seen. So each layer is compressed once, right after it was computed, and never again, and the sum
+    is what was asked for.
+
+    Args:
+        config: settings; ``layer_budgets`` says whether the OQ scores count at all.
+        geometry: sizes of one KV head.
+        layers: number of compressible layers L.
+        tokens: prompt length N of the sample.
+
+    Raises:
+        ConfigError: the budget does not hold the window and the sinks of every layer.
+    """
+
+    def __init__(self, config: CacheConfig, geometry: Geometry, layers: int, tokens: int) -> None:
+        self.config, self.geometry, self.layers = config, geometry, layers
+        self.minimum = minimal_bytes(config, geometry)
+        each = config.tokens_worth(tokens) * geometry.full_bytes
+        if each < self.minimum:
+            if config.cache_size is not None:
+                raise ConfigError(
+                    f"cache_size={config.cache_size} in bytes is too small for window_size={config.window_size}, "
+                    f"n_sink={config.n_sink} and a group of quantized tokens: "
+                    f"use cache_size >= {-(-self.minimum // geometry.full_bytes)}"
+                )
+            each = self.minimum
+        self.left = each * layers
+        self.scores: list[float] = []
+
+    def next_layer(self, score: float) -> int:
+        """Bytes of one KV head of the next layer, which has OQ score ``score``."""
+        self.scores.append(score)
+        remaining = self.layers - len(self.scores) + 1
+        share = 1.0 / remaining
+        if self.config.layer_budgets == "oq" and sum(self.scores) > 0:
+            expected = sum(self.scores) / len(self.scores)
+            share = score / (score + (remaining - 1) * expected)
+        # Every layer to come keeps its minimum.
+        most = self.left - (remaining - 1) * self.minimum
+        granted = max(min(round(self.left * share), most), self.minimum)
+        self.left -= granted
+        return granted
+
+
+def byte_slots(config: CacheConfig, geometry: Geometry, budget: int, tokens: int) -> Slots:
+    """Slots that ``budget`` bytes of one KV head buy beside the window.
+
+    ``original_share`` of the past bytes stays Original, the rest is Quantized; where more could be quantized than there
+    are tokens, the bytes left over keep more of them Original.
+
+    Args:
+        tokens: prompt length N of the sample.
+    """
+    past_bytes = budget - config.window_size * geometry.original_bytes
+    most_original = past_bytes // geometry.original_bytes
+    if not config.quantizes:
+        return Slots(most_original, 0)
+    assert config.original_share is not None
+    per_token = config.number_format.bytes_per_token(geometry.head_dim) + SLOT_BYTES
+    multiple = config.number_format.slot_multiple
+    original = max(int(config.original_share * past_bytes) // geometry.original_bytes, config.n_sink)
+    groups = int((past_bytes - original * geometry.original_bytes) / (per_token * multiple))
+    # Beyond the tokens there are, Quantized slots would stay empty.
+    useful = -(-max(tokens - config.window_size - original, 0) // multiple)
+    quantized = multiple * min(groups, useful)
+    if config.original_share > 0:
+        original = int((past_bytes - quantized * per_token) // geometry.original_bytes)
+    return Slots(original, quantized)

@@ -6,17 +6,14 @@ Letters: ``B`` batch, ``Hq`` query heads, ``H`` KV heads, ``G = Hq / H``, ``T`` 
 A layer stores two pools of slots. The Original pool begins with the window, a ring in which the token at position ``p``
 sits in slot ``p mod W``; the other slots hold past tokens in no order. Slots are allocated once; a decoding step writes
 only the entries that change: the new token takes the slot of the one that leaves the window, that one takes the place
-of the least important Original token, which is quantized into the place of the least important Quantized token, which is
-gone. Attention does not depend on the order of keys, so no entry ever moves; :meth:`TriStateLayer.reconstruct` gives the
-contiguous cache in sequence order.
-
-A slot without a token has position -1 and the score -inf (the next token may take it) or +inf (it is closed, since
-another sample of the batch has the larger budget). Attention sinks have the score +inf and a position.
+of the least important Original token, which is quantized into the place of the least important Quantized token, which
+is gone. Attention does not depend on the order of keys, so no entry ever moves; :meth:`TriStateLayer.reconstruct` gives
+the contiguous cache in sequence order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,120 +22,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from arkv.attention import LazyMask
-from arkv.budget import Slots, token_slots
+from arkv.budget import ByteBudget, Geometry, Slots, byte_slots, oq_ratios, token_limit, token_slots
 from arkv.config import CacheConfig, ConfigError
 from arkv.memory import storage_bytes
-from arkv.quantization import FORMATS, Format, Quantized
 from arkv.scoring import causal_visibility, pool, prefill_statistics, window_attention
+from arkv.storage import CLOSED, EMPTY, QuantizedPool, Tokens
 
 GROWTH = 64
 """Slots that an Original pool below its budget grows by."""
-
-
-class Tokens(NamedTuple):
-    """Original tokens: ``key`` and ``value`` [B, H, S, D], ``position`` (int32, -1 is none) and ``score`` [B, H, S]."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    position: torch.Tensor
-    score: torch.Tensor
-
-    def __getitem__(self, index: Any) -> Tokens:  # type: ignore[override]
-        """The tokens of a slice of slots."""
-        return Tokens(*(tensor[:, :, index] for tensor in self.tensors()))
-
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """The four tensors."""
-        return tuple.__iter__(self)
-
-    def take(self, index: torch.Tensor) -> Tokens:
-        """Gather slots ``index`` [B, H, n]."""
-        wide = index.unsqueeze(-1).expand(-1, -1, -1, self.key.shape[-1])
-        return Tokens(
-            self.key.gather(2, wide),
-            self.value.gather(2, wide),
-            self.position.gather(2, index),
-            self.score.gather(2, index),
-        )
-
-    def put(self, index: torch.Tensor, tokens: Tokens) -> None:
-        """Write ``tokens`` into slots ``index`` [B, H, n], in place."""
-        wide = index.unsqueeze(-1).expand(-1, -1, -1, self.key.shape[-1])
-        self.key.scatter_(2, wide, tokens.key)
-        self.value.scatter_(2, wide, tokens.value)
-        self.position.scatter_(2, index, tokens.position)
-        self.score.scatter_(2, index, tokens.score)
-
-    def where(self, condition: torch.Tensor, other: Tokens) -> Tokens:
-        """These tokens where ``condition`` [B, H, S] holds, else ``other``."""
-        wide = condition.unsqueeze(-1)
-        return Tokens(
-            torch.where(wide, self.key, other.key),
-            torch.where(wide, self.value, other.value),
-            torch.where(condition, self.position, other.position),
-            torch.where(condition, self.score, other.score),
-        )
-
-    def empty(self, slots: int) -> Tokens:
-        """As many empty slots of the same kind."""
-        batch, heads, _, dim = self.key.shape
-        return Tokens(
-            self.key.new_zeros(batch, heads, slots, dim),
-            self.value.new_zeros(batch, heads, slots, dim),
-            self.position.new_full((batch, heads, slots), -1),
-            self.score.new_full((batch, heads, slots), float("-inf")),
-        )
-
-    @staticmethod
-    def concat(*parts: Tokens) -> Tokens:
-        """One after the other, always in new storage."""
-        return Tokens(*(torch.cat(tensors, dim=2) for tensors in zip(*(p.tensors() for p in parts), strict=True)))
-
-
-class QuantizedPool:
-    """Slots of Quantized tokens. A token is quantized when it is written, and its codes stay until it is evicted."""
-
-    def __init__(self, number_format: Format, slots: int, like: Tokens) -> None:
-        self.format = number_format
-        empty = like.empty(slots)
-        self.key: Quantized = number_format.quantize(empty.key)
-        self.value: Quantized = number_format.quantize(empty.value)
-        self.position = empty.position
-        self.score = empty.score
-
-    @property
-    def slots(self) -> int:
-        """Number of slots, taken or not."""
-        return self.position.shape[-1]
-
-    def extend(self, slots: int, like: Tokens) -> None:
-        """Add empty slots until there are ``slots``."""
-        more = QuantizedPool(self.format, slots - self.slots, like)
-        self.key = Quantized(*(torch.cat(pair, dim=2) for pair in zip(self.key, more.key, strict=True)))
-        self.value = Quantized(*(torch.cat(pair, dim=2) for pair in zip(self.value, more.value, strict=True)))
-        self.position = torch.cat([self.position, more.position], dim=2)
-        self.score = torch.cat([self.score, more.score], dim=2)
-
-    def write(self, index: torch.Tensor, tokens: Tokens, valid: torch.Tensor) -> None:
-        """Quantize ``tokens`` into slots ``index`` where ``valid``; both [B, H, n], distinct slots per head."""
-        for store, new in ((self.key, tokens.key), (self.value, tokens.value)):
-            for stored, fresh in zip(store, self.format.quantize(new), strict=True):
-                wide = index.unsqueeze(-1).expand(-1, -1, -1, stored.shape[-1])
-                # float8 has no gather and scatter on every device; its bytes do.
-                if stored.dtype.itemsize == 1:
-                    stored, fresh = stored.view(torch.uint8), fresh.view(torch.uint8)
-                stored.scatter_(2, wide, torch.where(valid.unsqueeze(-1), fresh, stored.gather(2, wide)))
-        self.position.scatter_(2, index, torch.where(valid, tokens.position, self.position.gather(2, index)))
-        self.score.scatter_(2, index, torch.where(valid, tokens.score, self.score.gather(2, index)))
-
-    def dequantized(self, dtype: torch.dtype) -> Tokens:
-        """All slots as they would stand in a cache of ``dtype``."""
-        return Tokens(
-            self.format.dequantize(self.key, dtype),
-            self.format.dequantize(self.value, dtype),
-            self.position,
-            self.score,
-        )
 
 
 class States(NamedTuple):
@@ -171,16 +62,17 @@ class TriStateLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, config: CacheConfig) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.config = config
-        self.format = FORMATS[config.quant_format]
         self.seen = 0
         self.padded: list[int] = []
         """Padding tokens before each sample."""
-        self.oq: list[float] | None = None
+        self.oq: list[float] = []
         """OQ score of each sample, from the first forward."""
+        self.limits: list[int] = []
+        """Tokens of each sample that the budget holds while all are Original."""
         self.slots: list[Slots] = []
-        """Budget of each sample beside the window, in force once the sample has outgrown the cache."""
+        """Slots of each sample beside the window, in force once it has outgrown its limit."""
         self.outgrown: list[bool] = []
         self.tokens: Tokens | None = None
         self.quantized: QuantizedPool | None = None
@@ -189,6 +81,7 @@ class TriStateLayer(CacheLayerMixin):
         self.gaps = False
         """Some slots in use may be without a token, so that attention needs a mask."""
         self.incoming: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Keys and values that wait for their queries."""
 
     # -- transformers' layer interface ---------------------------------------------------------------------------------
 
@@ -223,12 +116,11 @@ class TriStateLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """Take the keys and values [B, H, T, D] of one forward. A single token of a running sequence joins the window
         at once; several wait for their queries, which decide what stays."""
-        key, value = key_states, value_states
-        if self.tokens is not None and key.shape[2] == 1:
-            self._join(key, value)
+        if self.tokens is not None and key_states.shape[2] == 1:
+            self._join(key_states, value_states)
         else:
-            self.incoming = (key, value)
-        return key, value
+            self.incoming = (key_states, value_states)
+        return key_states, value_states
 
     def reset(self) -> None:
         """Forget everything."""
@@ -245,7 +137,8 @@ class TriStateLayer(CacheLayerMixin):
         picked = indices.tolist()
         self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
         self.padded = [self.padded[i] for i in picked]
-        self.oq = None if self.oq is None else [self.oq[i] for i in picked]
+        self.oq = [self.oq[i] for i in picked]
+        self.limits = [self.limits[i] for i in picked]
         self.slots = [self.slots[i] for i in picked]
         self.outgrown = [self.outgrown[i] for i in picked]
 
@@ -262,22 +155,29 @@ class TriStateLayer(CacheLayerMixin):
             "search need a full cache"
         )
 
-    def _map(self, function: Any) -> None:
-        """Apply ``function`` to every stored tensor."""
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every stored tensor by ``function`` of it."""
         assert self.tokens is not None
-        self.tokens = Tokens(*map(function, self.tokens.tensors()))
+        self.tokens = self.tokens.map(function)
         if self.quantized is not None:
-            self.quantized.key = Quantized(*map(function, self.quantized.key))
-            self.quantized.value = Quantized(*map(function, self.quantized.value))
-            self.quantized.position = function(self.quantized.position)
-            self.quantized.score = function(self.quantized.score)
+            self.quantized.map(function)
+
+    def fork(self) -> TriStateLayer:
+        """A copy that can go its own way."""
+        twin = TriStateLayer(self.config)
+        twin.__dict__.update({key: list(v) if isinstance(v, list) else v for key, v in self.__dict__.items()})
+        if self.quantized is not None:
+            twin.quantized = self.quantized.fork()
+        if self.tokens is not None:
+            twin.tokens = self.tokens.map(torch.clone)
+        return twin
 
     # -- what is held --------------------------------------------------------------------------------------------------
 
     def held(self) -> Tokens:
         """Slots of the Original pool in use: the window, then the past."""
         assert self.tokens is not None
-        return self.tokens[: min(self.seen, self.config.window_size) + self.used]
+        return self.tokens.part(slice(min(self.seen, self.config.window_size) + self.used))
 
     def reconstruct(self) -> tuple[Tokens, torch.Tensor]:
         """The contiguous cache in sequence order, and where its tokens are stored.
@@ -316,24 +216,20 @@ class TriStateLayer(CacheLayerMixin):
         """
         assert self.incoming is not None
         key, value = self.incoming
-        length = key.shape[2]
-        padding = mask.padding if isinstance(mask, LazyMask) else None
         if self.tokens is None:
-            dense = mask.dense if isinstance(mask, LazyMask) else mask
-            output, _ = sdpa_attention_forward(module, query, key, value, dense, scaling=scaling, **kwargs)
+            visible = mask.dense if isinstance(mask, LazyMask) else mask
         else:
+            length = key.shape[2]
             stored, _ = self.reconstruct()
             key, value = torch.cat([stored.key, key], dim=2), torch.cat([stored.value, value], dim=2)
-            visible = self._visible(stored, length, length, padding).repeat_interleave(
-                query.shape[1] // key.shape[1], dim=1
-            )
-            output, _ = sdpa_attention_forward(module, query, key, value, visible, scaling=scaling, **kwargs)
+            padding = mask.padding if isinstance(mask, LazyMask) else None
+            visible = self._visible(stored, length, length, padding)
+            visible = visible.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        output, _ = sdpa_attention_forward(module, query, key, value, visible, scaling=scaling, **kwargs)
         return output
 
-    def _visible(
-        self, stored: Tokens | None, length: int, window: int, padding: torch.Tensor | None
-    ) -> torch.Tensor:
-        """What the last ``window`` of ``length`` new tokens may see, stored tokens first: bool [B, 1 or H, W, S + T]."""
+    def _visible(self, stored: Tokens | None, length: int, window: int, padding: torch.Tensor | None) -> torch.Tensor:
+        """What the last ``window`` of ``length`` new tokens may see, [B, 1 or H, W, S + T], stored tokens first."""
         assert self.incoming is not None
         device = self.incoming[0].device
         block = causal_visibility(length, window, None if padding is None else padding[:, -length:], device)
@@ -372,32 +268,32 @@ class TriStateLayer(CacheLayerMixin):
             keys = key if stored is None else torch.cat([stored.key, key], dim=2)
             visible = self._visible(stored, length, window, padding)
             attention = window_attention(query[:, :, -window:], keys, scaling, visible)
-            statistics = prefill_statistics(attention, heads, config.gamma, config.pool_width)
-            if self.oq is None:
+            statistics = prefill_statistics(attention, heads, config)
+            if not self.oq:
                 self.oq = statistics.oq_score(config.tau1, config.tau2, config.tau3).tolist()
             score = statistics.importance
+            if config.value_norm:
+                values = value if stored is None else torch.cat([stored.value, value], dim=2)
+                score = score * values.float().norm(dim=-1)
         else:
-            if self.oq is None:
-                self.oq = [0.0] * batch
-            places = position if stored is None else torch.cat([stored.position, position], dim=2)
-            score = places.float()
+            self.oq = self.oq or [0.0] * batch
+            score = (position if stored is None else torch.cat([stored.position, position], dim=2)).float()
         if stored is not None and order is not None:
-            slots = stored.position.shape[-1]
-            self._update_scores(torch.empty_like(score[..., :slots]).scatter_(2, order, score[..., :slots]), length)
-            score = score[..., slots:]
+            old, score = score.split([stored.slots, length], dim=-1)
+            self._update_scores(torch.empty_like(old).scatter_(2, order, old), length)
         self.incoming = None
         return Tokens(key, value, position, self._pin(score, position))
 
     def _pin(self, score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        """Scores of new tokens, with attention sinks at +inf and padding at -inf."""
+        """Scores of new tokens, with attention sinks above all others and padding below."""
         if self.config.n_sink and self.seen < max(self.padded) + self.config.n_sink:
             first = torch.tensor(self.padded, device=score.device)[:, None, None]
             score = score.masked_fill(position < first + self.config.n_sink, float("inf"))
-        return score.masked_fill(position < 0, float("-inf")) if any(self.padded) else score
+        return score.masked_fill(position < 0, EMPTY) if any(self.padded) else score
 
     def absorb(self, new: Tokens) -> None:
         """Fit the new tokens into the window and the budget."""
-        length = new.key.shape[2]
+        length = new.slots
         ring = self.config.window_size
         self.is_initialized = True
         before, self.seen = self.seen, self.seen + length
@@ -408,16 +304,13 @@ class TriStateLayer(CacheLayerMixin):
         leaving = [place % ring for place in range(max(before - ring, 0), min(before, first_in_window))]
         overflow = max(first_in_window - before, 0)
         past = Tokens.concat(
-            self.tokens[ring : ring + self.used],
-            self.tokens[torch.tensor(leaving, dtype=torch.long, device=new.key.device)],
-            new[:overflow],
+            self.tokens.part(slice(ring, ring + self.used)),
+            self.tokens.part(torch.tensor(leaving, dtype=torch.long, device=new.key.device)),
+            new.part(slice(overflow)),
         )
-        window = self.tokens[:ring]
-        if overflow or leaving or before:
-            window = Tokens.concat(window)
+        window = Tokens.concat(self.tokens.part(slice(ring)))
         places = torch.arange(before + overflow, self.seen, device=new.key.device) % ring
-        for target, source in zip(window.tensors(), new[overflow:].tensors(), strict=True):
-            target[:, :, places] = source
+        window.set_part(places, new.part(slice(overflow, None)))
         self._assign(window, past)
 
     def _assign(self, window: Tokens, past: Tokens) -> None:
@@ -425,125 +318,140 @@ class TriStateLayer(CacheLayerMixin):
 
         Tokens that are Quantized already stay so or are evicted.
         """
-        config = self.config
         device = past.key.device
         for sample, padded in enumerate(self.padded):
-            self.outgrown[sample] |= self.seen - padded > config.cache_size
-        slots = [
-            self.slots[sample] if outgrown else Slots(config.past_size, 0)
-            for sample, outgrown in enumerate(self.outgrown)
-        ]
+            self.outgrown[sample] |= self.seen - padded > self.limits[sample]
+        slots = self._slots_now()
         originals = torch.tensor([s.original for s in slots], device=device)[:, None, None]
         total = torch.tensor([s.original + s.quantized for s in slots], device=device)[:, None, None]
         most_original, most_quantized = max(s.original for s in slots), max(s.quantized for s in slots)
 
-        count = past.position.shape[-1]
-        score = past.score.masked_fill(past.position < 0, float("-inf"))
-        score, order = score.sort(dim=-1, descending=True, stable=True)
+        # Everything below is in order of importance: rank 0 is the most important token outside the window.
+        count = past.slots
+        score, order = past.score.masked_fill(past.position < 0, EMPTY).sort(dim=-1, descending=True, stable=True)
         rank = torch.arange(count, device=device)
         joint = rank.expand_as(order)
-        pool_ = self.quantized
-        if pool_ is not None:
-            # Rank among both pools: Quantized tokens with a higher score stand before.
-            taken = pool_.position >= 0
-            stored = pool_.score.masked_fill(~taken, float("-inf"))
-            ascending = stored.sort(dim=-1).values
-            joint = joint + pool_.slots - torch.searchsorted(ascending, score.contiguous(), right=True)
-            better = count - torch.searchsorted(score.flip(-1).contiguous(), stored.contiguous())
-            stays = taken & (stored.argsort(dim=-1, descending=True).argsort(dim=-1) + better < total)
-            pool_.position.masked_fill_(~stays, -1)
-        valid = score > float("-inf")
-        kept = valid & (joint < total)
+        if self.quantized is not None:
+            joint = joint + self._evict(self.quantized, score, total)
+        kept = (score > EMPTY) & (joint < total)
 
         size = min(most_original, count)
-        index = order[..., :size]
-        chosen = past.take(index)
         is_original = kept[..., :size] & (rank[:size] < originals)
-        chosen = chosen._replace(
-            position=chosen.position.masked_fill(~is_original, -1),
-            score=chosen.score.masked_fill(~is_original, float("-inf")),
-        )
-        whole = bool(is_original.all())
-        capacity = min(most_original, size + GROWTH)
-        room = past.empty(capacity - size)
-        closed = torch.arange(capacity, device=device) >= originals
-        self.tokens = Tokens.concat(window, chosen, room)
-        self.tokens.score[:, :, config.window_size :].masked_fill_(closed, float("inf"))
-        self.gaps = not whole or any(self.padded)
+        room = past.empty(min(most_original - size, GROWTH))
+        self.tokens = Tokens.concat(window, past.take(order[..., :size]).only(is_original), room)
+        places = torch.arange(size + room.slots, device=device)
+        self.tokens.score[:, :, self.config.window_size :].masked_fill_(places >= originals, CLOSED)
+        self.gaps = any(self.padded) or not bool(is_original.all())
         self.used = size
 
         if most_quantized:
-            if pool_ is None:
-                pool_ = self.quantized = QuantizedPool(self.format, most_quantized, past)
-            elif pool_.slots < most_quantized:
-                pool_.extend(most_quantized, past)
-            here = torch.arange(pool_.slots, device=device)
-            shut = here >= total - originals
-            free = (pool_.position < 0) & ~shut
-            pool_.score.masked_fill_(pool_.position < 0, float("-inf")).masked_fill_(shut, float("inf"))
+            # The tokens that follow the Original ones in rank, up to as many as there can be slots.
             steps = min(most_quantized, count)
-            target = free.int().sort(dim=-1, descending=True, stable=True).indices[..., :steps]
             nth = originals + rank[:steps]
-            pick = order.gather(2, nth.clamp(max=max(count - 1, 0)).expand_as(target)) if steps else target
-            demoted = kept.gather(2, nth.clamp(max=max(count - 1, 0)).expand_as(target)) if steps else target.bool()
-            demoted = demoted & (nth < count) & (rank[:steps] < free.sum(dim=-1, keepdim=True))
-            pool_.write(target, past.take(pick), demoted)
+            pick = nth.clamp(max=max(count - 1, 0)).expand(*order.shape[:2], steps)
+            demoted = kept.gather(2, pick) & (nth < count)
+            self._demote(past.take(order.gather(2, pick)).only(demoted), total - originals, most_quantized)
 
-    def rebalance(self, slots: list[Slots]) -> None:
-        """Take a new budget, at most as many Original slots as before."""
-        if slots == self.slots:
-            return
-        self.slots = slots
-        if self.tokens is not None and any(self.outgrown):
-            ring = self.config.window_size
-            self._assign(self.tokens[:ring], self.tokens[ring : ring + self.used])
+    def _slots_now(self) -> list[Slots]:
+        """Slots of each sample: its budget, or room for everything until it has outgrown its limit."""
+        return [
+            slots if outgrown else Slots(limit - self.config.window_size, 0)
+            for slots, outgrown, limit in zip(self.slots, self.outgrown, self.limits, strict=True)
+        ]
+
+    @staticmethod
+    def _evict(stored: QuantizedPool, score: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """Evict Quantized tokens that fall out of the best ``total`` of both pools.
+
+        Args:
+            score: of the Original tokens, descending, [B, H, n].
+
+        Returns:
+            How many Quantized tokens stand before each Original one, [B, H, n].
+        """
+        taken = stored.position >= 0
+        own = stored.score.masked_fill(~taken, EMPTY)
+        before = stored.slots - torch.searchsorted(own.sort(dim=-1).values, score.contiguous(), right=True)
+        better = score.shape[-1] - torch.searchsorted(score.flip(-1).contiguous(), own.contiguous())
+        stays = taken & (own.argsort(dim=-1, descending=True).argsort(dim=-1) + better < total)
+        stored.position.masked_fill_(~stays, -1)
+        return before
+
+    def _demote(self, tokens: Tokens, budget: torch.Tensor, slots: int) -> None:
+        """Quantize ``tokens`` (position -1 is none) into free slots.
+
+        Args:
+            budget: Quantized slots of each sample, [B, 1, 1].
+            slots: the largest of them.
+        """
+        number_format = self.config.number_format
+        slots = -(-slots // number_format.slot_multiple) * number_format.slot_multiple
+        here = torch.arange(slots, device=budget.device)
+        if self.quantized is None:
+            # In sequence order neighbours share a group, and neighbouring keys are alike.
+            last = torch.iinfo(torch.int32).max
+            order = tokens.position.masked_fill(tokens.position < 0, last).argsort(dim=-1)
+            tokens = Tokens.concat(tokens.take(order), tokens.empty(slots - tokens.slots))
+            self.quantized = QuantizedPool(number_format, tokens)
+        else:
+            if self.quantized.slots < slots:
+                self.quantized.append(tokens.empty(slots - self.quantized.slots))
+            free = (self.quantized.position < 0) & (here < budget)
+            target = free.int().sort(dim=-1, descending=True, stable=True).indices[..., : tokens.slots]
+            nth = torch.arange(tokens.slots, device=budget.device)
+            order = (tokens.position < 0).int().sort(dim=-1, stable=True).indices
+            tokens = tokens.take(order)
+            self.quantized.write(target, tokens, (tokens.position >= 0) & (nth < free.sum(dim=-1, keepdim=True)))
+        taken = self.quantized.position >= 0
+        score = self.quantized.score.masked_fill(~taken, EMPTY)
+        self.quantized.score = score.masked_fill(~taken & (here >= budget), CLOSED)
+        self.quantized.full = bool(taken.all())
+
+    def reassign(self) -> None:
+        """Choose states anew after a change of budget."""
+        assert self.tokens is not None
+        ring = self.config.window_size
+        self._assign(self.tokens.part(slice(ring)), self.tokens.part(slice(ring, ring + self.used)))
 
     # -- a decoding step -----------------------------------------------------------------------------------------------
 
     def _join(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write one new token [B, H, 1, D] into the window, after the token whose slot it takes has found its place."""
-        config = self.config
-        ring = config.window_size
+        ring = self.config.window_size
         slot = self.seen % ring
         if self.seen >= ring:
-            grown = [self.seen - padded >= config.cache_size for padded in self.padded]
+            grown = [
+                was or self.seen - padded >= limit
+                for was, padded, limit in zip(self.outgrown, self.padded, self.limits, strict=True)
+            ]
             if grown != self.outgrown:
-                budget_changes = any(
-                    now and not was and budget.quantized
-                    for now, was, budget in zip(grown, self.outgrown, self.slots, strict=True)
-                )
                 self.outgrown = grown
-                if budget_changes:
-                    assert self.tokens is not None
-                    self._assign(self.tokens[:ring], self.tokens[ring : ring + self.used])
+                self.reassign()
             self._leave(slot)
         assert self.tokens is not None
         position = self.tokens.position.new_full((key.shape[0], key.shape[1], 1), self.seen)
-        score = position.float() if config.ranking == "recency" else torch.zeros_like(position, dtype=torch.float32)
-        new = Tokens(key, value, position, self._pin(score, position))
-        for target, source in zip(self.tokens.tensors(), new.tensors(), strict=True):
-            target[:, :, slot : slot + 1] = source
+        recency = self.config.ranking == "recency"
+        score = position.float() if recency else torch.zeros_like(position, dtype=torch.float32)
+        self.tokens.set_part(slice(slot, slot + 1), Tokens(key, value, position, self._pin(score, position)))
         self.seen += 1
 
     def _leave(self, slot: int) -> None:
         """Find a place for the token in window slot ``slot``: Original, Quantized or none."""
         assert self.tokens is not None
         ring = self.config.window_size
-        leaving = self.tokens[slot : slot + 1]
-        limits = [s.original if outgrown else self.config.past_size for s, outgrown in self._budgets()]
+        leaving = self.tokens.part(slice(slot, slot + 1))
+        limits = [slots.original for slots in self._slots_now()]
         if self.used < max(limits):
-            if ring + self.used == self.tokens.position.shape[-1]:
-                self.tokens = Tokens.concat(self.tokens, self.tokens.empty(GROWTH))
-            slot = ring + self.used
+            if ring + self.used == self.tokens.slots:
+                self.tokens = Tokens.concat(self.tokens, self.tokens.empty(min(GROWTH, max(limits) - self.used)))
+            free = ring + self.used
             self.used += 1
             if min(limits) == max(limits) and not self.gaps:
-                for target, source in zip(self.tokens.tensors(), leaving.tensors(), strict=True):
-                    target[:, :, slot : slot + 1] = source
+                self.tokens.set_part(slice(free, free + 1), leaving)
                 return
-            closed = [limit < self.used for limit in limits]
-            self.tokens.score[:, :, slot].masked_fill_(
-                torch.tensor(closed, device=self.tokens.score.device)[:, None], float("inf")
-            )
+            closed = torch.tensor([limit < self.used for limit in limits], device=self.tokens.score.device)
+            self.tokens.score[:, :, free].masked_fill_(closed[:, None], CLOSED)
+            self.gaps = True
         if self.used:
             least, index = self.tokens.score[:, :, ring : ring + self.used].min(dim=-1, keepdim=True)
             index = index + ring
@@ -556,9 +464,6 @@ class TriStateLayer(CacheLayerMixin):
         if self.quantized is not None:
             least, index = self.quantized.score.min(dim=-1, keepdim=True)
             self.quantized.write(index, demoted, (demoted.score > least) & (demoted.position >= 0))
-
-    def _budgets(self) -> Iterator[tuple[Slots, bool]]:
-        return zip(self.slots, self.outgrown, strict=True)
 
     def attend_step(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Attention of one new token [B, Hq, 1, D] over all that is held; its probabilities are the new scores.
@@ -580,28 +485,26 @@ class TriStateLayer(CacheLayerMixin):
 
         Products are taken in float32: a bfloat16 product would round the logits to 8 bits.
         """
-        held, pool_ = self.held(), self.quantized
+        held, stored = self.held(), self.quantized
         query = query.float() * scaling
         logits = query @ held.key.float().transpose(-1, -2)
         if self.gaps:
-            logits = logits.masked_fill((held.position < 0).unsqueeze(2), float("-inf"))
-        if pool_ is None:
+            logits = logits.masked_fill((held.position < 0).unsqueeze(2), EMPTY)
+        if stored is None:
             probabilities = logits.softmax(dim=-1)
             return probabilities @ held.value.float(), probabilities
-        key, value = pool_.key, pool_.value
-        low = (query @ pool_.format.expand(key.codes).transpose(-1, -2)) * key.scale.transpose(-1, -2)
-        low = low.masked_fill((pool_.position < 0).unsqueeze(2), float("-inf"))
+        low = stored.key.dot(query)
+        if not stored.full:
+            low = low.masked_fill((stored.position < 0).unsqueeze(2), EMPTY)
         probabilities = torch.cat([logits, low], dim=-1).softmax(dim=-1)
         high_part, low_part = probabilities.split([logits.shape[-1], low.shape[-1]], dim=-1)
-        output = high_part @ held.value.float()
-        output += (low_part * value.scale.transpose(-1, -2)) @ pool_.format.expand(value.codes)
-        return output, probabilities
+        return high_part @ held.value.float() + stored.value.weigh(low_part), probabilities
 
     def _attend_reconstructed(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The same as :meth:`_attend_fused` on the reconstructed contiguous cache: slower, and easy to believe."""
         tokens, order = self.reconstruct()
         logits = (query.float() @ tokens.key.float().transpose(-1, -2)) * scaling
-        probabilities = logits.masked_fill((tokens.position < 0).unsqueeze(2), float("-inf")).softmax(dim=-1)
+        probabilities = logits.masked_fill((tokens.position < 0).unsqueeze(2), EMPTY).softmax(dim=-1)
         output = probabilities @ tokens.value.float()
         order = order.unsqueeze(2).expand_as(probabilities)
         return output, torch.empty_like(probabilities).scatter_(3, order, probabilities)
@@ -618,23 +521,23 @@ class TriStateLayer(CacheLayerMixin):
         position = self.held().position
         if self.quantized is not None:
             position = torch.cat([position, self.quantized.position], dim=-1)
-        nxt = self.seen % ring
-        region = torch.cat([position[..., nxt : nxt + 1], position[..., ring:]], dim=-1)
-        values = torch.cat([importance[..., nxt : nxt + 1], importance[..., ring:]], dim=-1)
+        following = self.seen % ring
+        region = torch.cat([position[..., following : following + 1], position[..., ring:]], dim=-1)
+        values = torch.cat([importance[..., following : following + 1], importance[..., ring:]], dim=-1)
         order = region.argsort(dim=-1)
         smooth = torch.empty_like(values).scatter_(2, order, pool(values.gather(2, order), config.pool_width))
         importance = importance.clone()
-        importance[..., nxt : nxt + 1] = smooth[..., :1]
+        importance[..., following : following + 1] = smooth[..., :1]
         importance[..., ring:] = smooth[..., 1:]
         return importance
 
     def _update_scores(self, importance: torch.Tensor, steps: int) -> None:
         """Bring the scores of all stored tokens up to date with ``importance`` [B, H, S] of ``steps`` new queries."""
         held = self.held()
-        stores = [(held.score, importance[..., : held.score.shape[-1]])]
+        stores = [(held.score, importance[..., : held.slots])]
         if self.quantized is not None:
-            stores.append((self.quantized.score, importance[..., held.score.shape[-1] :]))
-        weight = 1.0 - (1.0 - 1.0 / self.config.window_size) ** steps
+            stores.append((self.quantized.score, importance[..., held.slots :]))
+        weight = 1.0 - (1.0 - self.config.decode_rate) ** steps
         for score, new in stores:
             if self.config.decode_importance == "mean":
                 new = torch.lerp(score, new, weight)
@@ -661,9 +564,13 @@ class TriStateCache(Cache):
 
     def __init__(self, model: PreTrainedModel | PreTrainedConfig, config: CacheConfig) -> None:
         self.config = config
+        self._budgets: list[ByteBudget] | None = None
         super().__init__(layers=_layers(model, lambda: TriStateLayer(config)))
+        self._last = max(index for index, layer in enumerate(self.layers) if isinstance(layer, TriStateLayer))
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         """Take the new keys and values [B, H, T, D] of a layer; returns what the attention function needs, twice."""
         layer = self.layers[layer_idx]
         if not isinstance(layer, TriStateLayer):
@@ -685,22 +592,66 @@ class TriStateCache(Cache):
         return output
 
     def _absorb(self, layer_idx: int, query: torch.Tensor, scaling: float, padding: torch.Tensor | None) -> None:
-        """Compress layer ``layer_idx``, and give the layers before it the budget that its OQ score leaves them."""
+        """Compress layer ``layer_idx`` as soon as it has been computed."""
         layer = self.layers[layer_idx]
         assert isinstance(layer, TriStateLayer)
         first = layer.tokens is None
         tokens = layer.measure(query, scaling, padding)
-        if first:
-            done = [item for item in self.layers[: layer_idx + 1] if isinstance(item, TriStateLayer)]
-            assert layer.oq is not None
-            samples = [
-                token_slots(self.config, [item.oq[sample] for item in done if item.oq is not None])
-                for sample in range(len(layer.oq))
-            ]
-            for index, item in enumerate(done[:-1]):
-                item.rebalance([sample[index] for sample in samples])
-            layer.slots = [sample[-1] for sample in samples]
+        if first and self.config.budget_unit == "tokens":
+            self._share_tokens(layer, tokens)
+        elif first:
+            self._share_bytes(layer, tokens)
         layer.absorb(tokens)
+        if first and self.config.original_share is None and layer_idx == self._last:
+            self._settle()
+
+    def _share_tokens(self, layer: TriStateLayer, tokens: Tokens) -> None:
+        """Token budgets: C tokens, all Original until the OQ score of every layer is known."""
+        lengths = [tokens.slots - padded for padded in layer.padded]
+        layer.limits = [token_limit(self.config, length) for length in lengths]
+        if self.config.original_share is None:
+            layer.slots = [Slots(limit - self.config.window_size, 0) for limit in layer.limits]
+        else:
+            layer.slots = [token_slots(self.config, limit, 1.0) for limit in layer.limits]
+
+    def _settle(self) -> None:
+        """Token budgets by OQ ratio: now that every layer has its score, quantize what does not stay Original."""
+        layers = [layer for layer in self.layers if isinstance(layer, TriStateLayer)]
+        ratios = [oq_ratios(scores) for scores in zip(*(layer.oq for layer in layers), strict=True)]
+        for index, layer in enumerate(layers):
+            layer.slots = [
+                token_slots(self.config, limit, sample[index])
+                for limit, sample in zip(layer.limits, ratios, strict=True)
+            ]
+            if any(layer.outgrown):
+                layer.reassign()
+
+    def _share_bytes(self, layer: TriStateLayer, tokens: Tokens) -> None:
+        """Byte budgets: the layer gets its share of what the layers before it have left."""
+        geometry = Geometry(tokens.key.shape[-1], tokens.key.dtype)
+        lengths = [tokens.slots - padded for padded in layer.padded]
+        if self._budgets is None:
+            count = sum(isinstance(item, TriStateLayer) for item in self.layers)
+            self._budgets = [ByteBudget(self.config, geometry, count, length) for length in lengths]
+        granted = [budget.next_layer(score) for budget, score in zip(self._budgets, layer.oq, strict=True)]
+        layer.limits = [budget // geometry.original_bytes for budget in granted]
+        layer.slots = [
+            byte_slots(self.config, geometry, budget, length) for budget, length in zip(granted, lengths, strict=True)
+        ]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._budgets = None
+        super().reset()  # type: ignore[no-untyped-call]
+
+    def fork(self) -> TriStateCache:
+        """A copy that can go its own way: several continuations of one prefill."""
+        twin = TriStateCache.__new__(TriStateCache)
+        twin.__dict__.update(self.__dict__)
+        twin.layers = [
+            layer.fork() if isinstance(layer, TriStateLayer) else _copy_layer(layer) for layer in self.layers
+        ]
+        return twin
 
     @classmethod
     def from_prefill(cls, prefill: PrefillCache, config: CacheConfig) -> TriStateCache:
@@ -716,7 +667,7 @@ class TriStateCache(Cache):
         cache = cls(prefill.model_config, config)
         for layer_idx, (source, layer) in enumerate(zip(prefill.layers, cache.layers, strict=True)):
             if isinstance(source, PrefillLayer):
-                layer.update(source.keys, source.values)
+                layer.update(*source.states())
                 cache._absorb(layer_idx, source.queries, source.scaling, source.padding)
             else:
                 cache.layers[layer_idx] = _copy_layer(source)
@@ -726,8 +677,13 @@ class TriStateCache(Cache):
         """Bytes of all storage that the cache holds: keys, values, scales, positions and scores."""
         return storage_bytes(self.layers)
 
+    def oq_ratios(self, sample: int = 0) -> list[float]:
+        """OQ ratio of each compressible layer for one sample, as far as layers have been computed."""
+        scores = [layer.oq[sample] for layer in self.layers if isinstance(layer, TriStateLayer) and layer.oq]
+        return oq_ratios(scores) if scores else []
+
     def token_counts(self, sample: int = 0) -> dict[str, float]:
-        """Tokens ``original``, ``quantized`` and ``evicted`` of one sample, mean over compressible layers and KV heads."""
+        """Tokens ``original``, ``quantized``, ``evicted`` of a sample, mean over compressible layers and KV heads."""
         layers = [layer for layer in self.layers if isinstance(layer, TriStateLayer) and layer.is_initialized]
         if not layers:
             return {"original": 0.0, "quantized": 0.0, "evicted": 0.0}
@@ -747,11 +703,17 @@ class PrefillLayer(DynamicLayer):
     """A full layer that also keeps the newest queries, so that it can be compressed later."""
 
     def __init__(self, window_size: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.window_size = window_size
         self.queries: torch.Tensor = torch.empty(0)
         self.scaling = 1.0
         self.padding: torch.Tensor | None = None
+
+    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [B, H, N, D]. Raises :class:`ValueError` before the prefill."""
+        if self.keys is None or self.values is None:
+            raise ValueError("nothing has been prefilled yet: run the model on a prompt with this cache first")
+        return self.keys, self.values
 
 
 class _PrefillHandle(NamedTuple):
@@ -771,7 +733,7 @@ class _PrefillHandle(NamedTuple):
         layer.scaling = scaling
         layer.padding = mask.padding if isinstance(mask, LazyMask) else None
         dense = mask.dense if isinstance(mask, LazyMask) else mask
-        output, _ = sdpa_attention_forward(module, query, layer.keys, layer.values, dense, scaling=scaling, **kwargs)
+        output, _ = sdpa_attention_forward(module, query, *layer.states(), dense, scaling=scaling, **kwargs)
         return output
 
 
@@ -782,11 +744,13 @@ class PrefillCache(Cache):
     """
 
     def __init__(self, model: PreTrainedModel | PreTrainedConfig, window_size: int = 32) -> None:
-        self.model_config = getattr(model, "config", model)
+        self.model_config: Any = getattr(model, "config", model)
         self.window_size = window_size
         super().__init__(layers=_layers(model, lambda: PrefillLayer(window_size)))
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         """Take the new keys and values of a layer; returns what the attention function needs, twice."""
         layer = self.layers[layer_idx]
         plain = layer.update(key_states, value_states, *args, **kwargs)
@@ -800,7 +764,7 @@ class PrefillCache(Cache):
         cache = DynamicCache(config=self.model_config)
         for layer_idx, layer in enumerate(self.layers):
             if isinstance(layer, PrefillLayer):
-                cache.update(layer.keys, layer.values, layer_idx)
+                cache.update(*layer.states(), layer_idx)
             else:
                 cache.layers[layer_idx] = _copy_layer(layer)
         return cache
@@ -808,6 +772,19 @@ class PrefillCache(Cache):
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
         return storage_bytes([(layer.keys, layer.values) for layer in self.layers])
+
+    def full_bytes(self, tokens: int) -> int:
+        """Bytes of the keys and values of ``tokens`` tokens at model precision, as a stock full cache holds them."""
+        total = 0
+        for layer in self.layers:
+            keys, values = layer.keys, layer.values
+            per_token = sum(item[:, :, :1].numel() * item.element_size() for item in (keys, values) if item is not None)
+            # A stock sliding layer keeps the tokens that the next query still sees.
+            held = (
+                tokens if isinstance(layer, PrefillLayer) else min(tokens, getattr(layer, "sliding_window", tokens) - 1)
+            )
+            total += per_token * held
+        return total
 
 
 def _copy_layer(layer: Any) -> Any:
@@ -817,12 +794,16 @@ def _copy_layer(layer: Any) -> Any:
     return twin
 
 
-def _layers(model: PreTrainedModel | PreTrainedConfig, make: Any) -> list[Any]:
+def _layers(model: PreTrainedModel | PreTrainedConfig, make: Callable[[], CacheLayerMixin]) -> list[Any]:
     """One layer per layer of the model: ours where attention is full, transformers' own where it slides."""
-    config = getattr(model, "config", model)
+    config: Any = getattr(model, "config", model)
     stock = DynamicCache(config=config).layers
     if not stock:
         raise ConfigError(f"model {config.model_type!r} does not say how many layers it has (num_hidden_layers)")
+    if all(getattr(layer, "is_sliding", False) for layer in stock):
+        raise ConfigError(
+            f"model {config.model_type!r} has sliding windows in all layers: there is nothing to compress"
+        )
     layers = []
     for layer in stock:
         if type(layer) is DynamicLayer:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from arkv.quantization import FORMATS
+from arkv.quantization import FORMATS, Format
 
 
 class ConfigError(ValueError):
@@ -29,20 +29,33 @@ class CacheConfig:
     and :meth:`for_method`.
     """
 
-    cache_size: int
-    """C: tokens held per layer and KV head, the window included."""
+    cache_size: int | None = None
+    """C: tokens held per layer and KV head, the window included; in byte units, the tokens at model precision whose
+    bytes a layer has."""
+
+    cache_ratio: float | None = None
+    """In the place of ``cache_size``: C as a share of each prompt, the same for every method. Never less than the
+    window, the sinks and one more token (in byte units, one group of Quantized tokens) need."""
+
+    budget_unit: Literal["tokens", "bytes"] = "tokens"
+    """What C counts: tokens, of which a Quantized one costs as much as an Original one (published), or bytes, all
+    metadata included, so that what quantization saves buys more tokens."""
+
+    layer_budgets: Literal["equal", "oq"] = "equal"
+    """Byte units: every layer has the same bytes, or bytes in proportion to its OQ score."""
 
     window_size: int = 32
     """W: the newest tokens, always Original; also the queries that the prefill statistics are taken from."""
 
     n_sink: int = 0
-    """The first tokens of a sequence that are always kept Original (attention sinks, StreamingLLM)."""
+    """The first tokens of a sequence that always stay Original (attention sinks, StreamingLLM, arXiv 2309.17453)."""
 
     ranking: Literal["heavy_hitter", "recency"] = "heavy_hitter"
     """What decides which tokens outside the window stay: attention received, or age."""
 
     original_share: float | None = None
-    """Share of the past budget ``C - W`` that stays Original. None: each layer's OQ ratio (ARKV)."""
+    """Share of the past budget, in tokens or in bytes, that stays Original. None: each layer's OQ ratio (token units
+    only, ARKV)."""
 
     quant_format: str = "fp8"
     """Number format of Quantized tokens, one of :data:`arkv.quantization.FORMATS`."""
@@ -56,55 +69,102 @@ class CacheConfig:
     tau3: float = 5.527702582901318
     """Temperature of the kurtosis in the OQ score."""
 
+    importance: Literal["mean_var", "mean_max"] = "mean_var"
+    """Heavy-hitter score of a token at prefill: mean plus ``gamma`` times variance of the attention that it gets from
+    the window's queries (published), or mean plus largest attention, both brought to the same size."""
+
     gamma: float = 263.8108280337562
-    """Weight of the variance over the window's queries in the heavy-hitter score."""
+    """``mean_var``: weight of the variance over the window's queries."""
+
+    value_norm: bool = False
+    """Weight the score by the norm of the token's value."""
 
     pool_width: int = 5
     """Width of the average pooling of heavy-hitter scores over neighbouring tokens; odd, 1 is none."""
 
+    max_pool_width: int = 7
+    """``mean_max``: width of the maximum pooling of the largest attention; odd, 1 is none."""
+
     decode_importance: Literal["latest", "mean"] = "latest"
     """How a decoding step updates the scores: replaced by the attention just computed (published), or a running
-    average over about W steps."""
+    average."""
+
+    decode_rate: float = 1 / 32
+    """``mean``: weight of the newest step in the running average."""
 
     attention: Literal["fused", "reconstruct"] = "fused"
     """Decode on the stored parts directly, or on the reconstructed contiguous cache (the readable twin)."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.cache_size, int) or self.cache_size < 2:
-            raise ConfigError(f"cache_size={self.cache_size!r}: give at least 2 tokens, for example 512")
+        if (self.cache_size is None) == (self.cache_ratio is None):
+            raise ConfigError(
+                f"cache_size={self.cache_size} and cache_ratio={self.cache_ratio}: give one of them, "
+                "for example cache_size=512 or cache_ratio=0.25"
+            )
+        if self.cache_ratio is not None and not 0.0 < self.cache_ratio <= 1.0:
+            raise ConfigError(f"cache_ratio={self.cache_ratio}: use a share above 0 and up to 1, for example 0.25")
         if not isinstance(self.window_size, int) or self.window_size < 1:
             raise ConfigError(f"window_size={self.window_size!r}: give at least 1 token, for example 32")
-        if self.window_size >= self.cache_size:
-            raise ConfigError(
-                f"window_size={self.window_size} is not smaller than cache_size={self.cache_size}: "
-                f"use window_size <= {self.cache_size - 1} or cache_size >= {self.window_size + 1}"
-            )
-        if not 0 <= self.n_sink <= self.past_size:
-            raise ConfigError(
-                f"n_sink={self.n_sink}: the cache has room for 0 to {self.past_size} tokens beside its window"
-            )
-        if self.ranking not in ("heavy_hitter", "recency"):
-            raise ConfigError(f"ranking={self.ranking!r}: use 'heavy_hitter' or 'recency'")
+        if self.n_sink < 0:
+            raise ConfigError(f"n_sink={self.n_sink}: give 0 tokens or more, for example 4")
+        if self.cache_size is not None:
+            if not isinstance(self.cache_size, int) or self.cache_size < 2:
+                raise ConfigError(f"cache_size={self.cache_size!r}: give at least 2 tokens, for example 512")
+            if self.window_size >= self.cache_size:
+                raise ConfigError(
+                    f"window_size={self.window_size} is not smaller than cache_size={self.cache_size}: "
+                    f"use window_size <= {self.cache_size - 1} or cache_size >= {self.window_size + 1}"
+                )
+            if self.n_sink > self.cache_size - self.window_size:
+                raise ConfigError(
+                    f"n_sink={self.n_sink}: a cache of {self.cache_size} tokens with a window of {self.window_size} "
+                    f"has room for at most {self.cache_size - self.window_size}"
+                )
         if self.original_share is not None and not 0.0 <= self.original_share <= 1.0:
             raise ConfigError(f"original_share={self.original_share}: use a number from 0 to 1, or None for OQ ratios")
         if self.quant_format not in FORMATS:
             raise ConfigError(f"quant_format={self.quant_format!r}: {_nearest(self.quant_format, FORMATS)}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: {_nearest(str(getattr(self, name)), allowed)}")
+        if self.budget_unit == "bytes" and self.quantizes and self.original_share is None:
+            raise ConfigError(
+                "original_share=None: OQ ratios split tokens; in byte units give the share of the bytes that stays "
+                "Original, for example 0.05"
+            )
         for name in ("tau1", "tau2", "tau3"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: use a number above 0, for example 5.0")
         if not self.gamma >= 0:
             raise ConfigError(f"gamma={self.gamma}: use a number from 0, for example 200.0")
-        if self.pool_width < 1 or self.pool_width % 2 == 0:
-            raise ConfigError(f"pool_width={self.pool_width}: use an odd number, for example 5")
-        if self.decode_importance not in ("latest", "mean"):
-            raise ConfigError(f"decode_importance={self.decode_importance!r}: use 'latest' or 'mean'")
-        if self.attention not in ("fused", "reconstruct"):
-            raise ConfigError(f"attention={self.attention!r}: use 'fused' or 'reconstruct'")
+        if not 0.0 < self.decode_rate <= 1.0:
+            raise ConfigError(f"decode_rate={self.decode_rate}: use a weight above 0 and up to 1, for example 0.03")
+        for name in ("pool_width", "max_pool_width"):
+            if getattr(self, name) < 1 or getattr(self, name) % 2 == 0:
+                raise ConfigError(f"{name}={getattr(self, name)}: use an odd number, for example 5")
+
+    def tokens_worth(self, tokens: int) -> int:
+        """C for a prompt of ``tokens`` tokens."""
+        if self.cache_ratio is None:
+            assert self.cache_size is not None
+            return self.cache_size
+        return int(self.cache_ratio * tokens)
 
     @property
-    def past_size(self) -> int:
-        """C - W: tokens held beside the window."""
-        return self.cache_size - self.window_size
+    def quantizes(self) -> bool:
+        """Whether any token can become Quantized."""
+        return self.original_share != 1.0
+
+    @property
+    def number_format(self) -> Format:
+        """The format of Quantized tokens."""
+        return FORMATS[self.quant_format]
+
+    @property
+    def uses_oq(self) -> bool:
+        """Whether the layers' OQ ratios decide anything."""
+        by_layer = self.budget_unit == "bytes" and self.layer_budgets == "oq"
+        return self.original_share is None or by_layer
 
     @classmethod
     def for_method(cls, method: str, **settings: Any) -> CacheConfig:
@@ -115,13 +175,23 @@ class CacheConfig:
         """
         if method not in METHODS:
             raise ConfigError(f"unknown method {method!r}: {_nearest(method, METHODS)}")
-        unknown = set(settings) - {field.name for field in dataclasses.fields(cls)}
-        if unknown:
-            name = min(unknown)
-            fields = [field.name for field in dataclasses.fields(cls)]
-            raise ConfigError(f"unknown setting {name!r}: {_nearest(name, fields)}")
-        return cls(**{**METHODS[method], **settings})
+        fields = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in fields:
+                raise ConfigError(f"unknown setting {name!r}: {_nearest(name, fields)}")
+        in_bytes = settings.get("budget_unit") == "bytes"
+        defaults = {**BYTE_DEFAULTS, **BYTE_METHODS[method]} if in_bytes else METHODS[method]
+        return cls(**{**defaults, **settings})
 
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "budget_unit": ("tokens", "bytes"),
+    "layer_budgets": ("equal", "oq"),
+    "ranking": ("heavy_hitter", "recency"),
+    "importance": ("mean_var", "mean_max"),
+    "decode_importance": ("latest", "mean"),
+    "attention": ("fused", "reconstruct"),
+}
 
 METHODS: dict[str, dict[str, Any]] = {
     # Attention sinks and the newest tokens (StreamingLLM, arXiv 2309.17453).
@@ -133,4 +203,20 @@ METHODS: dict[str, dict[str, Any]] = {
     # ARKV: Original and Quantized by each layer's OQ ratio.
     "mix": {},
 }
-"""The compressing methods, each as settings of the one tri-state cache."""
+"""The compressing methods as published, in token units, each as settings of the one tri-state cache."""
+
+BYTE_DEFAULTS: dict[str, Any] = {
+    "n_sink": 4,
+    "quant_format": "int4",
+    "importance": "mean_max",
+    "decode_importance": "mean",
+}
+"""Settings of every method in byte units."""
+
+BYTE_METHODS: dict[str, dict[str, Any]] = {
+    "window": {"ranking": "recency", "original_share": 1.0},
+    "origin": {"original_share": 1.0},
+    "quant": {"original_share": 0.0},
+    "mix": {"original_share": 0.05, "layer_budgets": "oq"},
+}
+"""The methods in byte units."""

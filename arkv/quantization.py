@@ -1,60 +1,118 @@
 """Number formats of Quantized tokens.
 
-Letters: ``B`` batch, ``H`` KV heads, ``G`` query heads per KV head, ``S`` slots, ``D`` head dim.
+Letters: ``B`` batch, ``H`` KV heads, ``G`` query heads per KV head, ``S`` slots, ``D`` head dim, ``g`` group.
 
-Every token has its own scale per KV head, so that no token, head or sample changes another's numbers.
-Scales are folded after the product, ``q . (codes * scale) = (q . codes) * scale``: attention never needs the
-dequantized tensor in memory.
+Values are quantized per token, in groups along the head dim. Keys are quantized per token likewise (fp8, int8), or per
+channel in groups of tokens (int4, int2): a few channels of the keys are large for every token, so that a channel's own
+range wastes fewer codes than a token's (KIVI, arXiv 2402.02750).
+
+A group of keys is a run of slots. It gets its ranges when the pool is filled; a token that later takes the slot of an
+evicted one is written with the ranges that its group has, so that nothing is ever quantized again and no staging area
+is needed for tokens that leave the window one at a time.
+
+Scales are folded after the product, ``q . (codes * scale) = (q . codes) * scale``, and zero points likewise: attention
+never needs the dequantized tensor in memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 
 
-class Quantized(NamedTuple):
-    """``codes`` [B, H, S, D] and ``scale`` [B, H, S, 1] (float32)."""
+@dataclass(frozen=True)
+class Layout:
+    """How one tensor [B, H, S, D] is quantized."""
 
-    codes: torch.Tensor
-    scale: torch.Tensor
+    bits: int
+    axis: Literal["token", "channel"]
+    """Whose range a group covers: ``group`` neighbouring channels of one token, or one channel of ``group`` slots."""
+    group: int | None
+    """None: the whole head dim."""
+    symmetric: bool
+    """Without zero point."""
+    floating: bool = False
+    """e4m3 codes instead of integers."""
+
+    @property
+    def max_code(self) -> float:
+        """The largest code; the smallest is its negative, or 0 with a zero point."""
+        if self.floating:
+            return 448.0
+        return 2.0 ** (self.bits - 1) - 1 if self.symmetric else 2.0**self.bits - 1
+
+    @property
+    def range_dtype(self) -> torch.dtype:
+        """Number type of scales and zero points."""
+        return torch.float32 if self.symmetric else torch.bfloat16
+
+    @property
+    def range_bytes(self) -> int:
+        """Bytes of the scale and zero point of one group."""
+        return self.range_dtype.itemsize * (1 if self.symmetric else 2)
+
+    def group_of(self, head_dim: int) -> int:
+        """Channels or slots in a group. Raises :class:`ValueError` if the head dim cannot be divided that way."""
+        if self.axis == "channel":
+            assert self.group is not None
+            return self.group
+        group = self.group or head_dim
+        if head_dim % group:
+            raise ValueError(
+                f"group={group} does not divide the head dim {head_dim}: use a divisor, such as {head_dim}"
+            )
+        return group
+
+    def bytes_per_token(self, head_dim: int) -> float:
+        """Bytes of one token in one KV head, its share of a group's ranges included."""
+        codes = head_dim * self.bits / 8
+        group = self.group_of(head_dim)
+        return codes + self.range_bytes * head_dim / group
 
 
 @dataclass(frozen=True)
 class Format:
-    """Symmetric quantization with one scale per token and KV head: ``x ~ codes * scale``."""
+    """A number format: how keys and how values are stored."""
 
     name: str
-    code_dtype: torch.dtype
-    max_code: float
-    """The largest code; the largest magnitude of a token is mapped onto it."""
+    key: Layout
+    value: Layout
 
-    def quantize(self, x: torch.Tensor) -> Quantized:
-        """Quantize ``x`` [B, H, S, D]. The error is at most half a step of the format at each element."""
-        x = x.float()
-        scale = x.abs().amax(dim=-1, keepdim=True) / self.max_code
-        # The smallest normal number instead of zero: an all-zero token keeps zero codes and divides safely.
-        scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
-        codes = (x / scale).clamp(-self.max_code, self.max_code)
-        if not self.code_dtype.is_floating_point:
-            codes = codes.round()
-        return Quantized(codes.to(self.code_dtype), scale)
+    @property
+    def slot_multiple(self) -> int:
+        """A pool has a multiple of so many slots."""
+        return max((layout.group or 1) if layout.axis == "channel" else 1 for layout in (self.key, self.value))
 
-    def dequantize(self, quantized: Quantized, dtype: torch.dtype) -> torch.Tensor:
-        """The values that ``quantized`` stands for, [B, H, S, D] in ``dtype``."""
-        return (self.expand(quantized.codes) * quantized.scale).to(dtype)
+    def bytes_per_token(self, head_dim: int) -> float:
+        """Bytes of one token's key and value in one KV head: codes, scales and zero points, without position and score.
 
-    def expand(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes as float32 numbers, before the scale."""
-        if self.code_dtype == torch.float8_e4m3fn and codes.device.type == "cpu":
-            return _e4m3_to_float(codes)
-        return codes.float()
+        >>> FORMATS["int8"].bytes_per_token(64)
+        136.0
+        """
+        return self.key.bytes_per_token(head_dim) + self.value.bytes_per_token(head_dim)
 
-    def bytes_per_token(self, head_dim: int) -> int:
-        """Bytes of one token's key and value in one KV head: codes and scales, without position and score."""
-        return 2 * (head_dim * self.code_dtype.itemsize + torch.float32.itemsize)
+
+def _formats() -> dict[str, Format]:
+    fp8 = Layout(8, "token", None, symmetric=True, floating=True)
+    int8 = Layout(8, "token", None, symmetric=True)
+    formats = [Format("fp8", fp8, fp8), Format("int8", int8, int8)]
+    for bits in (4, 2):
+        formats.append(
+            Format(
+                f"int{bits}",
+                Layout(bits, "channel", 64, symmetric=False),
+                Layout(bits, "token", 32, symmetric=False),
+            )
+        )
+    return {item.name: item for item in formats}
+
+
+FORMATS: dict[str, Format] = _formats()
+"""``fp8`` (e4m3) and ``int8`` with a float32 scale per token; ``int4`` and ``int2`` with bfloat16 scales and zero
+points, keys per channel in groups of 64 slots, values per token in groups of 32 channels."""
 
 
 def _e4m3_to_float(codes: torch.Tensor) -> torch.Tensor:
@@ -68,7 +126,201 @@ def _e4m3_to_float(codes: torch.Tensor) -> torch.Tensor:
     return half.view(torch.float16).float() * 256.0
 
 
-FORMATS: dict[str, Format] = {
-    "fp8": Format("fp8", torch.float8_e4m3fn, 448.0),
-    "int8": Format("int8", torch.int8, 127.0),
-}
+def _outward(x: torch.Tensor, up: bool) -> torch.Tensor:
+    """``x`` as bfloat16, rounded up or down, so that a range rounded to it still covers its numbers."""
+    near = x.to(torch.bfloat16)
+    wrong = near.float() < x if up else near.float() > x
+    toward = torch.full_like(near, float("inf") if up else float("-inf"))
+    return torch.where(wrong, torch.nextafter(near, toward), near)
+
+
+class QuantizedTensor:
+    """Storage of one quantized tensor [B, H, S, D]: ``codes``, ``scale`` and, unless symmetric, ``zero``.
+
+    Codes of less than 8 bits are packed, ``8 / bits`` to a byte: byte ``j`` holds channels ``j``, ``j + D * bits / 8``,
+    and so on, from the low bits up. Ranges have shape [B, H, S, D / g] (per token) or [B, H, S / g, D] (per channel).
+    """
+
+    def __init__(self, layout: Layout, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> None:
+        self.layout = layout
+        self.codes = codes
+        self.scale = scale
+        self.zero = zero
+        self.head_dim = codes.shape[-1] * 8 // layout.bits
+        self.group = layout.group_of(self.head_dim)
+
+    @classmethod
+    def quantize(cls, layout: Layout, x: torch.Tensor, valid: torch.Tensor | None = None) -> QuantizedTensor:
+        """Quantize ``x`` [B, H, S, D] into new storage; the error is at most half a step at each element.
+
+        Args:
+            valid: [B, H, S], which slots hold a token. Others do not widen a channel's range; a group without any
+                token gets the range of all tokens of its head.
+        """
+        x = x.float()
+        scale, zero = _ranges(layout, x, valid)
+        store = cls(layout, x.new_empty(*x.shape[:-1], x.shape[-1] * layout.bits // 8, dtype=torch.uint8), scale, zero)
+        store.codes = store._encode(x, store._per_element(scale, x.shape[-1]), store._per_element(zero, x.shape[-1]))
+        return store
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every stored tensor by ``function`` of it."""
+        self.codes, self.scale = function(self.codes), function(self.scale)
+        self.zero = None if self.zero is None else function(self.zero)
+
+    def append(self, other: QuantizedTensor) -> None:
+        """Add the slots of ``other`` at the end."""
+        self.codes = torch.cat([self.codes, other.codes], dim=2)
+        self.scale = torch.cat([self.scale, other.scale], dim=2)
+        if self.zero is not None and other.zero is not None:
+            self.zero = torch.cat([self.zero, other.zero], dim=2)
+
+    def _per_element(self, ranges: torch.Tensor | None, head_dim: int) -> torch.Tensor | None:
+        """Ranges brought to a shape that broadcasts with [B, H, S, D], float32."""
+        if ranges is None:
+            return None
+        if self.layout.axis == "channel":
+            return ranges.float().repeat_interleave(self.group, dim=2)
+        if ranges.shape[-1] == 1:
+            return ranges.float()
+        return ranges.float().repeat_interleave(head_dim // ranges.shape[-1], dim=-1)
+
+    def _encode(self, x: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> torch.Tensor:
+        """Packed codes (uint8) of ``x`` under ranges that broadcast with it."""
+        assert scale is not None
+        top = self.layout.max_code
+        if self.layout.floating:
+            return (x / scale).clamp(-top, top).to(torch.float8_e4m3fn).view(torch.uint8)
+        if zero is None:
+            return (x / scale).round().clamp(-top, top).to(torch.int8).view(torch.uint8)
+        codes = ((x - zero) / scale).round().clamp(0, top).to(torch.uint8)
+        if self.layout.bits == 8:
+            return codes
+        packed = torch.zeros_like(codes[..., : codes.shape[-1] * self.layout.bits // 8])
+        for part, piece in enumerate(codes.chunk(8 // self.layout.bits, dim=-1)):
+            packed |= piece << (part * self.layout.bits)
+        return packed
+
+    def _parts(self) -> list[torch.Tensor]:
+        """Codes as float32, in ``8 / bits`` runs of channels, [B, H, S, D * bits / 8] each."""
+        if self.layout.floating:
+            if self.codes.device.type == "cpu":
+                return [_e4m3_to_float(self.codes)]
+            return [self.codes.view(torch.float8_e4m3fn).float()]
+        if self.layout.symmetric:
+            return [self.codes.view(torch.int8).float()]
+        bits, mask = self.layout.bits, int(self.layout.max_code)
+        pieces = 8 // bits
+        return [((self.codes >> (part * bits)) & mask).float() for part in range(pieces)]
+
+    def write(self, index: torch.Tensor, x: torch.Tensor, valid: torch.Tensor) -> None:
+        """Quantize ``x`` [B, H, n, D] into slots ``index`` [B, H, n] where ``valid`` [B, H, n]; distinct slots."""
+        x = x.float()
+        if self.layout.axis == "channel":
+            place = (index // self.group).unsqueeze(-1).expand(-1, -1, -1, self.head_dim)
+            scale = self.scale.gather(2, place).float()
+            zero = None if self.zero is None else self.zero.gather(2, place).float()
+            self._put(self.codes, index, self._encode(x, scale, zero), valid)
+            return
+        scale, zero = _ranges(self.layout, x, None)
+        codes = self._encode(x, self._per_element(scale, self.head_dim), self._per_element(zero, self.head_dim))
+        self._put(self.codes, index, codes, valid)
+        self._put(self.scale, index, scale, valid)
+        if self.zero is not None and zero is not None:
+            self._put(self.zero, index, zero, valid)
+
+    @staticmethod
+    def _put(store: torch.Tensor, index: torch.Tensor, new: torch.Tensor, valid: torch.Tensor) -> None:
+        place = index.unsqueeze(-1).expand(-1, -1, -1, store.shape[-1])
+        store.scatter_(2, place, torch.where(valid.unsqueeze(-1), new, store.gather(2, place)))
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The values that the codes stand for, [B, H, S, D] in ``dtype``."""
+        values = torch.cat(self._parts(), dim=-1)
+        scale, zero = self._per_element(self.scale, self.head_dim), self._per_element(self.zero, self.head_dim)
+        assert scale is not None
+        values *= scale
+        if zero is not None:
+            values += zero
+        return values.to(dtype)
+
+    def dot(self, query: torch.Tensor) -> torch.Tensor:
+        """``query`` [B, H, G, D] (float32) times the keys: [B, H, G, S]."""
+        batch, heads, queries, _ = query.shape
+        parts = self._parts()
+        if self.layout.axis == "token" and self.scale.shape[-1] == 1:
+            scores = query @ parts[0].transpose(-1, -2) if len(parts) == 1 else self._dot_parts(query, parts)
+            scores = scores * self.scale.float().transpose(-1, -2)
+            if self.zero is not None:
+                scores = scores + query.sum(dim=-1, keepdim=True) * self.zero.float().transpose(-1, -2)
+            return scores
+        if self.layout.axis == "token":
+            return query @ self.dequantize(torch.float32).transpose(-1, -2)
+        # Per channel: the group's scales go onto the query, [B, H, S / g, G, D], its zero points become one number.
+        groups = self.scale.shape[2]
+        scaled = query.unsqueeze(2) * self.scale.float().unsqueeze(3)
+        scores = self._dot_parts(scaled, [part.view(batch, heads, groups, self.group, -1) for part in parts])
+        if self.zero is not None:
+            scores = scores + query.unsqueeze(2) @ self.zero.float().unsqueeze(-1)
+        return scores.transpose(2, 3).reshape(batch, heads, queries, groups * self.group)
+
+    @staticmethod
+    def _dot_parts(query: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
+        pieces = query.chunk(len(parts), dim=-1)
+        scores = pieces[0] @ parts[0].transpose(-1, -2)
+        for piece, part in zip(pieces[1:], parts[1:], strict=True):
+            scores = scores + piece @ part.transpose(-1, -2)
+        return scores
+
+    def weigh(self, weights: torch.Tensor) -> torch.Tensor:
+        """``weights`` [B, H, G, S] (float32) times the values: [B, H, G, D]."""
+        if self.layout.axis == "channel":
+            return weights @ self.dequantize(torch.float32)
+        parts = self._parts()
+        groups = self.scale.shape[-1]
+        if groups == 1:
+            scaled = weights * self.scale.float().transpose(-1, -2)
+            output = torch.cat([scaled @ part for part in parts], dim=-1)
+            if self.zero is not None:
+                output = output + weights @ self.zero.float()
+            return output
+        # Per group of channels its own weights, [B, H, D / g, G, S].
+        batch, heads, queries, slots = weights.shape
+        scaled = weights.unsqueeze(2) * self.scale.float().transpose(-1, -2).unsqueeze(3)
+        codes = torch.cat(parts, dim=-1).view(batch, heads, slots, groups, self.group).transpose(2, 3)
+        output = scaled @ codes
+        if self.zero is not None:
+            output = output + (weights @ self.zero.float()).transpose(-1, -2).unsqueeze(-1)
+        return output.transpose(2, 3).reshape(batch, heads, queries, self.head_dim)
+
+
+def _ranges(layout: Layout, x: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and zero points of ``x`` [B, H, S, D], in the shapes and types in which they are stored."""
+    tiny = torch.finfo(layout.range_dtype).tiny
+    group = layout.group_of(x.shape[-1])
+    if layout.axis == "token":
+        grouped = x.unflatten(-1, (-1, group))
+        if layout.symmetric:
+            # The smallest normal number instead of zero: an all-zero token keeps zero codes and divides safely.
+            return (grouped.abs().amax(dim=-1) / layout.max_code).clamp_min(tiny), None
+        low, high = grouped.amin(dim=-1), grouped.amax(dim=-1)
+    else:
+        grouped = x.unflatten(2, (-1, group))
+        if valid is None:
+            low, high = grouped.amin(dim=3), grouped.amax(dim=3)
+        else:
+            low, high = _valid_ranges(grouped, valid.unflatten(2, (-1, group)))
+    zero = _outward(low, up=False)
+    scale = _outward((high - zero.float()) / layout.max_code, up=True).clamp_min(tiny)
+    return scale, zero
+
+
+def _valid_ranges(grouped: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest number of each channel of each group [B, H, n, g, D] over ``valid`` slots [B, H, n, g]."""
+    mask = valid.unsqueeze(-1)
+    low = grouped.masked_fill(~mask, float("inf")).amin(dim=3)
+    high = grouped.masked_fill(~mask, float("-inf")).amax(dim=3)
+    # A group without a token gets the range of its head, a head without one any range at all.
+    low = torch.where(low.isinf(), low.amin(dim=2, keepdim=True), low)
+    high = torch.where(high.isinf(), high.amax(dim=2, keepdim=True), high)
+    return low.masked_fill(low.isinf(), 0.0), high.masked_fill(high.isinf(), 0.0)

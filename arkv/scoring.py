@@ -11,15 +11,21 @@ dim. With the last ``W`` queries (ARKV, arXiv 2603.08727)::
     OQ       = entropy^(1/tau1) variance^(1/tau2) kurtosis^(1/tau3)                 [B]
     hh       = mean_g avg_pool1d(mean_q(P) + gamma Var_q(P), 5)                     [B, H, N - W]
 
+The alternative importance ``mean_max`` is the mean of ``avg_pool1d(mean_gq(P), 5)`` and of ``max_pool1d(max_gq(P), 7)``
+scaled to the same sum per head: a token that one query of one head needs badly counts like one that all use a little.
+
 Variances are the unbiased ones and ``m2`` is held above 1e-8, as in the setting that the published taus were fitted to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from arkv.config import CacheConfig
 
 MIN_SECOND_MOMENT = 1e-8
 LOG_EPS = 1e-10
@@ -56,9 +62,7 @@ def causal_visibility(length: int, window: int, padding: torch.Tensor | None, de
     return visible
 
 
-def window_attention(
-    query: torch.Tensor, key: torch.Tensor, scaling: float, visible: torch.Tensor
-) -> torch.Tensor:
+def window_attention(query: torch.Tensor, key: torch.Tensor, scaling: float, visible: torch.Tensor) -> torch.Tensor:
     """Attention of the last W queries over all keys.
 
     Args:
@@ -90,33 +94,54 @@ def pool(scores: torch.Tensor, width: int) -> torch.Tensor:
     return F.avg_pool1d(flat, width, stride=1, padding=width // 2).view(scores.shape)
 
 
-def prefill_statistics(attention: torch.Tensor, heads: int, gamma: float, pool_width: int) -> PrefillStatistics:
+def prefill_statistics(attention: torch.Tensor, heads: int, config: CacheConfig) -> PrefillStatistics:
     """Layer statistics and token importance from :func:`window_attention`.
 
     Args:
         attention: [B, Hq, W, N].
         heads: number of KV heads H.
-        gamma: weight of the variance in the importance.
-        pool_width: width of the pooling over neighbouring tokens.
+        config: how importance is scored.
     """
     batch, query_heads, window, length = attention.shape
     past = length - window
     mean = attention.mean(dim=2)
-    deviation = attention - mean.unsqueeze(2)
-    square = deviation * deviation
+    square = (attention - mean.unsqueeze(2)).square_()
     # A single query has no spread.
     variance = square.sum(dim=2) / max(window - 1, 1)
 
     evictable = attention[..., :past]
     m2 = square[..., :past].mean(dim=2).clamp_min(MIN_SECOND_MOMENT)
-    m4 = (square[..., :past] * square[..., :past]).mean(dim=2)
+    m4 = square[..., :past].square().mean(dim=2)
     entropy = -(evictable * (evictable + LOG_EPS).log()).sum(dim=(1, 2, 3))
 
-    score = mean + gamma * variance
-    score = torch.cat([pool(score[..., :past], pool_width), pool(score[..., past:], pool_width)], dim=-1)
+    grouped = (batch, heads, query_heads // heads, length)
+    if config.importance == "mean_var":
+        score = _pool_parts(mean + config.gamma * variance, past, pool, config.pool_width)
+        importance = score.view(grouped).mean(dim=2)
+    else:
+        average = _pool_parts(mean.view(grouped).mean(dim=2), past, pool, config.pool_width)
+        largest = attention.view(*grouped[:3], window, length).amax(dim=(2, 3))
+        largest = _pool_parts(largest, past, max_pool, config.max_pool_width)
+        size = average.sum(dim=-1, keepdim=True) / largest.sum(dim=-1, keepdim=True).clamp_min(LOG_EPS)
+        importance = (average + largest * size) / 2
     return PrefillStatistics(
-        importance=score.view(batch, heads, query_heads // heads, length).mean(dim=2),
+        importance=importance,
         entropy=entropy,
         variance=variance[..., :past].sum(dim=(1, 2)),
         kurtosis=(m4 / (m2 * m2)).sum(dim=(1, 2)),
     )
+
+
+def max_pool(scores: torch.Tensor, width: int) -> torch.Tensor:
+    """Maximum over neighbouring tokens, [..., S]."""
+    if width == 1 or scores.shape[-1] == 0:
+        return scores
+    flat = scores.reshape(-1, 1, scores.shape[-1])
+    return F.max_pool1d(flat, width, stride=1, padding=width // 2).view(scores.shape)
+
+
+def _pool_parts(
+    scores: torch.Tensor, past: int, function: Callable[[torch.Tensor, int], torch.Tensor], width: int
+) -> torch.Tensor:
+    """Pool the evictable region and the window each for itself: the window's scores count once its tokens leave it."""
+    return torch.cat([function(scores[..., :past], width), function(scores[..., past:], width)], dim=-1)

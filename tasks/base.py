@@ -37,8 +37,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def draw(count: int, sampling_ratio: float, seed: int | str) -> list[int]:
     """Indices of the documents that ``sampling_ratio`` keeps of ``count``, ascending; the same for a seed."""
-    if not 0 < sampling_ratio <= 1:
-        raise TaskError(f"sampling_ratio must lie in (0, 1], not {sampling_ratio}", usage=True)
     if sampling_ratio == 1:
         return list(range(count))
     return sorted(random.Random(str(seed)).sample(range(count), max(1, round(sampling_ratio * count))))
@@ -60,7 +58,13 @@ class TaskSettings:
     data_dir: Path | None = None
     """Local rows that stand in for a download."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of one task, such as ``lengths`` of needle."""
+    """Settings of one task, such as ``lengths`` of needle: those of its ``option_names``. None is the default."""
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise TaskError(f"limit must be at least 1, not {self.limit}", usage=True)
+        if not 0 < self.sampling_ratio <= 1:
+            raise TaskError(f"sampling_ratio must lie in (0, 1], not {self.sampling_ratio}", usage=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +130,8 @@ class Task(ABC):
 
     name: str
     metrics: tuple[Metric, ...]
+    option_names: tuple[str, ...] = ()
+    """What ``TaskSettings.options`` may hold for this task."""
 
     @abstractmethod
     def load(self, settings: TaskSettings) -> Sequence[Document]:

@@ -1,0 +1,67 @@
+# `make` lists what there is. VENV=dir puts the environment elsewhere.
+SHELL := bash
+VENV ?= .venv
+NEWEST := $(VENV)-newest
+PYTHON := $(VENV)/bin/python
+PYTEST := TQDM_DISABLE=1 $(PYTHON) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help env env-newest system-deps demo test check lint format types clean lock
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: ## the environment, .venv: minutes once, then nothing while the pins stay the same
+	@scripts/setup_env.sh --venv "$(VENV)"
+
+env-newest: env ## a second one beside it with the newest transformers, for the slow tests
+	@scripts/setup_env.sh --venv "$(NEWEST)" --base "$(VENV)" --newest-transformers
+
+demo: env ## the methods side by side on a small model, with the report: see runs/demo
+	@"$(VENV)/bin/arkv-bench" run --preset demo --outdir runs/demo
+	@"$(VENV)/bin/arkv-bench" report runs/demo
+
+# Every step runs, whatever the ones before it said. Last come the closing lines of both pytest runs.
+test: env-newest ## everything: lint, types, fast tests, slow tests
+	@set -o pipefail; logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; failed=; \
+	if [ "$${CI:-}" = true ]; then $(MAKE) --no-print-directory system-deps; fi; \
+	for step in lint types; do $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; done; \
+	$(PYTEST) -m "not slow" 2>&1 | tee "$$logs/fast" || failed="$$failed fast-tests"; \
+	$(PYTEST) -m slow 2>&1 | tee "$$logs/slow" || failed="$$failed slow-tests"; \
+	if [ -n "$$failed" ]; then echo "failed:$$failed"; fi; \
+	for lane in fast slow; do grep -E '^=.* in [0-9.]+s' "$$logs/$$lane" | tail -n 1; done; \
+	[ -z "$$failed" ]
+
+check: lint types ## lint, types and the fast tests: before every commit
+	@$(PYTEST) -m "not slow"
+
+lint: env ## ruff: rules and format
+	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+
+format: env ## ruff: mend what can be mended by itself
+	@$(PYTHON) -m ruff check --fix --exit-zero . && $(PYTHON) -m ruff format .
+
+types: env ## mypy: strict for arkv, plain for bench and tasks
+	@$(PYTHON) -m mypy
+
+system-deps: ## a browser for the tests that open a page: installed by root on Debian, named elsewhere
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then \
+	    echo "browser: there"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	    apt-get -qq update >/dev/null && \
+	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; then \
+	    echo "browser: chromium installed"; \
+	else \
+	    echo "browser: none. Tests that open a page need chromium, such as: apt-get install chromium fonts-dejavu-core"; \
+	fi
+
+clean: ## caches and build outputs; environments and runs stay
+	@rm -rf build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find arkv bench tasks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One resolution for every Python and platform. Lines already in the file stay as long as they fit.
+lock: ## constraints.txt anew from pyproject.toml (needs uv)
+	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv"; exit 1; }
+	@head=$$(grep '^#' constraints.txt) && body=$$(mktemp) && cp constraints.txt "$$body" && \
+	uv pip compile -q --universal --python-version 3.10 --all-extras --no-annotate --no-header pyproject.toml -o "$$body" >/dev/null && \
+	{ echo "$$head"; grep -vE '^(nvidia-|cuda-|triton|setuptools)' "$$body"; } >constraints.txt && rm "$$body"

@@ -1,0 +1,165 @@
+"""The two pools of slots that a tri-state layer consists of.
+
+Letters: ``B`` batch, ``H`` KV heads, ``S`` slots, ``D`` head dim, ``n`` slots of one access.
+
+A slot without a token has position -1 and the score -inf (the next token may take it) or +inf (it is closed, since
+another sample of the batch has the larger budget). Attention sinks have the score +inf and a position.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from arkv.quantization import Format, QuantizedTensor
+
+EMPTY, CLOSED = float("-inf"), float("inf")
+
+
+@dataclass
+class Tokens:
+    """Tokens at model precision: ``key`` and ``value`` [B, H, S, D], ``position`` (int32) and ``score`` [B, H, S]."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    position: torch.Tensor
+    score: torch.Tensor
+
+    @property
+    def slots(self) -> int:
+        """Number of slots, taken or not."""
+        return self.position.shape[-1]
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Key, value, position, score."""
+        return self.key, self.value, self.position, self.score
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Tokens:
+        """``function`` of every tensor."""
+        return Tokens(*(function(tensor) for tensor in self.tensors()))
+
+    def part(self, index: slice | torch.Tensor) -> Tokens:
+        """The same slots of every sample and head; a view for a slice."""
+        return self.map(lambda tensor: tensor[:, :, index])
+
+    def set_part(self, index: slice | torch.Tensor, tokens: Tokens) -> None:
+        """Write the same slots of every sample and head, in place."""
+        for target, source in zip(self.tensors(), tokens.tensors(), strict=True):
+            target[:, :, index] = source
+
+    def take(self, index: torch.Tensor) -> Tokens:
+        """Slots ``index`` [B, H, n] of each sample and head."""
+        return Tokens(
+            take_rows(self.key, index),
+            take_rows(self.value, index),
+            self.position.gather(2, index),
+            self.score.gather(2, index),
+        )
+
+    def put(self, index: torch.Tensor, tokens: Tokens) -> None:
+        """Write ``tokens`` into slots ``index`` [B, H, n], in place."""
+        wide = index.unsqueeze(-1).expand(-1, -1, -1, self.key.shape[-1])
+        self.key.scatter_(2, wide, tokens.key)
+        self.value.scatter_(2, wide, tokens.value)
+        self.position.scatter_(2, index, tokens.position)
+        self.score.scatter_(2, index, tokens.score)
+
+    def where(self, condition: torch.Tensor, other: Tokens) -> Tokens:
+        """These tokens where ``condition`` [B, H, S] holds, else ``other``."""
+        wide = condition.unsqueeze(-1)
+        return Tokens(
+            torch.where(wide, self.key, other.key),
+            torch.where(wide, self.value, other.value),
+            torch.where(condition, self.position, other.position),
+            torch.where(condition, self.score, other.score),
+        )
+
+    def only(self, condition: torch.Tensor) -> Tokens:
+        """These tokens where ``condition`` [B, H, S] holds, else empty slots, whose keys and values do not matter."""
+        return Tokens(
+            self.key,
+            self.value,
+            self.position.masked_fill(~condition, -1),
+            self.score.masked_fill(~condition, EMPTY),
+        )
+
+    def empty(self, slots: int) -> Tokens:
+        """As many empty slots of the same kind."""
+        batch, heads, _, dim = self.key.shape
+        return Tokens(
+            self.key.new_zeros(batch, heads, slots, dim),
+            self.value.new_zeros(batch, heads, slots, dim),
+            self.position.new_full((batch, heads, slots), -1),
+            self.score.new_full((batch, heads, slots), EMPTY),
+        )
+
+    @staticmethod
+    def concat(*parts: Tokens) -> Tokens:
+        """One after the other, always in new storage."""
+        return Tokens(*(torch.cat(tensors, dim=2) for tensors in zip(*(part.tensors() for part in parts), strict=True)))
+
+
+def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``rows`` [B, H, S, D] at ``index`` [B, H, n]: [B, H, n, D]. Copies whole rows; ``gather`` goes by element."""
+    batch, heads, slots, dim = rows.shape
+    first = torch.arange(batch * heads, device=rows.device).view(batch, heads, 1) * slots
+    return rows.reshape(-1, dim).index_select(0, (first + index).view(-1)).view(batch, heads, index.shape[-1], dim)
+
+
+class QuantizedPool:
+    """Slots of Quantized tokens. A token is quantized when it comes in; its codes stay until it is evicted.
+
+    Args:
+        number_format: how keys and values are stored.
+        tokens: what the pool begins with, empty slots included; as many as it will have slots.
+    """
+
+    def __init__(self, number_format: Format, tokens: Tokens) -> None:
+        self.format = number_format
+        taken = tokens.position >= 0
+        self.key = QuantizedTensor.quantize(number_format.key, tokens.key, taken)
+        self.value = QuantizedTensor.quantize(number_format.value, tokens.value, taken)
+        self.position = tokens.position
+        self.score = tokens.score
+        self.full = False
+        """Every slot holds a token: then it stays so, and attention needs no mask."""
+
+    @property
+    def slots(self) -> int:
+        """Number of slots, taken or not."""
+        return self.position.shape[-1]
+
+    def fork(self) -> QuantizedPool:
+        """A copy in storage of its own."""
+        twin = copy.copy(self)
+        twin.key, twin.value = copy.copy(self.key), copy.copy(self.value)
+        twin.map(torch.clone)
+        return twin
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every stored tensor by ``function`` of it."""
+        self.key.map(function)
+        self.value.map(function)
+        self.position, self.score = function(self.position), function(self.score)
+
+    def append(self, tokens: Tokens) -> None:
+        """Add slots with ``tokens``, which may be empty."""
+        more = QuantizedPool(self.format, tokens)
+        self.key.append(more.key)
+        self.value.append(more.value)
+        self.position = torch.cat([self.position, more.position], dim=2)
+        self.score = torch.cat([self.score, more.score], dim=2)
+
+    def write(self, index: torch.Tensor, tokens: Tokens, valid: torch.Tensor) -> None:
+        """Quantize ``tokens`` into slots ``index`` where ``valid``; both [B, H, n], distinct slots per head."""
+        self.key.write(index, tokens.key, valid)
+        self.value.write(index, tokens.value, valid)
+        self.position.scatter_(2, index, torch.where(valid, tokens.position, self.position.gather(2, index)))
+        self.score.scatter_(2, index, torch.where(valid, tokens.score, self.score.gather(2, index)))
+
+    def dequantized(self, dtype: torch.dtype) -> Tokens:
+        """All slots as they would stand in a cache of ``dtype``."""
+        return Tokens(self.key.dequantize(dtype), self.value.dequantize(dtype), self.position, self.score)

@@ -1,0 +1,87 @@
+"""The command line. Exit codes: 0 done, 1 something failed on the way, 2 what was asked for makes no sense, 130 stopped
+by Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from bench.commands import doctor, list_, report, run
+from bench.errors import UserError
+from tasks.base import TaskError
+
+app = typer.Typer(
+    name="arkv-bench",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="At this memory budget, which KV-cache method keeps a model's answers, and what does it cost? "
+    "Start with [bold]arkv-bench run --preset demo[/bold]: it needs no download but the default model.",
+    rich_markup_mode="rich",
+)
+app.command("run")(run.run)
+app.command("report")(report.report)
+app.command("list")(list_.list_things)
+app.command("doctor")(doctor.doctor)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    context: typer.Context,
+    version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+) -> None:
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"arkv-bench {version_of('arkv-bench')}")
+        raise typer.Exit
+
+
+def with_dashes(arguments: Sequence[str]) -> list[str]:
+    """``--quant_type=mix`` is ``--quant-type=mix``: underscores in option names, never in values, become dashes."""
+    spelled: list[str] = []
+    for position, argument in enumerate(arguments):
+        if argument == "--":
+            return [*spelled, *arguments[position:]]
+        name, equals, value = argument.partition("=")
+        spelled.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
+    return spelled
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``arkv-bench``."""
+    # Progress bars of libraries would write over ours; the environment decides when it already has an opinion.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app(with_dashes(sys.argv[1:] if arguments is None else arguments), standalone_mode=True)
+    except KeyboardInterrupt:
+        _fail("stopped; what was measured is kept, and the same command continues", 130)
+    except (UserError, ValueError) as error:
+        _fail(*_explain(error))
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """Message and exit code of an error that is the user's to mend; any other one is raised again, with its trace."""
+    if isinstance(error, UserError):
+        return str(error), error.exit_code
+    if isinstance(error, TaskError):
+        return str(error), 2 if error.usage else 1
+    # Only a command that has used the library can have raised its error.
+    config = sys.modules.get("arkv.config")
+    if config is not None and isinstance(error, config.ConfigError):
+        return str(error), 2
+    raise error
+
+
+def _fail(message: str, code: int) -> Any:
+    typer.echo(f"arkv-bench: {message}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

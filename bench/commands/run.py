@@ -1,0 +1,113 @@
+"""``arkv-bench run``: the main job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+GRID, SETTINGS, DATA, OUTPUT = "The grid", "Settings of the methods", "Models and data", "Output"
+
+
+def _option(help_: str, panel: str, *names: str) -> Any:
+    return typer.Option(*names, help=help_, rich_help_panel=panel, show_default=False)
+
+
+def run(
+    model: Annotated[
+        str | None,
+        _option("Models: an embedded one (see list models), a hub id, a folder, a .gguf file. [smollm2-135m]", DATA),
+    ] = None,
+    tasks: Annotated[str | None, _option("Tasks, see list tasks. [needle]", DATA)] = None,
+    quant_type: Annotated[str | None, _option("Methods: full, window, origin, quant, mix. [all five]", GRID)] = None,
+    cache_size: Annotated[str | None, _option("Budgets: tokens held per layer. [512]", GRID)] = None,
+    window_size: Annotated[str | None, _option("Newest tokens that always stay at model precision. [32]", GRID)] = None,
+    quant_format: Annotated[str | None, _option("Number formats of quantized tokens: fp8, int8. [fp8]", GRID)] = None,
+    tau1: Annotated[
+        float | None, _option("Temperature of the entropy in a layer's OQ score. [published]", SETTINGS)
+    ] = None,
+    tau2: Annotated[float | None, _option("Temperature of the variance. [published]", SETTINGS)] = None,
+    tau3: Annotated[float | None, _option("Temperature of the kurtosis. [published]", SETTINGS)] = None,
+    gamma: Annotated[
+        float | None, _option("Weight of the variance in a token's importance. [published]", SETTINGS)
+    ] = None,
+    limit: Annotated[int | None, _option("Use at most so many documents of a task.", DATA)] = None,
+    sampling_ratio: Annotated[
+        float | None, _option("Use this share of the documents, drawn with the seed. [1.0]", DATA)
+    ] = None,
+    seed: Annotated[int | None, _option("Seed of everything that is drawn. [0]", DATA)] = None,
+    lengths: Annotated[str | None, _option("needle: prompt lengths in tokens. [2000]", DATA)] = None,
+    samples: Annotated[int | None, _option("needle: prompts per length, depths spread evenly. [8]", DATA)] = None,
+    haystack: Annotated[
+        str | None, _option("needle: a text file to hide the needle in. [generated sentences]", DATA)
+    ] = None,
+    num_fewshot: Annotated[int | None, _option("lm-eval tasks: examples in the prompt. [the task's own]", DATA)] = None,
+    data_dir: Annotated[
+        str | None, _option("Folder with local rows (gsm8k/test.jsonl, ...) instead of a download.", DATA)
+    ] = None,
+    device: Annotated[str | None, _option("auto, cpu, cuda, cuda:1, mps. [auto]", DATA)] = None,
+    dtype: Annotated[str | None, _option("auto, float32, bfloat16, float16. [auto: bfloat16]", DATA)] = None,
+    max_length: Annotated[
+        int | None, _option("Longest prompt plus answer in tokens. [the model's context]", DATA)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, _option("Run code that comes with a hub model. Only if you trust it.", DATA, "--trust-remote-code")
+    ] = False,
+    preset: Annotated[
+        str | None, _option("Settings by name (see list presets) or from a YAML file; flags win.", OUTPUT)
+    ] = None,
+    outdir: Annotated[
+        str | None, _option("Run folder; an unfinished run there is continued. [runs/TIME]", OUTPUT)
+    ] = None,
+    fresh: Annotated[bool, _option("Forget what an earlier run left in the folder.", OUTPUT, "--fresh")] = False,
+    print_config: Annotated[
+        bool, _option("Print the settings and where each comes from, and stop.", OUTPUT, "--print-config")
+    ] = False,
+) -> None:
+    """Compare cache methods: answers kept, true KV bytes, speed.
+
+    Each document's prompt is computed once; every method compresses its own copy of the cache and answers from it.
+    Lists are comma-separated.
+
+    [bold]arkv-bench run --preset demo[/bold]
+    [bold]arkv-bench run --tasks needle,gsm8k --data-dir DATA --quant-type full,mix --cache-size 512,1024[/bold]
+    """
+    flags: dict[str, Any] = {
+        key: value
+        for key, value in locals().items()
+        if key not in ("preset", "fresh", "print_config") and value is not False
+    }
+    from bench.config import FIELDS, resolve
+
+    config, origin = resolve(flags, preset)
+    if print_config:
+        shown = config.to_json()
+        width = max(map(len, FIELDS))
+        for name in FIELDS:
+            typer.echo(f"{name:{width}}  {shown[name]!s:44}  {origin[name]}")
+        return
+
+    from rich.console import Console
+
+    from bench.report.tables import print_comparison
+    from bench.run import execute
+
+    console = Console()
+    path = config.outdir or _new_folder(preset)
+    outcome = execute(config, path, console, fresh=fresh, origin=origin)
+    if outcome.rows:
+        print_comparison([outcome.rows], console)
+    console.print(f"Run folder: {path}", markup=False, highlight=False, soft_wrap=True)
+    if outcome.failures:
+        typer.echo(f"arkv-bench: {len(outcome.failures)} of the tasks failed:", err=True)
+        for failure in outcome.failures:
+            typer.echo(f"  {failure['task']} ({failure['model']}): {failure['error']}", err=True)
+        raise typer.Exit(1)
+
+
+def _new_folder(preset: str | None) -> Path:
+    from datetime import datetime
+
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / (f"{stamp}-{Path(preset).stem}" if preset else stamp)

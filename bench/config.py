@@ -1,0 +1,175 @@
+"""Settings of a run: defaults, then a preset, then a file, then what was typed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from bench.errors import UserError
+from tasks.base import nearest
+
+
+def _parse_list(value: Any, kind: type, name: str) -> tuple[Any, ...]:
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    parsed = []
+    for item in items:
+        text = item.strip() if isinstance(item, str) else item
+        if text == "":
+            continue
+        try:
+            parsed.append(kind(text))
+        except ValueError:
+            raise UserError(f"{name}: {item!r} is not {_KINDS[kind]}", exit_code=2) from None
+    if not parsed:
+        raise UserError(f"{name}: give at least one value", exit_code=2)
+    return tuple(dict.fromkeys(parsed))
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a name"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that ``arkv-bench run`` can be told."""
+
+    model: tuple[str, ...] = ("smollm2-135m",)
+    tasks: tuple[str, ...] = ("needle",)
+    quant_type: tuple[str, ...] = ("full", "window", "origin", "quant", "mix")
+    cache_size: tuple[int, ...] = (512,)
+    window_size: tuple[int, ...] = (32,)
+    quant_format: tuple[str, ...] = ("fp8",)
+    tau1: float | None = None
+    tau2: float | None = None
+    tau3: float | None = None
+    gamma: float | None = None
+    limit: int | None = None
+    sampling_ratio: float = 1.0
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    max_length: int | None = None
+    data_dir: Path | None = None
+    outdir: Path | None = None
+    lengths: tuple[int, ...] = (2000,)
+    samples: int = 8
+    haystack: Path | None = None
+    num_fewshot: int | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low in (("cache_size", 2), ("window_size", 1), ("lengths", 1)):
+            for value in getattr(self, name):
+                if value < low:
+                    raise UserError(f"--{name.replace('_', '-')}={value}: give {low} or more", exit_code=2)
+        for name, low in (("limit", 1), ("samples", 1), ("max_length", 2), ("num_fewshot", 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"--{name.replace('_', '-')}={value}: give {low} or more", exit_code=2)
+        if not 0.0 < self.sampling_ratio <= 1.0:
+            raise UserError(f"--sampling-ratio={self.sampling_ratio}: give a share above 0 and up to 1", exit_code=2)
+
+    @property
+    def method_settings(self) -> dict[str, float]:
+        """Settings of the method that were given; the published ones hold for the others."""
+        names = ("tau1", "tau2", "tau3", "gamma")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON, with paths as text and lists as lists."""
+        return {
+            name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
+_ANNOTATIONS = {name: str(field.type) for name, field in FIELDS.items()}
+
+
+def parse_value(name: str, value: Any) -> Any:
+    """The value of field ``name`` from text or YAML. Raises :class:`UserError` when it has the wrong form."""
+    option = f"--{name.replace('_', '-')}"
+    annotation = _ANNOTATIONS[name]
+    if value is None:
+        if "None" not in annotation:
+            raise UserError(f"{option}: a value is needed", exit_code=2)
+        return None
+    for kind in (int, float, str):
+        if annotation.startswith(f"tuple[{kind.__name__}"):
+            return _parse_list(value, kind, option)
+        if annotation.split(" ")[0] == kind.__name__:
+            try:
+                return kind(value)
+            except (TypeError, ValueError):
+                raise UserError(f"{option}: {value!r} is not {_KINDS[kind]}", exit_code=2) from None
+    if annotation.startswith("Path"):
+        return Path(value).expanduser()
+    if not isinstance(value, bool):
+        raise UserError(f"{option}: {value!r} is neither true nor false", exit_code=2)
+    return value
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the suite."""
+    folder = resources.files("bench").joinpath("presets")
+    return sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Settings of a preset by name, or of a YAML file of the user's.
+
+    Raises:
+        UserError: unknown preset, unreadable file, not a mapping of known settings.
+    """
+    import yaml
+
+    if name.endswith((".yaml", ".yml")):
+        path: Any = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(f"preset file {name} does not exist", exit_code=2)
+    elif name in preset_names():
+        path = resources.files("bench").joinpath("presets", f"{name}.yaml")
+    else:
+        raise UserError(f"unknown preset {name!r}: {nearest(name, preset_names())}", exit_code=2)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"preset {name}: not valid YAML: {' '.join(str(error).split())}", exit_code=2) from None
+    if not isinstance(content, dict):
+        raise UserError(f"preset {name}: needs lines of the form 'setting: value'", exit_code=2)
+    settings = {str(key).replace("-", "_"): value for key, value in content.items() if key != "description"}
+    for key in settings:
+        if key not in FIELDS:
+            raise UserError(f"preset {name}: unknown setting {key!r}: {nearest(key, FIELDS)}", exit_code=2)
+    return settings
+
+
+def preset_description(name: str) -> str:
+    """The first comment-free ``description`` of a preset."""
+    import yaml
+
+    text = resources.files("bench").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
+    return str(yaml.safe_load(text).get("description", ""))
+
+
+def resolve(flags: Mapping[str, Any], preset: str | None) -> tuple[RunConfig, dict[str, str]]:
+    """The settings of a run and where each came from: ``default``, ``preset NAME`` or ``flag``.
+
+    Args:
+        flags: what was typed; None means not given.
+    """
+    values: dict[str, Any] = {}
+    origin = dict.fromkeys(FIELDS, "default")
+    if preset is not None:
+        for name, value in load_preset(preset).items():
+            values[name] = parse_value(name, value)
+            origin[name] = f"preset {preset}"
+    for name, value in flags.items():
+        if value is not None:
+            values[name] = parse_value(name, value)
+            origin[name] = "flag"
+    return RunConfig(**values), origin

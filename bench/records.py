@@ -1,0 +1,257 @@
+"""The run folder: what a run leaves, readable years later.
+
+``samples.jsonl``  one line per document and cell, appended as it is measured;
+``record.json``    settings, versions, commit, hardware, hashes of model and data;
+``results.csv``    one row per model, task, metric and cell.
+
+Samples are only appended; the other files are replaced whole, so that a run killed at any moment leaves a folder that
+the same command continues.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from bench.errors import UserError
+
+SAMPLES, RECORD, RESULTS = "samples.jsonl", "record.json", "results.csv"
+FORMAT_VERSION = 1
+
+COLUMNS = [
+    *["model", "task", "metric", "method", "quant_format", "budget_unit", "cache_size", "window_size", "n"],
+    *["score", "score_full", "retention", "kv_bytes_mean", "kv_bytes_peak", "kv_share"],
+    *["original_share", "quantized_share", "evicted_share", "compressed_documents"],
+    *["prefill_s", "compress_s", "ttft_ms", "decode_tokens_per_s", "tpot_ms", "peak_memory_bytes"],
+    *["prompt_tokens", "generated_tokens", "truncated_documents", "higher_is_better", "cell"],
+]
+"""Columns of ``results.csv``; unknown is empty."""
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text``: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """All samples of a file. A last line that a killed run left unfinished is no sample.
+
+    Raises:
+        UserError: another line is not JSON (file and line are named).
+    """
+    samples = []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            samples.append(json.loads(line))
+        except ValueError:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path}, line {number}: not valid JSON; remove the line to have it measured again"
+            ) from None
+    return samples
+
+
+class RunFolder:
+    """A run folder that is open for writing; a context manager that holds its lock.
+
+    Args:
+        path: the folder, made if absent.
+        fingerprint: everything that changes an answer; a folder with another one is refused.
+
+    Raises:
+        UserError: another process writes there, or the folder belongs to a run with other settings.
+    """
+
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.path = path
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+        self.samples: dict[tuple[str, ...], dict[str, Any]] = {}
+        self._lock = FileLock(path / ".lock")
+
+    def __enter__(self) -> RunFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.path}: another run writes here; wait for it or give another --outdir") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot write there ({error.strerror}); give another --outdir") from None
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def _open(self) -> None:
+        old = read_record(self.path) if (self.path / RECORD).is_file() else None
+        if old is not None and old["fingerprint"] != self.fingerprint:
+            different = sorted(
+                key
+                for key in {*old["fingerprint"], *self.fingerprint}
+                if old["fingerprint"].get(key) != self.fingerprint.get(key)
+            )
+            raise UserError(
+                f"{self.path} holds a run with other settings ({', '.join(different)}); "
+                "give another --outdir, or --fresh to start it anew"
+            )
+        path = self.path / SAMPLES
+        for sample in read_samples(path):
+            self.samples[sample_key(sample)] = sample
+        self._cut_unfinished_line(path)
+        # Open as long as the folder is.
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    @staticmethod
+    def _cut_unfinished_line(path: Path) -> None:
+        """A killed run can leave half a line; the next sample must not be appended to it."""
+        if not path.is_file():
+            return
+        content = path.read_bytes()
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content):
+            with open(path, "r+b") as file:
+                file.truncate(complete)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._lock.release()
+
+    def append(self, sample: dict[str, Any]) -> None:
+        """Write one sample; it survives the process."""
+        # Strict: NaN and infinity are no JSON.
+        self._file.write(json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.flush()
+        self.samples[sample_key(sample)] = sample
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Replace ``record.json``."""
+        content = {"format_version": FORMAT_VERSION, **record, "fingerprint": self.fingerprint}
+        write_atomic(self.path / RECORD, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def write_results(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replace ``results.csv``."""
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: _cell(row.get(name)) for name in COLUMNS})
+        write_atomic(self.path / RESULTS, buffer.getvalue())
+
+
+def clear(path: Path) -> None:
+    """Remove the files of an earlier run, and nothing else."""
+    for name in (SAMPLES, RECORD, RESULTS):
+        (path / name).unlink(missing_ok=True)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else value
+
+
+def sample_key(sample: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a sample answers: model, task, document, cell."""
+    return sample["model"], sample["task"], sample["document"], sample["cell"]
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """``record.json`` of a run folder. Raises :class:`UserError` when it is missing or damaged."""
+    file = path / RECORD
+    if not file.is_file():
+        raise UserError(f"{path} is no run folder: it has no {RECORD}")
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{file}: not valid JSON") from None
+    return content
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware of this process."""
+    import torch
+
+    packages = {}
+    for name in ("arkv-bench", "torch", "transformers", "lm-eval", "datasets", "numpy", "kvpress", "optimum-quanto"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    device = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+    if torch.cuda.is_available():
+        device["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "hardware": {**device, "torch_threads": torch.get_num_threads()},
+        **_commit(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _commit() -> dict[str, Any]:
+    """Commit and dirty flag of the source tree, empty when the suite was installed without one."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        top, commit, status = (
+            subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+            for arguments in (["rev-parse", "--show-toplevel"], ["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    if Path(top.strip()) != root:
+        return {"commit": None, "dirty": None}
+    return {"commit": commit.strip(), "dirty": bool(status.strip())}
+
+
+def now() -> str:
+    """The time of day in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def command_line() -> str:
+    """What was typed, without the path of the program."""
+    import shlex
+
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

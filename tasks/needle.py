@@ -1,0 +1,288 @@
+"""Passkey retrieval: one magic number hidden in plain sentences, asked for at the end.
+
+The classic test of what a cache forgets. It needs no download: the haystack is made from the seed, of short everyday
+sentences, because over technical text small models fail with every token kept, which measures nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tasks.base import Answer, Document, Generate, Metric, Task, TaskError, TaskSettings, draw, nearest
+
+_INTRODUCTION = (
+    "There is a special magic number hidden in the following text. Find it and remember it. "
+    "I will ask you about it later."
+)
+_NEEDLE = "The special magic number mentioned in the text is {number}. Remember it."
+_QUESTION = "What is the special magic number mentioned in the text?"
+_ANSWER = "The special magic number mentioned in the text is"
+
+_SLACK = 40
+"""A prompt is fewer than this many tokens shorter than asked for: room for one whole sentence."""
+
+
+def _phrases(text: str) -> list[str]:
+    return [" ".join(phrase.split()) for phrase in text.split(",")]
+
+
+_SUBJECTS = _phrases("""
+    The old farmer, A young teacher, My neighbour, The quiet librarian, Her brother, The baker, A tall sailor,
+    The doctor, Our cousin, The gardener, A small child, The painter, His grandmother, The postman, A busy cook,
+    The tailor, My best friend, The fisherman, A clever student, The shop owner, Her aunt, The carpenter,
+    A tired traveller, The singer, The night guard, A kind nurse, The bus driver, Our uncle, The dancer, The mayor
+""")
+_ACTIONS = _phrases("""
+    bought a basket of apples, painted a wooden chair, lost a pair of gloves, wrote a long letter, cooked a warm soup,
+    read a story about the sea, fixed a broken bicycle, planted a row of tulips, sang an old song, found a silver key,
+    carried a heavy box, watched the birds, fed the hungry cats, drank a cup of tea, built a little boat,
+    cleaned the dusty windows, told a funny joke, baked a loaf of bread, sold a bunch of roses, waited for a friend,
+    took a photograph, picked ripe cherries, folded the clean towels, mended a torn jacket, drew a picture of a horse,
+    played a slow waltz, opened a jar of honey, walked the brown dog, counted the passing trains, hung up a lamp
+""")
+_PLACES = _phrases("""
+    near the river, in the kitchen, behind the church, at the market, under the bridge, beside the lake,
+    in the garden, on the hill, at the station, by the harbour, in the village, next to the school,
+    across the street, at the library, in the park, outside the bakery, near the old mill, on the beach,
+    in the forest, at the corner shop
+""")
+_TIMES = _phrases("""
+    on Monday, early in the morning, after lunch, before sunset, last summer, on a rainy day, late at night,
+    in the autumn, during the holidays, after the storm, on Sunday, when the snow fell, in the spring,
+    before breakfast, while the sun was shining
+""")
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What is read from ``TaskSettings.options``."""
+
+    lengths: tuple[int, ...] = (2000,)
+    samples: int = 8
+    digits: int = 7
+    haystack: Path | None = None
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> _Options:
+        """Check the options. Raises :class:`TaskError`."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise TaskError(f"needle has no option {name!r}: {nearest(name, known)}", usage=True)
+        values = {name: value for name, value in options.items() if value is not None}
+        if isinstance(lengths := values.get("lengths"), list | tuple):
+            values["lengths"] = tuple(lengths)
+        elif lengths is not None:
+            values["lengths"] = (lengths,)
+        if "haystack" in values:
+            values["haystack"] = Path(values["haystack"])
+        parsed = cls(**values)
+        for name in ("lengths", "samples", "digits"):
+            numbers = parsed.lengths if name == "lengths" else (getattr(parsed, name),)
+            if not numbers or any(type(number) is not int or number < 1 for number in numbers):
+                raise TaskError(f"needle: {name} must be whole numbers above 0, not {options[name]!r}", usage=True)
+        if len(set(parsed.lengths)) < len(parsed.lengths):
+            raise TaskError(f"needle: lengths names one length twice: {list(parsed.lengths)}", usage=True)
+        return parsed
+
+
+class NeedleTask(Task):
+    """Passkey retrieval over prompt lengths and depths: ``exact_match`` of the first number in the answer.
+
+    Options: ``lengths``, tokens of the whole prompt, chat template included (default 2000); ``samples``, documents per
+    length (8); ``digits`` of the magic number (7); ``haystack``, a text file to hide it in, in place of made sentences.
+
+    The depths of a length are ``(i + 0.5) / samples``: evenly spread, none at the very ends. A prompt is filled with
+    whole sentences: it is never longer than asked, and less than 40 tokens shorter (where a sentence is longer than
+    that, the last one is cut at a word).
+
+    ``sampling_ratio`` keeps that share of the documents of each length. ``limit`` bounds all lengths together: it is
+    split evenly over the lengths, and within a length over the depths. The documents that remain are the same ones,
+    under the same ids, as without a limit.
+    """
+
+    name = "needle"
+    metrics = (Metric(name="exact_match"),)
+    option_names = tuple(field.name for field in fields(_Options))
+
+    def __init__(self) -> None:
+        self._data_hash = ""
+
+    def load(self, settings: TaskSettings) -> list[Document]:
+        options = _Options.parse(settings.options)
+        # A digit, a space and a full stop are one token each; the rest is for a colon or a quotation mark.
+        max_new_tokens = options.digits + 5
+        for length in options.lengths:
+            if length + max_new_tokens > settings.max_length:
+                raise TaskError(
+                    f"needle: a prompt of {length} tokens and an answer of {max_new_tokens} exceed the maximum of "
+                    f"{settings.max_length} tokens: choose shorter lengths"
+                )
+        haystack, self._data_hash = _read(options.haystack) if options.haystack else (None, "")
+        frame = _Frame(settings.tokenizer)
+        documents = []
+        for length, limit in zip(options.lengths, _shares(settings.limit, len(options.lengths)), strict=True):
+            for index in _spread(draw(options.samples, settings.sampling_ratio, f"{settings.seed}-{length}"), limit):
+                rng = random.Random(f"{settings.seed}-{length}-{index}")
+                number = str(rng.randrange(10 ** (options.digits - 1), 10**options.digits))
+                depth = (index + 0.5) / options.samples
+                # No tokenizer needs fewer than five tokens for a made sentence of eight words and more.
+                sentences = _rotated(haystack, rng) if haystack else list(islice(_sentences(rng), length // 5 + 1))
+                prompt_ids, needle_token = _fill(frame, sentences, _NEEDLE.format(number=number), depth, length)
+                documents.append(
+                    Document(
+                        id=f"{length}-d{depth:.2f}-{index}",
+                        request=Generate(prompt_ids=prompt_ids, max_new_tokens=max_new_tokens),
+                        reference=number,
+                        info={
+                            "length": length,
+                            "depth": depth,
+                            "needle_token": needle_token,
+                            "prompt_tokens": len(prompt_ids),
+                        },
+                    )
+                )
+        return documents
+
+    def score(self, document: Document, answer: Answer) -> dict[str, float]:
+        found = re.search(r"\d{1,3}(?:,\d{3})+(?!\d)|\d+", answer.text)
+        return {"exact_match": float(found is not None and found[0].replace(",", "") == document.reference)}
+
+    def data_hash(self) -> str:
+        return self._data_hash
+
+
+class _Frame:
+    """Everything of a prompt but the haystack: introduction, question, chat template and the begun answer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        # A character of the private use area: no template and no text of ours contains it.
+        mark = "\ue000"
+        request = f"{_INTRODUCTION}\n\n{mark}\n\n{_QUESTION}"
+        self._chat = bool(getattr(tokenizer, "chat_template", None))
+        if self._chat:
+            # Templates of hybrid reasoning models open a thought unless told not to; the others ignore the switch.
+            request = tokenizer.apply_chat_template(
+                [{"role": "user", "content": request}],
+                add_generation_prompt=True,
+                tokenize=False,
+                enable_thinking=False,
+            )
+        else:
+            request += "\n"
+        self._head, self._tail = f"{request}{_ANSWER}".split(mark)
+
+    def encode(self, haystack: str, *, whole: bool = True) -> list[int]:
+        """Tokens of the prompt around ``haystack``, or only of what precedes its end."""
+        text = self._head + haystack + (self._tail if whole else "")
+        # A chat template has written the special tokens already.
+        return self._tokenizer.encode(text, add_special_tokens=not self._chat, verbose=False)
+
+
+def _fill(
+    frame: _Frame, sentences: Sequence[str], needle: str, depth: float, length: int
+) -> tuple[tuple[int, ...], int]:
+    """A prompt of at most ``length`` tokens and hardly fewer, and how many of its tokens precede the needle."""
+
+    def split(pieces: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+        place = round(depth * len(pieces))
+        return pieces[:place], pieces[place:]
+
+    def prompt(pieces: Sequence[str]) -> list[int]:
+        before, after = split(pieces)
+        return frame.encode(" ".join([*before, needle, *after]))
+
+    prompt_ids = prompt([])
+    if len(prompt_ids) > length:
+        raise TaskError(f"needle: {length} tokens are too short: the question alone takes {len(prompt_ids)}")
+    count, prompt_ids = _grow(lambda n: prompt(sentences[:n]), len(sentences), prompt_ids, length)
+    pieces = list(sentences[:count])
+    if length - len(prompt_ids) >= _SLACK and count < len(sentences):
+        last = sentences[count]
+        # A language without spaces is cut between characters.
+        words, glue = (last.split(), " ") if " " in last else (list(last), "")
+        count, prompt_ids = _grow(lambda n: prompt([*pieces, glue.join(words[:n])]), len(words), prompt_ids, length)
+        pieces = [*pieces, glue.join(words[:count])]
+    if length - len(prompt_ids) >= _SLACK:
+        raise TaskError(
+            f"needle: the haystack is too short: it fills {len(prompt_ids)} of {length} tokens; "
+            "give a longer text or shorter lengths"
+        )
+    before, _ = split(pieces)
+    return tuple(prompt_ids), len(frame.encode(" ".join(before), whole=False))
+
+
+def _grow(prompt: Callable[[int], list[int]], total: int, empty: list[int], length: int) -> tuple[int, list[int]]:
+    """An ``n <= total`` whose ``prompt(n)`` is less than the slack short of ``length``, or else the largest that fits.
+
+    ``empty`` is ``prompt(0)``, which fits. Interpolation search, since tokens grow almost linearly with ``n``: it takes
+    two or three tokenizations of the prompt where bisection takes ten.
+    """
+    low, high, best = 0, total + 1, empty
+    guess = 8
+    while high - low > 1 and length - len(best) >= _SLACK:
+        n = min(max(guess, low + 1), high - 1)
+        ids = prompt(n)
+        if len(ids) <= length:
+            low, best = n, ids
+        else:
+            high = n
+        guess = n + int((length - _SLACK // 2 - len(ids)) // max(1.0, (len(ids) - len(empty)) / n))
+    return low, best
+
+
+def _sentences(rng: random.Random) -> Iterator[str]:
+    """Endless made sentences; none repeats before 270,000 others have passed."""
+    seen: set[str] = set()
+    everything = len(_SUBJECTS) * len(_ACTIONS) * len(_PLACES) * len(_TIMES)
+    while True:
+        parts = (_SUBJECTS, _ACTIONS, _PLACES, _TIMES)
+        sentence = " ".join(rng.choice(part) for part in parts) + "."
+        if sentence not in seen:
+            seen.add(sentence)
+            yield sentence
+        if len(seen) == everything:
+            seen.clear()
+
+
+def _read(path: Path) -> tuple[list[str], str]:
+    """Sentences of a text file, and the SHA-256 of its bytes."""
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise TaskError(f"needle: cannot read the haystack {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TaskError(f"needle: the haystack {path} is not UTF-8 text (byte {error.start})") from error
+    sentences = [" ".join(s.split()) for s in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n\s*\n", text) if s.strip()]
+    if not sentences:
+        raise TaskError(f"needle: the haystack {path} is empty")
+    return sentences, hashlib.sha256(content).hexdigest()
+
+
+def _rotated(sentences: Sequence[str], rng: random.Random) -> list[str]:
+    """The text from a random sentence on, its beginning after its end."""
+    start = rng.randrange(len(sentences))
+    return [*sentences[start:], *sentences[:start]]
+
+
+def _shares(limit: int | None, parts: int) -> list[int | None]:
+    """``limit`` split evenly, earlier parts taking what is left over."""
+    if limit is None:
+        return [None] * parts
+    return [limit // parts + (part < limit % parts) for part in range(parts)]
+
+
+def _spread(indices: Sequence[int], limit: int | None) -> list[int]:
+    """``limit`` of the indices, evenly spread over them."""
+    if limit is None or limit >= len(indices):
+        return list(indices)
+    return [indices[(2 * j + 1) * len(indices) // (2 * limit)] for j in range(limit)]

@@ -1,0 +1,89 @@
+"""The tasks by name, loaded when they are asked for.
+
+A task spec is ``name`` or ``name:part,part``: some of a task's parts, such as ``longbench:trec,lcc``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from tasks.base import Task, TaskError, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskEntry:
+    """How to get one task."""
+
+    loader: str
+    """``module:Class``; the module is imported when the task is asked for."""
+    description: str
+    """One line for a list of tasks."""
+    has_parts: bool = False
+    """The class takes ``parts=("trec", "lcc")``."""
+
+
+class TaskSource(Protocol):
+    """Where tasks that are not registered come from, such as an evaluation library."""
+
+    def get(self, name: str) -> Task | None:
+        """The task, or None if it is unknown here too."""
+
+    def names(self) -> Iterable[str]:
+        """Every known name, to suggest one for a typing error."""
+
+
+TASKS: dict[str, TaskEntry] = {}
+
+
+def register(name: str, loader: str, description: str, *, has_parts: bool = False) -> None:
+    """Add a task; a plugin calls this on import. Raises :class:`ValueError` if the name is taken or malformed."""
+    if name in TASKS:
+        raise ValueError(f"a task named {name!r} is registered already: {TASKS[name].loader}")
+    if not name or set(name) & set(":, "):
+        raise ValueError(f"a task name has no colon, comma or space: {name!r}")
+    if loader.count(":") != 1:
+        raise ValueError(f"the loader of task {name!r} must read module:Class, not {loader!r}")
+    TASKS[name] = TaskEntry(loader=loader, description=description, has_parts=has_parts)
+
+
+def split_spec(spec: str) -> tuple[str, tuple[str, ...]]:
+    """``longbench:trec,lcc`` -> ``("longbench", ("trec", "lcc"))``. Raises :class:`TaskError`."""
+    name, colon, tail = spec.strip().partition(":")
+    parts = tuple(part.strip() for part in tail.split(",")) if colon else ()
+    if not name or not all(parts):
+        raise TaskError(f"not a task: {spec!r}; write name or name:part,part", usage=True)
+    return name, parts
+
+
+def get_task(spec: str, *, fallback: TaskSource | None = None, **arguments: Any) -> Task:
+    """The task that ``spec`` names: registered, or known to ``fallback``.
+
+    ``arguments`` go to the constructor of a registered task. Raises :class:`TaskError` (``usage``) for an unknown name,
+    with the nearest known ones.
+    """
+    name, parts = split_spec(spec)
+    if (entry := TASKS.get(name)) is not None:
+        if parts:
+            if not entry.has_parts:
+                raise TaskError(f"the task {name!r} has no parts to choose from: {spec!r}", usage=True)
+            arguments["parts"] = parts
+        module, _, attribute = entry.loader.partition(":")
+        task: Task = getattr(importlib.import_module(module), attribute)(**arguments)
+        return task
+    found = fallback.get(name) if fallback is not None else None
+    if found is None:
+        known = {*TASKS, *(fallback.names() if fallback is not None else ())}
+        raise TaskError(f"unknown task {name!r}: {nearest(name, known)}", usage=True)
+    if parts:
+        raise TaskError(f"the task {name!r} has no parts to choose from: {spec!r}", usage=True)
+    return found
+
+
+register(
+    "needle",
+    "tasks.needle:NeedleTask",
+    "passkey retrieval over depth and length; generated, needs no download",
+)

@@ -1,0 +1,466 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from bench.harness import DESCRIPTIONS, HarnessTask, HarnessTasks
+from tasks.base import Document, Generate, Generated, TaskError, TaskSettings
+from tasks.registry import get_task
+
+STRICT, FLEXIBLE = "exact_match,strict-match", "exact_match,flexible-extract"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1} | {character: i + 2 for i, character in enumerate(alphabet)}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    wrapped.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return wrapped
+
+
+def question(i: int) -> dict[str, str]:
+    return {"question": f"What is {i} + {i}?", "answer": f"{i} + {i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}"}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Twelve questions in the shape of GSM8K, and eight to draw examples from."""
+    write_rows(tmp_path / "data/gsm8k/test.jsonl", [question(i) for i in range(10, 22)])
+    write_rows(tmp_path / "data/gsm8k/train_first8.jsonl", [question(i) for i in range(30, 38)])
+    return tmp_path / "data"
+
+
+def load(
+    tokenizer: Any, data: Path | None, name: str = "gsm8k", **arguments: Any
+) -> tuple[HarnessTask, list[Document]]:
+    task = HarnessTask(name, include_path=arguments.pop("include_path", ()))
+    settings = TaskSettings(tokenizer=tokenizer, data_dir=data, **{"max_length": 4096, **arguments})
+    return task, task.load(settings)
+
+
+def prompt(tokenizer: Any, document: Document) -> str:
+    return tokenizer.decode(document.request.prompt_ids)
+
+
+def define(folder: Path, text: str) -> Path:
+    """A folder with one task file."""
+    folder.mkdir(exist_ok=True)
+    (folder / "task.yaml").write_text(textwrap.dedent(text))
+    return folder
+
+
+TOY = """
+    task: toy
+    dataset_path: nobody/nothing
+    test_split: test
+    doc_to_text: "Q: {{question}}"
+    doc_to_target: answer
+    generation_kwargs: {until: ["."]}
+"""
+
+
+# --- Prompts ---
+
+
+def test_prompts_are_lm_evals_own(tokenizer: Any, data: Path) -> None:
+    task, documents = load(tokenizer, data, limit=2)
+    assert [d.id for d in documents] == ["gsm8k-0", "gsm8k-1"]
+    first = documents[0]
+    assert first.request.max_new_tokens == 256
+    assert first.request.stop == ("Question:", "</s>", "<|im_end|>")
+    assert first.reference == question(10)["answer"]
+    assert not first.truncated
+    text = prompt(tokenizer, first)
+    assert text.count("Question: ") == 6
+    assert text.endswith("\n\nQuestion: What is 10 + 10?\nAnswer:")
+    assert first.info == {"row": 0, "prompt_tokens": len(text), "cut_tokens": 0}
+    # Five examples drawn by lm-eval with its seed 1234; another release of it that changes them changes the task.
+    digest = hashlib.sha256("\0".join(prompt(tokenizer, d) for d in documents).encode()).hexdigest()
+    assert digest == "7b7d86d79078b26b89b13174f3ccb0ae6c1e324dbe9362fc9e1c39694d57e3de"
+    assert [m.name for m in task.metrics] == [STRICT, FLEXIBLE]
+    assert all(m.higher_is_better for m in task.metrics)
+    assert load(tokenizer, data, limit=2)[1] == documents
+
+
+def test_a_limit_takes_the_first_and_changes_no_prompt(tokenizer: Any, data: Path) -> None:
+    _, everything = load(tokenizer, data)
+    assert len(everything) == 12
+    assert load(tokenizer, data, limit=5)[1] == everything[:5]
+
+
+def test_a_ratio_draws_with_the_seed(tokenizer: Any, data: Path) -> None:
+    draws = [load(tokenizer, data, sampling_ratio=0.4, seed=seed)[1] for seed in (0, 0, 1)]
+    assert [len(d) for d in draws] == [5, 5, 5]
+    assert draws[0] == draws[1] != draws[2]
+    for document in draws[0]:
+        assert document.id == f"gsm8k-{document.info['row']}"
+        assert document.reference == question(10 + document.info["row"])["answer"]
+    assert len(load(tokenizer, data, sampling_ratio=0.4, limit=2)[1]) == 2
+
+
+def test_num_fewshot(tokenizer: Any, data: Path) -> None:
+    _, (document, *_) = load(tokenizer, data, options={"num_fewshot": 2, "gen_kwargs": None})
+    assert prompt(tokenizer, document).count("Question: ") == 3
+    (data / "gsm8k/train_first8.jsonl").unlink()
+    _, (document, *_) = load(tokenizer, data, options={"num_fewshot": 0})
+    assert prompt(tokenizer, document) == "Question: What is 10 + 10?\nAnswer:"
+
+
+def test_chat_template(tokenizer: Any, data: Path) -> None:
+    options: dict[str, Any] = {"num_fewshot": 1, "apply_chat_template": True, "system_instruction": "Be brief."}
+    _, (document, *_) = load(tokenizer, data, options=options)
+    text = prompt(tokenizer, document)
+    # The template refuses a system message, so it is left out, as lm-eval does.
+    assert text.startswith("[user]Question: What is ")
+    assert text.endswith("[user]Question: What is 10 + 10?\nAnswer:[assistant]")
+    assert text.count("[assistant]") == 2
+    _, (document, *_) = load(tokenizer, data, options=options | {"fewshot_as_multiturn": False})
+    assert prompt(tokenizer, document).count("[user]") == 1
+
+
+def test_a_bos_token_is_written_once(tokenizer: Any, tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    adding = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()), bos_token="<s>", eos_token="</s>"
+    )
+    adding.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    write_rows(tmp_path / "data/toy/test.jsonl", [question(1)])
+    folder = define(tmp_path / "tasks", TOY)
+    _, (plain,) = load(adding, tmp_path / "data", "toy", include_path=[folder])
+    folder = define(tmp_path / "other", TOY.replace('"Q: ', '"<s>Q: '))
+    _, (written,) = load(adding, tmp_path / "data", "toy", include_path=[folder])
+    assert plain.request.prompt_ids == written.request.prompt_ids
+    assert plain.request.prompt_ids.count(0) == 1
+
+
+def test_long_prompts_lose_their_beginning(tokenizer: Any, data: Path) -> None:
+    _, (whole, *_) = load(tokenizer, data)
+    length = len(whole.request.prompt_ids)
+    _, (cut, *_) = load(tokenizer, data, max_length=length + 256 - 10)
+    assert cut.truncated
+    assert cut.info["cut_tokens"] == 10
+    assert cut.request.prompt_ids == whole.request.prompt_ids[10:]
+    _, (exact, *_) = load(tokenizer, data, max_length=length + 256)
+    assert not exact.truncated
+    with pytest.raises(TaskError, match="answer of 256 tokens leaves no room"):
+        load(tokenizer, data, max_length=256)
+
+
+def test_gen_kwargs(tokenizer: Any, data: Path) -> None:
+    _, (document, *_) = load(tokenizer, data, options={"gen_kwargs": "max_gen_toks=7"})
+    assert document.request.max_new_tokens == 7
+    _, (document, *_) = load(tokenizer, data, options={"gen_kwargs": {"max_new_tokens": 9, "until": ["\n", ""]}})
+    assert document.request == Generate(prompt_ids=document.request.prompt_ids, max_new_tokens=9, stop=("\n", "</s>"))
+    with pytest.raises(TaskError, match="samples its answers"):
+        load(tokenizer, data, options={"gen_kwargs": {"do_sample": True, "temperature": 0.8}})
+    with pytest.raises(TaskError, match="num_beams=4 is not supported"):
+        load(tokenizer, data, options={"gen_kwargs": {"num_beams": 4}})
+
+
+# --- Scores ---
+
+
+def test_replay_scores_gold_and_wrong_answers(tokenizer: Any, data: Path) -> None:
+    task, documents = load(tokenizer, data)
+    gold = {d.id: Generated(text=f" {d.reference}") for d in documents}
+    assert task.evaluate(documents, gold).values == {STRICT: 1.0, FLEXIBLE: 1.0}
+    wrong = {d.id: Generated(text=" I do not know. #### 1") for d in documents}
+    evaluation = task.evaluate(documents, wrong)
+    assert evaluation.values == {STRICT: 0.0, FLEXIBLE: 0.0}
+    assert evaluation.stderr == {STRICT: 0.0, FLEXIBLE: 0.0}
+
+
+def test_some_answers_of_a_drawn_subset(tokenizer: Any, data: Path) -> None:
+    task, documents = load(tokenizer, data, sampling_ratio=0.7, seed=5)
+    answers = {}
+    for i, document in enumerate(documents[1:]):
+        text = str(document.reference) if i % 2 else f"It is {2 * (10 + document.info['row'])}, I think"
+        answers[document.id] = Generated(text=text)
+    evaluation = task.evaluate(documents, answers)
+    singles = [task.score(document, answers[document.id]) for document in documents[1:]]
+    for metric in (STRICT, FLEXIBLE):
+        assert evaluation.values[metric] == pytest.approx(sum(s[metric] for s in singles) / len(singles))
+    assert evaluation.values[FLEXIBLE] == 1.0
+    assert 0.0 < evaluation.values[STRICT] < 1.0
+    assert evaluation.stderr[STRICT] > 0.0
+    assert task.evaluate(documents, {}).values == {}
+    # Evaluating leaves the task as it was.
+    assert task.evaluate(documents, answers) == evaluation
+
+
+def test_a_metric_of_the_whole_set_has_a_value_for_one_answer(tokenizer: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data/toy/test.jsonl", [{"question": str(i), "answer": "the cat sat here"} for i in range(3)])
+    folder = define(tmp_path / "tasks", TOY + "    metric_list: [{metric: chrf, aggregation: chrf}]\n")
+    pytest.importorskip("sacrebleu")
+    task, documents = load(tokenizer, tmp_path / "data", "toy", include_path=[folder])
+    assert [m.name for m in task.metrics] == ["chrf,none"]
+    assert task.score(documents[0], Generated(text="the cat sat here"))["chrf,none"] == pytest.approx(100.0)
+    assert task.score(documents[0], Generated(text="a dog"))["chrf,none"] < 50.0
+
+
+def test_data_hash_follows_the_rows(tokenizer: Any, data: Path) -> None:
+    first = load(tokenizer, data)[0].data_hash()
+    assert len(first) == 64
+    assert load(tokenizer, data, limit=1)[0].data_hash() == first
+    (data / "gsm8k/train_first8.jsonl").rename(data / "gsm8k/train.jsonl")
+    assert load(tokenizer, data)[0].data_hash() == first
+    write_rows(data / "gsm8k/train.jsonl", [question(i) for i in range(40, 48)])
+    assert load(tokenizer, data)[0].data_hash() != first
+
+
+# --- Finding tasks ---
+
+
+def test_tasks_are_found_as_a_fallback_of_the_registry() -> None:
+    found = get_task("gsm8k", fallback=HarnessTasks())
+    assert isinstance(found, HarnessTask)
+    assert found.name == "gsm8k"
+    assert HarnessTasks().get("no such task") is None
+    with pytest.raises(TaskError, match="unknown task 'gsm9k': did you mean gsm8k") as caught:
+        get_task("gsm9k", fallback=HarnessTasks())
+    assert caught.value.usage
+    names = set(HarnessTasks().names())
+    assert len(names) > 10_000
+    assert set(DESCRIPTIONS) <= names
+
+
+def test_own_task_files(tokenizer: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data/toy/test.jsonl", [question(1)])
+    folder = define(tmp_path / "tasks", TOY)
+    source = HarnessTasks(include_path=[folder])
+    assert source.get("toy") is not None
+    task, (document,) = load(tokenizer, tmp_path / "data", "toy", include_path=[folder])
+    assert prompt(tokenizer, document) == "Q: What is 1 + 1?"
+    assert document.request.stop == (".", "</s>")
+    assert task.name == "toy"
+    with pytest.raises(TaskError, match="is not a folder"):
+        HarnessTasks(include_path=[tmp_path / "nowhere"]).get("toy")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("gsm9k", r"lm-eval has no task 'gsm9k': did you mean gsm8k"),
+        ("mmlu", r"mmlu is a group of tasks; name one of them: mmlu_stem"),
+        ("commonsense_qa", r"commonsense_qa asks for multiple_choice; only"),
+        ("wikitext", r"wikitext asks for loglikelihood_rolling; only"),
+    ],
+)
+def test_unsupported_tasks(tokenizer: Any, data: Path, name: str, message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        load(tokenizer, data, name)
+
+
+def test_importing_is_instant() -> None:
+    code = "import sys, bench.harness; print(*sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"lm_eval", "datasets", "torch", "transformers"} & set(output.split())
+
+
+@pytest.mark.slow
+def test_the_quick_index_agrees_with_lm_evals() -> None:
+    from lm_eval.tasks import TaskManager
+
+    index = TaskManager().task_index
+    quick = {name: HarnessTasks().get(name) for name in index}
+    missing = [name for name, entry in index.items() if entry.kind.name != "TAG" and quick[name] is None]
+    assert missing == []
+
+
+# --- Bad inputs ---
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"fewshot": 1}, "gsm8k has no option 'fewshot': did you mean num_fewshot"),
+        ({"num_fewshot": -1}, "num_fewshot must be a whole number"),
+        ({"num_fewshot": "5"}, "num_fewshot must be a whole number"),
+        ({"fewshot_as_multiturn": True}, "needs apply_chat_template"),
+        ({"num_fewshot": 9}, r"train_first8\.jsonl has 8 rows, too few to draw 9"),
+    ],
+)
+def test_bad_options(tokenizer: Any, data: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        load(tokenizer, data, options=options)
+
+
+def test_missing_rows_name_the_file(tokenizer: Any, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"split 'test': looked for .*nowhere/gsm8k/test\.jsonl and test_\*\.jsonl"):
+        load(tokenizer, tmp_path / "nowhere")
+    (data / "gsm8k/train_first8.jsonl").unlink()
+    with pytest.raises(TaskError, match=r"split 'train': looked for .*gsm8k/train\.jsonl"):
+        load(tokenizer, data)
+
+
+def test_two_files_for_a_split(tokenizer: Any, data: Path) -> None:
+    write_rows(data / "gsm8k/train_first2.jsonl", [question(1)] * 9)
+    with pytest.raises(TaskError, match="2 files for the split 'train'"):
+        load(tokenizer, data)
+    write_rows(data / "gsm8k/train.jsonl", [question(1)] * 9)
+    assert len(load(tokenizer, data)[1]) == 12
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", r"test\.jsonl has no rows"),
+        ("\n\n", r"test\.jsonl has no rows"),
+        ('{"question": "a", "answer": "b"}\n{"question": ', r"test\.jsonl, line 2: not JSON"),
+        ("[1, 2]\n", r"test\.jsonl, line 1: not a JSON object"),
+        ('{"question": "a", "answer": "b"}\n\n{"answer": "b"}\n', r"test\.jsonl, line 3: .*doc_to_text .*'question'"),
+        ('{"question": "a"}\n', r"test\.jsonl, line 1: .*doc_to_target .*'answer'"),
+    ],
+)
+def test_damaged_rows(tokenizer: Any, data: Path, content: str, message: str) -> None:
+    (data / "gsm8k/test.jsonl").write_text(content)
+    with pytest.raises(TaskError, match=message) as caught:
+        load(tokenizer, data)
+    assert "\n" not in str(caught.value)
+
+
+def test_undecodable_rows(tokenizer: Any, data: Path) -> None:
+    (data / "gsm8k/test.jsonl").write_bytes(b'{"question": "\xff", "answer": "b"}\n')
+    with pytest.raises(TaskError, match=r"test\.jsonl, line 1: not JSON"):
+        load(tokenizer, data)
+
+
+def test_local_rows_touch_no_cache(data: Path, tmp_path: Path) -> None:
+    code = f"""
+        from pathlib import Path
+        from types import SimpleNamespace
+        from bench.harness import HarnessTask
+        from tasks.base import TaskSettings
+
+        class Words:
+            bos_token, eos_token_id = None, 0
+            def __call__(self, text): return {{"input_ids": list(range(len(text.split())))}}
+            def decode(self, ids): return "</s>"
+
+        settings = TaskSettings(tokenizer=Words(), max_length=4096, data_dir=Path({str(data)!r}))
+        task = HarnessTask("gsm8k")
+        documents = task.load(settings)
+        print(len(documents))
+    """
+    home = tmp_path / "home"
+    environment = {**os.environ, "HF_HOME": str(home / "hf"), "HOME": str(home), "TQDM_DISABLE": "0"}
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, check=True
+    )
+    assert process.stdout == "12\n"
+    assert process.stderr == ""
+    assert not [path for path in home.glob("**/*") if path.is_file()]
+
+
+def test_offline_without_rows(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    folder = define(tmp_path / "tasks", TOY)
+    with pytest.raises(TaskError, match=r"cannot load the task toy: .*nobody/nothing.*toy/<split>\.jsonl") as caught:
+        load(tokenizer, None, "toy", include_path=[folder])
+    assert "\n" not in str(caught.value)
+
+
+# --- Against lm-eval's own model class ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chat", [False, True])
+def test_scores_equal_lm_evals_own_run(shared_data: Path, chat: bool) -> None:
+    import lm_eval
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from bench.models import load as load_model
+
+    loaded = load_model("smollm2-135m")
+    model, tokenizer = loaded.model, loaded.tokenizer
+    generation = {"max_gen_toks": 48}
+    # Fewer than the prompts need with five examples, so that they are cut.
+    longest = 1200
+    task = HarnessTask("gsm8k")
+    documents = task.load(
+        TaskSettings(
+            tokenizer=tokenizer,
+            max_length=longest,
+            limit=2,
+            data_dir=shared_data,
+            options={"gen_kwargs": generation, "apply_chat_template": chat},
+        )
+    )
+    assert any(document.truncated for document in documents)
+    answers, ours = {}, []
+    for document in documents:
+        ids = torch.tensor([document.request.prompt_ids])
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=document.request.max_new_tokens,
+            stop_strings=list(document.request.stop),
+            tokenizer=tokenizer,
+            do_sample=False,
+        )
+        text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        for stop in document.request.stop:
+            text = text.split(stop)[0]
+        ours.append(text)
+        answers[document.id] = Generated(text=text)
+    files = {"train": "train_first200.jsonl", "test": "test.jsonl"}
+    manager = TaskManager(include_defaults=False, include_path=str(Path(lm_eval.__file__).parent / "tasks" / "gsm8k"))
+    reference = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=tokenizer, max_length=longest, device="cpu"),
+        tasks=[
+            {
+                "group": "reference",
+                "task": [
+                    {
+                        "task": "gsm8k",
+                        "dataset_path": "json",
+                        "dataset_name": None,
+                        "dataset_kwargs": {
+                            "data_files": {split: str(shared_data / "gsm8k" / name) for split, name in files.items()}
+                        },
+                    }
+                ],
+            }
+        ],
+        task_manager=manager,
+        limit=2,
+        gen_kwargs=generation,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
+    )
+    theirs = [sample["resps"][0][0] for sample in reference["samples"]["gsm8k"] if sample["filter"] == "strict-match"]
+    assert ours == theirs
+    evaluation = task.evaluate(documents, answers)
+    for metric in (STRICT, FLEXIBLE):
+        assert evaluation.values[metric] == reference["results"]["gsm8k"][metric]
