@@ -16,9 +16,7 @@ from typing import NamedTuple
 import torch
 
 from arkv.config import CacheConfig, ConfigError
-
-SLOT_BYTES = torch.int32.itemsize + torch.float32.itemsize
-"""Position and score of a slot, per KV head."""
+from arkv.quantization import Format
 
 
 class Slots(NamedTuple):
@@ -34,6 +32,8 @@ class Geometry:
 
     head_dim: int
     dtype: torch.dtype
+    slot_bytes: int
+    """Position and score of a slot."""
 
     @property
     def full_bytes(self) -> int:
@@ -43,7 +43,11 @@ class Geometry:
     @property
     def original_bytes(self) -> int:
         """An Original slot, position and score included."""
-        return self.full_bytes + SLOT_BYTES
+        return self.full_bytes + self.slot_bytes
+
+    def quantized_bytes(self, number_format: Format) -> float:
+        """A Quantized slot, its share of a group's ranges, position and score included."""
+        return number_format.bytes_per_token(self.head_dim) + self.slot_bytes
 
 
 def oq_ratios(scores: Sequence[float]) -> list[float]:
@@ -79,7 +83,7 @@ def minimal_bytes(config: CacheConfig, geometry: Geometry) -> int:
     quantized = 0
     if config.quantizes:
         multiple = config.number_format.slot_multiple
-        quantized = round(multiple * (config.number_format.bytes_per_token(geometry.head_dim) + SLOT_BYTES))
+        quantized = round(multiple * geometry.quantized_bytes(config.number_format))
     return (config.window_size + config.n_sink + 1) * geometry.original_bytes + quantized
 
 
@@ -144,7 +148,7 @@ def byte_slots(config: CacheConfig, geometry: Geometry, budget: int, tokens: int
     if not config.quantizes:
         return Slots(most_original, 0)
     assert config.original_share is not None
-    per_token = config.number_format.bytes_per_token(geometry.head_dim) + SLOT_BYTES
+    per_token = geometry.quantized_bytes(config.number_format)
     multiple = config.number_format.slot_multiple
     original = max(int(config.original_share * past_bytes) // geometry.original_bytes, config.n_sink)
     groups = int((past_bytes - original * geometry.original_bytes) / (per_token * multiple))

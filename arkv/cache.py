@@ -61,9 +61,15 @@ class TriStateLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, config: CacheConfig) -> None:
+    def __init__(self, config: CacheConfig, context_length: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.config = config
+        self.context_length = context_length
+        # Where bytes count, positions and scores take as few as do their work.
+        in_bytes = config.budget_unit == "bytes"
+        short = in_bytes and context_length is not None and context_length <= torch.iinfo(torch.int16).max
+        self.position_dtype = torch.int16 if short else torch.int32
+        self.score_dtype = torch.bfloat16 if in_bytes and config.ranking != "recency" else torch.float32
         self.seen = 0
         self.padded: list[int] = []
         """Padding tokens before each sample."""
@@ -124,7 +130,7 @@ class TriStateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.__init__(self.config)  # type: ignore[misc]
+        self.__init__(self.config, self.context_length)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Keep samples ``beam_idx`` [B], in that order (beam search)."""
@@ -164,7 +170,7 @@ class TriStateLayer(CacheLayerMixin):
 
     def fork(self) -> TriStateLayer:
         """A copy that can go its own way."""
-        twin = TriStateLayer(self.config)
+        twin = TriStateLayer(self.config, self.context_length)
         twin.__dict__.update({key: list(v) if isinstance(v, list) else v for key, v in self.__dict__.items()})
         if self.quantized is not None:
             twin.quantized = self.quantized.fork()
@@ -254,7 +260,8 @@ class TriStateLayer(CacheLayerMixin):
         key, value = self.incoming
         batch, heads, length, _ = key.shape
         device = key.device
-        position = torch.arange(self.seen, self.seen + length, dtype=torch.int32, device=device)
+        self._check_positions(length)
+        position = torch.arange(self.seen, self.seen + length, dtype=self.position_dtype, device=device)
         position = position.expand(batch, heads, length)
         if self.tokens is None:
             self.padded = [0] * batch if padding is None else (~padding).sum(dim=1).tolist()
@@ -289,7 +296,16 @@ class TriStateLayer(CacheLayerMixin):
         if self.config.n_sink and self.seen < max(self.padded) + self.config.n_sink:
             first = torch.tensor(self.padded, device=score.device)[:, None, None]
             score = score.masked_fill(position < first + self.config.n_sink, float("inf"))
-        return score.masked_fill(position < 0, EMPTY) if any(self.padded) else score
+        score = score.masked_fill(position < 0, EMPTY) if any(self.padded) else score
+        return score.to(self.score_dtype)
+
+    def _check_positions(self, length: int) -> None:
+        """Beyond the model's context a position can outgrow its number type, at the price of more bytes."""
+        if self.position_dtype == torch.int16 and self.seen + length > torch.iinfo(torch.int16).max:
+            self.position_dtype = torch.int32
+            for store in (self.tokens, self.quantized):
+                if store is not None:
+                    store.position = store.position.int()
 
     def absorb(self, new: Tokens) -> None:
         """Fit the new tokens into the window and the budget."""
@@ -370,7 +386,7 @@ class TriStateLayer(CacheLayerMixin):
             How many Quantized tokens stand before each Original one, [B, H, n].
         """
         taken = stored.position >= 0
-        own = stored.score.masked_fill(~taken, EMPTY)
+        own, score = stored.score.float().masked_fill(~taken, EMPTY), score.float()
         before = stored.slots - torch.searchsorted(own.sort(dim=-1).values, score.contiguous(), right=True)
         better = score.shape[-1] - torch.searchsorted(score.flip(-1).contiguous(), own.contiguous())
         stays = taken & (own.argsort(dim=-1, descending=True).argsort(dim=-1) + better < total)
@@ -389,7 +405,7 @@ class TriStateLayer(CacheLayerMixin):
         here = torch.arange(slots, device=budget.device)
         if self.quantized is None:
             # In sequence order neighbours share a group, and neighbouring keys are alike.
-            last = torch.iinfo(torch.int32).max
+            last = torch.iinfo(tokens.position.dtype).max
             order = tokens.position.masked_fill(tokens.position < 0, last).argsort(dim=-1)
             tokens = Tokens.concat(tokens.take(order), tokens.empty(slots - tokens.slots))
             self.quantized = QuantizedPool(number_format, tokens)
@@ -428,6 +444,7 @@ class TriStateLayer(CacheLayerMixin):
                 self.outgrown = grown
                 self.reassign()
             self._leave(slot)
+        self._check_positions(1)
         assert self.tokens is not None
         position = self.tokens.position.new_full((key.shape[0], key.shape[1], 1), self.seen)
         recency = self.config.ranking == "recency"
@@ -534,6 +551,7 @@ class TriStateLayer(CacheLayerMixin):
     def _update_scores(self, importance: torch.Tensor, steps: int) -> None:
         """Bring the scores of all stored tokens up to date with ``importance`` [B, H, S] of ``steps`` new queries."""
         held = self.held()
+        importance = importance.to(self.score_dtype)
         stores = [(held.score, importance[..., : held.slots])]
         if self.quantized is not None:
             stores.append((self.quantized.score, importance[..., held.slots :]))
@@ -565,7 +583,8 @@ class TriStateCache(Cache):
     def __init__(self, model: PreTrainedModel | PreTrainedConfig, config: CacheConfig) -> None:
         self.config = config
         self._budgets: list[ByteBudget] | None = None
-        super().__init__(layers=_layers(model, lambda: TriStateLayer(config)))
+        context = getattr(getattr(model, "config", model), "max_position_embeddings", None)
+        super().__init__(layers=_layers(model, lambda: TriStateLayer(config, context)))
         self._last = max(index for index, layer in enumerate(self.layers) if isinstance(layer, TriStateLayer))
 
     def update(
@@ -628,7 +647,8 @@ class TriStateCache(Cache):
 
     def _share_bytes(self, layer: TriStateLayer, tokens: Tokens) -> None:
         """Byte budgets: the layer gets its share of what the layers before it have left."""
-        geometry = Geometry(tokens.key.shape[-1], tokens.key.dtype)
+        slot_bytes = tokens.position.element_size() + tokens.score.element_size()
+        geometry = Geometry(tokens.key.shape[-1], tokens.key.dtype, slot_bytes)
         lengths = [tokens.slots - padded for padded in layer.padded]
         if self._budgets is None:
             count = sum(isinstance(item, TriStateLayer) for item in self.layers)

@@ -28,12 +28,12 @@ import torch.nn.functional as F
 from arkv.config import CacheConfig
 
 MIN_SECOND_MOMENT = 1e-8
-LOG_EPS = 1e-10
+SMALL = 1e-10
 
 
 class PrefillStatistics(NamedTuple):
     """``importance`` [B, H, N] (higher stays longer; the window's part counts once its tokens leave it) and the layer
-    statistics ``entropy``, ``variance``, ``kurtosis`` [B]."""
+    statistics ``entropy``, ``variance``, ``kurtosis`` [B], zero where the method does not use them."""
 
     importance: torch.Tensor
     entropy: torch.Tensor
@@ -104,15 +104,16 @@ def prefill_statistics(attention: torch.Tensor, heads: int, config: CacheConfig)
     """
     batch, query_heads, window, length = attention.shape
     past = length - window
-    mean = attention.mean(dim=2)
-    square = (attention - mean.unsqueeze(2)).square_()
+    m2, mean = torch.var_mean(attention, dim=2, correction=0)
     # A single query has no spread.
-    variance = square.sum(dim=2) / max(window - 1, 1)
-
-    evictable = attention[..., :past]
-    m2 = square[..., :past].mean(dim=2).clamp_min(MIN_SECOND_MOMENT)
-    m4 = square[..., :past].square().mean(dim=2)
-    entropy = -(evictable * (evictable + LOG_EPS).log()).sum(dim=(1, 2, 3))
+    variance = m2 * (window / max(window - 1, 1))
+    oq = torch.zeros(batch, 3)
+    if config.uses_oq:
+        evictable = attention[..., :past]
+        m4 = (evictable - mean[..., :past].unsqueeze(2)).square_().square_().mean(dim=2)
+        m2 = m2[..., :past].clamp_min(MIN_SECOND_MOMENT)
+        entropy = torch.special.entr(evictable).sum(dim=(1, 2, 3))
+        oq = torch.stack([entropy, variance[..., :past].sum(dim=(1, 2)), (m4 / (m2 * m2)).sum(dim=(1, 2))], dim=-1)
 
     grouped = (batch, heads, query_heads // heads, length)
     if config.importance == "mean_var":
@@ -122,13 +123,13 @@ def prefill_statistics(attention: torch.Tensor, heads: int, config: CacheConfig)
         average = _pool_parts(mean.view(grouped).mean(dim=2), past, pool, config.pool_width)
         largest = attention.view(*grouped[:3], window, length).amax(dim=(2, 3))
         largest = _pool_parts(largest, past, max_pool, config.max_pool_width)
-        size = average.sum(dim=-1, keepdim=True) / largest.sum(dim=-1, keepdim=True).clamp_min(LOG_EPS)
+        size = average.sum(dim=-1, keepdim=True) / largest.sum(dim=-1, keepdim=True).clamp_min(SMALL)
         importance = (average + largest * size) / 2
     return PrefillStatistics(
         importance=importance,
-        entropy=entropy,
-        variance=variance[..., :past].sum(dim=(1, 2)),
-        kurtosis=(m4 / (m2 * m2)).sum(dim=(1, 2)),
+        entropy=oq[:, 0],
+        variance=oq[:, 1],
+        kurtosis=oq[:, 2],
     )
 
 

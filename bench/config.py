@@ -40,8 +40,10 @@ class RunConfig:
     tasks: tuple[str, ...] = ("needle",)
     quant_type: tuple[str, ...] = ("full", "window", "origin", "quant", "mix")
     cache_size: tuple[int, ...] = (512,)
+    cache_ratio: tuple[float, ...] | None = None
+    budget_unit: str = "tokens"
     window_size: tuple[int, ...] = (32,)
-    quant_format: tuple[str, ...] = ("fp8",)
+    quant_format: tuple[str, ...] | None = None
     tau1: float | None = None
     tau2: float | None = None
     tau3: float | None = None
@@ -65,6 +67,11 @@ class RunConfig:
             for value in getattr(self, name):
                 if value < low:
                     raise UserError(f"--{name.replace('_', '-')}={value}: give {low} or more", exit_code=2)
+        for ratio in self.cache_ratio or ():
+            if not 0.0 < ratio <= 1.0:
+                raise UserError(f"--cache-ratio={ratio}: give a share above 0 and up to 1", exit_code=2)
+        if self.budget_unit not in ("tokens", "bytes"):
+            raise UserError(f"--budget-unit={self.budget_unit}: use tokens or bytes", exit_code=2)
         for name, low in (("limit", 1), ("samples", 1), ("max_length", 2), ("num_fewshot", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -73,10 +80,18 @@ class RunConfig:
             raise UserError(f"--sampling-ratio={self.sampling_ratio}: give a share above 0 and up to 1", exit_code=2)
 
     @property
-    def method_settings(self) -> dict[str, float]:
-        """Settings of the method that were given; the published ones hold for the others."""
+    def budgets(self) -> list[dict[str, Any]]:
+        """The budgets of the grid, as settings of a cache."""
+        if self.cache_ratio is not None:
+            return [{"cache_ratio": ratio} for ratio in self.cache_ratio]
+        return [{"cache_size": size} for size in self.cache_size]
+
+    @property
+    def method_settings(self) -> dict[str, Any]:
+        """Settings of the cache that were given; each method's own hold for the others."""
         names = ("tau1", "tau2", "tau3", "gamma")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {"budget_unit": self.budget_unit, **given}
 
     def to_json(self) -> dict[str, Any]:
         """As JSON, with paths as text and lists as lists."""

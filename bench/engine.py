@@ -78,10 +78,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Run a few tokens through every cell, so that one-time costs do not count for the first document."""
-        length = (
-            2 * max([self.window_size, *(c.cache_size or 0 for c in self.cells)]) if self.device.type == "cuda" else 8
-        )
-        request = Generate(prompt_ids=(0,) * length, max_new_tokens=3)
+        request = Generate(prompt_ids=(0,) * 2 * self.window_size, max_new_tokens=3)
         for _ in self.answer(Document(id="warm-up", request=request), self.cells):
             pass
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,12 +44,27 @@ class Cell:
     @property
     def budget_unit(self) -> str | None:
         """What the budget counts."""
-        return None if self.config is None else "tokens"
+        return None if self.config is None else self.config.budget_unit
 
     @property
     def cache_size(self) -> int | None:
-        """C, tokens per layer."""
+        """C, tokens per layer, or their worth in bytes; None where the budget is a share of each prompt."""
         return None if self.config is None else self.config.cache_size
+
+    @property
+    def cache_ratio(self) -> float | None:
+        """The budget as a share of each prompt, or None."""
+        return None if self.config is None else self.config.cache_ratio
+
+    @property
+    def budget(self) -> str:
+        """The budget for a person."""
+        if self.config is None:
+            return ""
+        if self.config.cache_ratio is not None:
+            return f"{100 * self.config.cache_ratio:g} % of each prompt's {self.config.budget_unit}"
+        unit = "tokens per layer" if self.config.budget_unit == "tokens" else "tokens' worth of bytes per layer"
+        return f"C={self.config.cache_size} {unit}"
 
     @property
     def window_size(self) -> int | None:
@@ -62,7 +77,8 @@ class Cell:
         if self.config is None:
             return self.method
         settings = json.dumps(asdict(self.config), sort_keys=True)
-        parts = [self.method, f"C{self.config.cache_size}", f"W{self.config.window_size}", self.quant_format or ""]
+        size = f"R{self.cache_ratio:g}" if self.cache_ratio is not None else f"C{self.cache_size}"
+        parts = [self.method, size + self.config.budget_unit[0], f"W{self.window_size}", self.quant_format or ""]
         return "-".join(part for part in parts if part) + "-" + hashlib.sha256(settings.encode()).hexdigest()[:8]
 
     @property
@@ -70,7 +86,7 @@ class Cell:
         """For a person: the method, its budget and format."""
         if self.config is None:
             return self.method
-        return f"{self.method} C={self.config.cache_size}" + (f" {self.quant_format}" if self.quant_format else "")
+        return f"{self.method} {self.budget}" + (f" {self.quant_format}" if self.quant_format else "")
 
 
 def check_names(methods: Iterable[str], formats: Iterable[str]) -> None:
@@ -85,30 +101,34 @@ def check_names(methods: Iterable[str], formats: Iterable[str]) -> None:
 
 def grid(
     methods: Sequence[str],
-    cache_sizes: Sequence[int],
+    budgets: Sequence[Mapping[str, Any]],
     window_sizes: Sequence[int],
-    formats: Sequence[str],
-    settings: dict[str, Any],
+    formats: Sequence[str] | None,
+    settings: Mapping[str, Any],
 ) -> list[Cell]:
     """All cells in the order asked for, without the combinations that would be the same cache twice.
+
+    Args:
+        budgets: ``cache_size`` or ``cache_ratio`` of each budget.
+        formats: formats of Quantized tokens; None takes each method's own.
+        settings: further settings of the cache, the same for all.
 
     Raises:
         UserError: unknown method or format.
         arkv.ConfigError: settings that make no sense together.
     """
-    check_names(methods, formats)
+    check_names(methods, formats or ())
     cells: dict[str, Cell] = {}
     for method in methods:
         if method == FULL:
             cells[FULL] = Cell(FULL)
             continue
         quantizes = METHODS[method].get("original_share") != 1.0
-        for cache_size in cache_sizes:
+        for budget in budgets:
             for window_size in window_sizes:
-                for quant_format in formats if quantizes else formats[:1]:
-                    config = CacheConfig.for_method(
-                        method, cache_size=cache_size, window_size=window_size, quant_format=quant_format, **settings
-                    )
+                for quant_format in formats if formats and quantizes else (None,):
+                    own = {} if quant_format is None else {"quant_format": quant_format}
+                    config = CacheConfig.for_method(method, **budget, window_size=window_size, **own, **settings)
                     cell = Cell(method, config)
                     cells[cell.key] = cell
     return list(cells.values())

@@ -32,7 +32,18 @@ SAMPLES, RECORD, RESULTS = "samples.jsonl", "record.json", "results.csv"
 FORMAT_VERSION = 1
 
 COLUMNS = [
-    *["model", "task", "metric", "method", "quant_format", "budget_unit", "cache_size", "window_size", "n"],
+    *[
+        "model",
+        "task",
+        "metric",
+        "method",
+        "quant_format",
+        "budget_unit",
+        "cache_size",
+        "window_size",
+        "cache_ratio",
+        "n",
+    ],
     *["score", "score_full", "retention", "kv_bytes_mean", "kv_bytes_peak", "kv_share"],
     *["original_share", "quantized_share", "evicted_share", "compressed_documents"],
     *["prefill_s", "compress_s", "ttft_ms", "decode_tokens_per_s", "tpot_ms", "peak_memory_bytes"],
@@ -205,7 +216,7 @@ def environment() -> dict[str, Any]:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    device = {
+    device: dict[str, Any] = {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }

@@ -104,9 +104,7 @@ def execute(
     Raises:
         UserError, arkv.ConfigError, TaskError: what was asked for makes no sense; nothing has been measured.
     """
-    cells = grid(
-        config.quant_type, config.cache_size, config.window_size, config.quant_format, dict(config.method_settings)
-    )
+    cells = grid(config.quant_type, config.budgets, config.window_size, config.quant_format, config.method_settings)
     tasks = [make_task(name) for name in config.tasks]
     if fresh:
         records.clear(path)

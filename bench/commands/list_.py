@@ -30,11 +30,14 @@ def list_things(
 
         rows = list(DESCRIPTIONS.items())
     elif what is What.TASKS:
+        from bench import harness
         from tasks.registry import TASKS
 
         rows = [(name, entry.description) for name, entry in TASKS.items()]
-        rows.append(("gsm8k", "grade-school mathematics, through lm-eval; --data-dir or a hub"))
-        rows.append(("NAME", "any other lm-eval task that asks for generated text"))
+        rows += [
+            (name, f"{text} (lm-eval; rows from --data-dir or the hub)") for name, text in harness.DESCRIPTIONS.items()
+        ]
+        rows.append(("NAME", "any other task of lm-eval that asks for generated text"))
     elif what is What.MODELS:
         from bench.models import list_models
 

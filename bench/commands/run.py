@@ -22,8 +22,16 @@ def run(
     tasks: Annotated[str | None, _option("Tasks, see list tasks. [needle]", DATA)] = None,
     quant_type: Annotated[str | None, _option("Methods: full, window, origin, quant, mix. [all five]", GRID)] = None,
     cache_size: Annotated[str | None, _option("Budgets: tokens held per layer. [512]", GRID)] = None,
+    cache_ratio: Annotated[
+        str | None, _option("Budgets as a share of each prompt, in the place of --cache-size: 0.25,0.125.", GRID)
+    ] = None,
+    budget_unit: Annotated[
+        str | None, _option("tokens (published), or bytes: what quantization saves buys more tokens. [tokens]", GRID)
+    ] = None,
     window_size: Annotated[str | None, _option("Newest tokens that always stay at model precision. [32]", GRID)] = None,
-    quant_format: Annotated[str | None, _option("Number formats of quantized tokens: fp8, int8. [fp8]", GRID)] = None,
+    quant_format: Annotated[
+        str | None, _option("Formats of quantized tokens: fp8, int8, int4, int2. [fp8; in bytes int4]", GRID)
+    ] = None,
     tau1: Annotated[
         float | None, _option("Temperature of the entropy in a layer's OQ score. [published]", SETTINGS)
     ] = None,

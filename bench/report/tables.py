@@ -114,12 +114,9 @@ def compare(rows: Sequence[Row]) -> list[Comparison]:
     comparisons = []
     for model, task, metric in keys:
         mine = [row for row in rows if (row["model"], row["task"], row["metric"]) == (model, task, metric)]
-        budgets = dict.fromkeys((row["cache_size"], row["window_size"]) for row in mine if row["method"] != FULL)
+        budgets = dict.fromkeys(_budget_of(row) for row in mine if row["method"] != FULL)
         groups = [[row for row in mine if row["method"] == FULL]]
-        groups += [
-            [row for row in mine if row["method"] != FULL and (row["cache_size"], row["window_size"]) == budget]
-            for budget in budgets
-        ]
+        groups += [[row for row in mine if row["method"] != FULL and _budget_of(row) == budget] for budget in budgets]
         groups = [group for group in groups if group]
         best = set()
         for index, group in enumerate(groups):
@@ -142,14 +139,25 @@ def compare(rows: Sequence[Row]) -> list[Comparison]:
 
 def _budget_note(index: int, group: list[Row]) -> str:
     row = group[0]
-    return f"budget {index}: C={row['cache_size']} tokens per layer, window {row['window_size']}" if row else ""
+    if row["cache_ratio"] is not None:
+        size = f"{100 * row['cache_ratio']:g} % of each prompt's {row['budget_unit']}"
+    elif row["budget_unit"] == "bytes":
+        size = f"the bytes of {row['cache_size']} tokens at model precision per layer"
+    else:
+        size = f"{row['cache_size']} tokens per layer"
+    return f"budget {index}: {size}, window {row['window_size']}"
+
+
+def _budget_of(row: Row) -> tuple[Any, ...]:
+    """What makes rows comparable: methods are ranked within one budget."""
+    return tuple(row[name] for name in ("budget_unit", "cache_size", "cache_ratio", "window_size"))
 
 
 def _caveats(rows: Sequence[Row]) -> list[str]:
     notes = []
     idle = [row for row in rows if row["method"] != FULL and not row["compressed_documents"]]
     if idle:
-        names = ", ".join(dict.fromkeys(f"{row['method']} C={row['cache_size']}" for row in idle))
+        names = ", ".join(dict.fromkeys(f"{row['method']} C={row['cache_size'] or row['cache_ratio']}" for row in idle))
         notes.append(f"not exercised (every prompt fits the budget, nothing was compressed): {names}")
     truncated = max((row["truncated_documents"] or 0) for row in rows)
     if truncated:

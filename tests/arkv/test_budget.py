@@ -9,9 +9,18 @@ import pytest
 import torch
 
 from arkv import FORMATS, CacheConfig, ConfigError
-from arkv.budget import SLOT_BYTES, ByteBudget, Geometry, Slots, byte_slots, minimal_bytes, oq_ratios, token_slots
+from arkv.budget import (
+    ByteBudget,
+    Geometry,
+    Slots,
+    byte_slots,
+    minimal_bytes,
+    oq_ratios,
+    token_limit,
+    token_slots,
+)
 
-BF16 = Geometry(64, torch.bfloat16)
+BF16 = Geometry(64, torch.bfloat16, slot_bytes=8)
 LONG = 10**6
 
 
@@ -32,45 +41,35 @@ def test_a_layer_of_score_zero_beside_others_has_ratio_zero() -> None:
 
 
 def test_original_budget_is_the_rounded_share_and_the_rest_is_quantized() -> None:
-    expected = [Slots(100, 0), Slots(50, 50), Slots(26, 74), Slots(0, 100)]
-    scores = [10.0, 5.0, 2.56, 0.0]
-    assert token_slots(CacheConfig(cache_size=132, window_size=32), scores, 1000) == expected
-    assert token_slots(CacheConfig(cache_ratio=0.25, window_size=32), scores, 528) == expected
+    config = CacheConfig(cache_size=132, window_size=32)
+    slots = [token_slots(config, 132, ratio) for ratio in oq_ratios([10.0, 5.0, 2.56, 0.0])]
+    assert slots == [Slots(100, 0), Slots(50, 50), Slots(26, 74), Slots(0, 100)]
 
 
 @pytest.mark.parametrize("share, original", [(0.0, 0), (0.05, 5), (0.5, 50), (1.0, 100)])
 def test_a_fixed_share_ignores_the_scores(share: float, original: int) -> None:
     config = CacheConfig(cache_size=132, window_size=32, original_share=share)
-    for scores in ([1.0, 9.0], [0.0, 0.0], [7.0, 7.0]):
-        assert token_slots(config, scores, 1000) == [Slots(original, 100 - original)] * 2
+    for ratio in (0.0, 0.3, 1.0):
+        assert token_slots(config, 132, ratio) == Slots(original, 100 - original)
 
 
 def test_slots_never_exceed_the_past() -> None:
     for cache_size, window in [(2, 1), (33, 32), (64, 7), (513, 32)]:
         config = CacheConfig(cache_size=cache_size, window_size=window)
         for scores in ([1.0, 0.3333, 0.77], [1e-30, 1e30], [0.0]):
-            for slots in token_slots(config, scores, 1000):
+            for ratio in oq_ratios(scores):
+                slots = token_slots(config, cache_size, ratio)
                 assert slots.original + slots.quantized == cache_size - window
                 assert slots.original >= 0
                 assert slots.quantized >= 0
 
 
-def test_a_further_layer_can_only_lower_original_budgets() -> None:
-    config = CacheConfig(cache_size=232, window_size=32)
-    scores = [3.0, 1.0, 7.0, 2.0, 9.0]
-    before: list[Slots] = []
-    for known in range(1, len(scores) + 1):
-        slots = token_slots(config, scores[:known], 1000)
-        assert len(slots) == known
-        assert all(new.original <= old.original for new, old in zip(slots, before, strict=False))
-        before = slots
-    assert before == token_slots(config, scores, 1000)
-
-
-def test_a_ratio_never_gives_less_than_a_window_the_sinks_and_one() -> None:
+def test_c_tokens_or_a_share_of_the_prompt() -> None:
+    """A share gives at least the window, the sinks and one."""
+    assert token_limit(CacheConfig(cache_size=512), 100) == 512
     config = CacheConfig(cache_ratio=0.1, window_size=32, n_sink=4, original_share=1.0)
-    assert token_slots(config, [1.0], 50) == [Slots(5, 0)]
-    assert token_slots(config, [1.0], 1000) == [Slots(68, 0)]
+    assert token_limit(config, 1000) == 100
+    assert token_limit(config, 50) == 37
 
 
 # -- bytes --------------------------------------------------------------------------------------------------------------
@@ -82,8 +81,8 @@ def in_bytes(method: str = "mix", **settings: Any) -> CacheConfig:
 
 def cost(config: CacheConfig, slots: Slots, geometry: Geometry = BF16) -> float:
     """Bytes of the window and of all slots of one KV head, worked out from what is stored."""
-    original = 2 * geometry.head_dim * geometry.dtype.itemsize + SLOT_BYTES
-    quantized = FORMATS[config.quant_format].bytes_per_token(geometry.head_dim) + SLOT_BYTES
+    original = 2 * geometry.head_dim * geometry.dtype.itemsize + geometry.slot_bytes
+    quantized = FORMATS[config.quant_format].bytes_per_token(geometry.head_dim) + geometry.slot_bytes
     return (config.window_size + slots.original) * original + slots.quantized * quantized
 
 
@@ -151,7 +150,7 @@ def test_slots_use_up_the_budget(number_format: str, share: float, tokens: int) 
     config = in_bytes(cache_size=1000, quant_format=number_format, original_share=share)
     budget = 1000 * BF16.full_bytes
     slots = byte_slots(config, BF16, budget, tokens)
-    group = FORMATS[number_format].slot_multiple * (FORMATS[number_format].bytes_per_token(64) + SLOT_BYTES)
+    group = FORMATS[number_format].slot_multiple * (FORMATS[number_format].bytes_per_token(64) + 8)
     spare = BF16.original_bytes + (group if share < 1.0 else 0)
     assert budget - cost(config, slots) <= spare
 

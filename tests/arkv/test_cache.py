@@ -97,8 +97,9 @@ def test_one_token_more_than_the_cache_loses_one(llama: Any, method: str) -> Non
 # -- budgets and states, at every step ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [5, 60])
-@pytest.mark.parametrize("method", [*PUBLISHED, "mean", "sinks"])
+@pytest.mark.parametrize(
+    "method, length", [*((name, 60) for name in (*PUBLISHED, "mean", "sinks")), ("mix", 20), ("mean", 5)]
+)
 def test_states_over_a_hundred_steps(llama: Any, method: str, length: int) -> None:
     """The budget holds after every forward, the window is Original, and no token ever comes back."""
     special: dict[str, Any] = {
@@ -301,11 +302,11 @@ def relative_error(driver: Driver, key: torch.Tensor, value: torch.Tensor, sampl
     return float(error[0]), float(error[1]), count
 
 
-TOLERATED = {"fp8": 0.05, "int8": 0.02, "int4": 0.2, "int2": 0.8}
+TOLERATED = {"fp8": 0.05, "int8": 0.02, "int4": 0.2, "int2": 0.7}
 """Relative error of Quantized keys and values of normally distributed numbers."""
 
 
-@pytest.mark.parametrize("number_format", sorted(TOLERATED))
+@pytest.mark.parametrize("number_format", ["fp8", "int4", "int2"])
 @pytest.mark.parametrize(
     "settings, length",
     [
@@ -325,9 +326,9 @@ def test_quantized_tokens_stay_close_to_their_originals(
 ) -> None:
     """All of them, those that came in one at a time long after the prompt too."""
     driver = Driver(CacheConfig(window_size=W, quant_format=number_format, **settings), heads=2, groups=2, dim=64)
-    query, key, value = driver.random(length + 150, seed=5, scale=0.2)
+    query, key, value = driver.random(length + 80, seed=5, scale=0.2)
     driver.feed(query[:, :, :length], key[:, :, :length], value[:, :, :length])
-    for place in range(length, length + 150):
+    for place in range(length, length + 80):
         driver.feed(*(tensor[:, :, place : place + 1] for tensor in (query, key, value)))
     key_error, value_error, count = relative_error(driver, key, value)
     assert count > 0
@@ -336,20 +337,21 @@ def test_quantized_tokens_stay_close_to_their_originals(
 
 
 @pytest.mark.parametrize("number_format", sorted(TOLERATED))
-def test_a_falling_budget_keeps_quantized_tokens_close(number_format: str) -> None:
-    """Later layers with higher OQ scores lower the Original budget of the first one, step by step."""
+def test_oq_ratios_keep_quantized_tokens_close(number_format: str) -> None:
+    """The ratios are known when every layer has been computed: then the others are quantized."""
     config = CacheConfig(cache_size=160, window_size=W, quant_format=number_format, tau1=1.0, tau2=1.0, tau3=1.0)
     driver = Driver(config, layers=4, dim=64)
     first = driver.random(200, seed=1, scale=0.05)
     driver.feed(*first)
-    counts = []
     for layer in range(1, 4):
         driver.feed(*driver.random(200, seed=1 + layer, scale=0.05 + 0.05 * layer), layer=layer)
-        key_error, value_error, count = relative_error(driver, first[1], first[2])
-        counts.append(count)
-        assert key_error < TOLERATED[number_format], f"after layer {layer}"
-        assert value_error < TOLERATED[number_format]
-    assert counts[0] < counts[1] < counts[2], "this test needs a budget that falls"
+    key_error, value_error, count = relative_error(driver, first[1], first[2])
+    assert count > 100
+    assert key_error < TOLERATED[number_format]
+    assert value_error < TOLERATED[number_format]
+    for layer in range(4):
+        for high, low in held_sets(driver.layer(layer)):
+            assert (len(high) - W, len(low)) == driver.layer(layer).slots[0]
 
 
 def test_reconstruct_is_in_sequence_order(llama: Any) -> None:
@@ -391,7 +393,7 @@ def assert_as_alone(
 
 @pytest.mark.parametrize("method", PUBLISHED)
 def test_two_samples_of_the_same_length_are_independent(model: Any, method: str) -> None:
-    assert_as_alone(model, [prompt(50, seed=1), prompt(50, seed=2)], config_of(method), 24)
+    assert_as_alone(model, [prompt(50, seed=1), prompt(50, seed=2)], config_of(method), 16)
 
 
 @pytest.mark.parametrize("method, importance", [*((name, "latest") for name in PUBLISHED), ("mix", "mean")])
@@ -401,17 +403,15 @@ def test_left_padded_samples_are_independent(llama: Any, method: str, importance
     assert_as_alone(llama, prompts, config_of(method, decode_importance=importance), 25)
 
 
-@pytest.mark.parametrize("number_format", ["fp8", "int8", "int4"])
-@pytest.mark.parametrize("method", PUBLISHED)
+@pytest.mark.parametrize(
+    "method, number_format",
+    [("window", "int4"), ("origin", "int4"), ("quant", "fp8"), ("quant", "int4"), ("mix", "int8"), ("mix", "int4")],
+)
 def test_left_padded_samples_are_independent_in_byte_units(wide_llama: Any, method: str, number_format: str) -> None:
-    if number_format != "int4" and method in ("window", "origin"):
-        pytest.skip("quantizes nothing")
     size: dict[str, Any] = {"cache_size": None, "cache_ratio": 0.6} if method == "mix" else {"cache_size": 40}
-    config = CacheConfig.for_method(
-        method, window_size=W, budget_unit="bytes", quant_format=number_format, **size
-    )
-    prompts = [prompt(length, seed=10 + length) for length in (120, 60, 20)]
-    assert_as_alone(wide_llama, prompts, config, 40)
+    config = CacheConfig.for_method(method, window_size=W, budget_unit="bytes", quant_format=number_format, **size)
+    prompts = [prompt(length, seed=10 + length) for length in (110, 50, 32)]
+    assert_as_alone(wide_llama, prompts, config, 18)
 
 
 def test_a_sample_shorter_than_the_window_keeps_its_scores_beside_a_longer_one(llama: Any) -> None:

@@ -1,0 +1,292 @@
+"""True bytes, found by a walk of our own and by arithmetic on shapes."""
+
+from __future__ import annotations
+
+import collections
+import io
+import pickle
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch.testing._internal.two_tensor import TwoTensor
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+
+from arkv import FORMATS, CacheConfig, PrefillCache, TriStateCache, attach, storage_bytes
+from tests.arkv.conftest import PUBLISHED, SHAPE, feed, forward, held_sets, left_padded, prompt, spread
+
+W = 8
+METADATA = 8
+"""Position and score of a slot: int32 and float32."""
+
+
+def pickled_bytes(item: Any) -> int:
+    """Bytes of every tensor that pickling ``item`` would have to store: a walk that shares nothing with the library."""
+    storages: dict[int, int] = {}
+
+    class Walk(pickle.Pickler):
+        def persistent_id(self, found: Any) -> str | None:
+            if isinstance(found, torch.Tensor):
+                storages[found.untyped_storage().data_ptr()] = found.untyped_storage().nbytes()
+                return "tensor"
+            return None
+
+    Walk(io.BytesIO()).dump(item)
+    return sum(storages.values())
+
+
+def stock_bytes(cache: DynamicCache) -> int:
+    """Bytes of a full cache, of its shapes alone."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+@pytest.fixture(scope="module")
+def half() -> Any:
+    """Head dim 64 in bfloat16, as models are run."""
+    shape = {**SHAPE, "head_dim": 64, "num_hidden_layers": 2}
+    return spread(LlamaForCausalLM(LlamaConfig(**shape)), seed=8, deviation=0.1).to(torch.bfloat16)
+
+
+# -- the cache ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number_format", sorted(FORMATS))
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_bytes_are_the_sum_of_all_slots(half: Any, method: str, number_format: str) -> None:
+    size = 100
+    taus = {"tau1": 1.0, "tau2": 1.0, "tau3": 1.0} if method == "mix" else {}
+    config = CacheConfig.for_method(method, cache_size=size, window_size=W, quant_format=number_format, **taus)
+    cache = TriStateCache(half, config)
+    full = DynamicCache(config=half.config)
+    ids = prompt(300, seed=1, batch=2)
+    forward(half, full, ids)
+    assert stock_bytes(full) == 2 * 2 * 300 * 2 * 64 * 2 * 2 == storage_bytes(full.layers)
+
+    def expected() -> float:
+        original = 2 * 64 * 2 + METADATA
+        quantized = FORMATS[number_format].bytes_per_token(64) + METADATA
+        total = 0.0
+        for layer in cache.layers:
+            # Samples of a batch share a layer's storage, which is as large as the largest budget asks for.
+            slots = max(slots.quantized for slots in layer.slots)
+            slots = -(-slots // FORMATS[number_format].slot_multiple) * FORMATS[number_format].slot_multiple
+            total += 2 * 2 * ((W + max(slots.original for slots in layer.slots)) * original + slots * quantized)
+        return total
+
+    with attach(half):
+        forward(half, cache, ids)
+        assert cache.nbytes() == pickled_bytes(cache) == storage_bytes(cache) == expected()
+        for _ in feed(half, cache, prompt(5, seed=2, batch=2)):
+            assert cache.nbytes() == pickled_bytes(cache) == expected()
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_bytes_of_a_cache_that_is_not_full_yet(half: Any, method: str) -> None:
+    """It grows in steps, never beyond what the full budget takes, and nothing of the prompt is kept alive."""
+    config = CacheConfig.for_method(method, cache_size=150, window_size=W)
+    cache = TriStateCache(half, config)
+    most = 2 * 2 * 150 * (2 * 64 * 2 + METADATA)
+    ids = prompt(160, seed=3)
+    with attach(half):
+        forward(half, cache, ids[:, :70])
+        assert cache.nbytes() <= 2 * 2 * (70 + 64 + W) * (2 * 64 * 2 + METADATA)
+        for _ in feed(half, cache, ids[:, 70:]):
+            assert cache.nbytes() == pickled_bytes(cache)
+            assert cache.nbytes() <= most
+
+
+def test_a_quarter_of_the_tokens_takes_a_quarter_of_the_bytes(half: Any) -> None:
+    """Positions and scores add a thirty-second at head dim 64: 25.8 %."""
+    ids = prompt(1000, seed=4)
+    full = DynamicCache(config=half.config)
+    forward(half, full, ids)
+    shares = {}
+    for method in PUBLISHED:
+        cache = TriStateCache(half, CacheConfig.for_method(method, cache_size=250))
+        with attach(half):
+            forward(half, cache, ids)
+            shares[method] = cache.nbytes() / stock_bytes(full)
+            for _ in feed(half, cache, prompt(3, seed=5)):
+                pass
+        assert cache.nbytes() / stock_bytes(full) == shares[method]
+    assert 0.25 < shares["origin"] <= 0.26
+    assert shares["window"] == shares["origin"]
+    # fp8 in the place of bfloat16 for all but the window.
+    assert shares["quant"] <= 0.16
+    assert shares["quant"] < shares["mix"] <= shares["origin"]
+
+
+# -- budgets in bytes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method, number_format",
+    [("window", "int4"), ("origin", "int4"), ("quant", "fp8"), ("quant", "int4"), ("mix", "int2"), ("mix", "int4")],
+)
+@pytest.mark.parametrize("length, steps", [(6, 105), (60, 45), (500, 12)])
+def test_a_budget_in_bytes_holds_at_every_step(
+    half: Any, method: str, number_format: str, length: int, steps: int
+) -> None:
+    size = 96
+    config = CacheConfig.for_method(
+        method, cache_size=size, budget_unit="bytes", window_size=W, quant_format=number_format
+    )
+    cache = TriStateCache(half, config)
+    budget = size * 2 * 64 * 2 * 2 * 2
+    ids = prompt(length + steps, seed=length)
+    with attach(half):
+        forward(half, cache, ids[:, :length])
+        assert cache.nbytes() <= budget
+        for _ in feed(half, cache, ids[:, length:]):
+            assert cache.nbytes() <= budget
+    # At the end there was more than enough to hold. Less than one slot and one group of every head may be left.
+    group = FORMATS[number_format].slot_multiple * (FORMATS[number_format].bytes_per_token(64) + METADATA)
+    assert cache.nbytes() >= budget - 2 * 2 * (264 + (group if config.quantizes else 0))
+    counts = cache.token_counts()
+    if method in ("quant", "mix") and length == 500:
+        assert counts["original"] + counts["quantized"] > 1.3 * size
+
+
+def test_a_ratio_is_a_share_of_each_samples_full_bytes(half: Any) -> None:
+    ids = prompt(1200, seed=6)
+    full = DynamicCache(config=half.config)
+    forward(half, full, ids)
+    for method in PUBLISHED:
+        cache = TriStateCache(half, CacheConfig.for_method(method, cache_ratio=0.25, budget_unit="bytes"))
+        with attach(half):
+            forward(half, cache, ids)
+        assert 0.23 <= cache.nbytes() / stock_bytes(full) <= 0.25
+
+
+def test_budgets_in_bytes_of_a_padded_batch(half: Any) -> None:
+    """Samples that have outgrown the cache share storage with samples that have not."""
+    ids, mask = left_padded([prompt(length, seed=length) for length in (500, 100, 20)])
+    cache = TriStateCache(half, CacheConfig.for_method("mix", cache_size=64, budget_unit="bytes", window_size=W))
+    with attach(half):
+        forward(half, cache, ids, attention_mask=mask)
+        assert cache.nbytes() <= 3 * 64 * (2 * 64 * 2) * 2 * 2
+        for layer in cache.layers:
+            assert all(len(high) + len(low) == 20 for high, low in held_sets(layer, 2))
+
+
+# -- what a prefill holds -----------------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_a_prefill_are_those_of_the_stock_cache(half: Any) -> None:
+    ids = prompt(70, seed=1, batch=2)
+    prefill, full = PrefillCache(half), DynamicCache(config=half.config)
+    forward(half, full, ids)
+    with attach(half):
+        forward(half, prefill, ids)
+    assert prefill.nbytes() == stock_bytes(full)
+    assert prefill.full_bytes(70) == stock_bytes(full)
+    forward(half, full, prompt(11, seed=2, batch=2))
+    assert prefill.full_bytes(81) == stock_bytes(full)
+
+
+def test_full_bytes_of_a_model_with_sliding_layers() -> None:
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = spread(Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, sliding_window=16, layer_types=types)), seed=4)
+    for length in (5, 15, 16, 17, 60):
+        ids = prompt(length, seed=1)
+        prefill, full = PrefillCache(model), DynamicCache(config=model.config)
+        forward(model, full, ids)
+        with attach(model):
+            forward(model, prefill, ids)
+        assert prefill.full_bytes(length) == stock_bytes(full)
+        assert prefill.nbytes() == storage_bytes([(layer.keys, layer.values) for layer in full.layers])
+
+
+# -- the walk itself ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Holder:
+    item: Any
+    other: Any = None
+
+
+class Slotted:
+    __slots__: ClassVar[tuple[str, ...]] = ("empty", "item")
+
+    def __init__(self, item: Any) -> None:
+        self.item = item
+
+
+class SlottedChild(Slotted):
+    __slots__ = "more"
+
+    def __init__(self, item: Any, more: Any) -> None:
+        super().__init__(item)
+        self.more = more
+
+
+Pair = collections.namedtuple("Pair", "left right")
+
+
+def test_a_view_counts_as_the_storage_that_it_keeps_alive() -> None:
+    whole = torch.zeros(1000)
+    assert storage_bytes(whole[:10]) == 4000
+    assert storage_bytes(whole[:10], whole[500:], whole.view(10, 100).T, whole) == 4000
+    assert storage_bytes(whole.expand(7, 1000)) == 4000
+    assert storage_bytes(torch.zeros(1).expand(10**6)) == 4
+    assert storage_bytes(whole, whole.clone()) == 8000
+    assert storage_bytes(torch.zeros(0), whole[:0]) == 4000
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda t: [t],
+        lambda t: (t, [t]),
+        lambda t: {"key": {"inner": t}},
+        lambda t: Holder(Holder(t)),
+        lambda t: Pair(t, 1),
+        lambda t: Slotted(t),
+        lambda t: SlottedChild(None, t),
+        lambda t: {t},
+        lambda t: frozenset([t]),
+        lambda t: collections.OrderedDict(a=t),
+        lambda t: collections.defaultdict(list, a=[t]),
+        lambda t: collections.deque([t]),
+        lambda t: torch.nn.Parameter(t),
+        lambda t: collections.UserDict(a=t),
+    ],
+)
+def test_tensors_are_found_in_any_container(wrap: Any) -> None:
+    assert storage_bytes(wrap(torch.zeros(100))) == 400
+
+
+def test_a_subclass_counts_what_it_holds_not_what_it_stands_for() -> None:
+    one, other = torch.zeros(100), torch.zeros(100)
+    assert storage_bytes(TwoTensor(one, other)) == 800
+    assert storage_bytes([TwoTensor(one, other)], one) == 800
+
+
+def test_circles_and_models_are_no_trouble() -> None:
+    holder = Holder(torch.zeros(100))
+    holder.other = [holder, {"again": holder}]
+    assert storage_bytes(holder) == 400
+    holder.other = torch.nn.Linear(1000, 1000)
+    assert storage_bytes(holder) == 400, "a cache may point at its model"
+    assert storage_bytes(None, 3, "text", [], {}) == 0
+
+
+def test_many_short_lived_containers_are_all_counted() -> None:
+    """Python gives an address to a new object as soon as the old one is gone."""
+
+    class Fresh(collections.abc.Mapping):  # type: ignore[type-arg]
+        def __init__(self, tensors: list[torch.Tensor]) -> None:
+            self._get = lambda: tensors
+
+        def __getitem__(self, key: int) -> list[torch.Tensor]:
+            return [self._get()[key]]
+
+        def __iter__(self) -> Any:
+            return iter(range(len(self._get())))
+
+        def __len__(self) -> int:
+            return len(self._get())
+
+    assert storage_bytes(Fresh([torch.zeros(10) for _ in range(50)])) == 2000

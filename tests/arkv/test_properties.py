@@ -1,0 +1,361 @@
+"""What must hold for any settings and any numbers, tried on many that hypothesis thinks of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from arkv import FORMATS, CacheConfig, ConfigError
+from arkv.budget import ByteBudget, Geometry, byte_slots, oq_ratios, token_slots
+from arkv.quantization import Layout, QuantizedTensor
+from arkv.scoring import causal_visibility, pool, prefill_statistics, window_attention
+from tests.arkv.conftest import Driver, held_sets
+
+few = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+many = settings(few, max_examples=150)
+
+
+# -- number formats -------------------------------------------------------------------------------------------------------
+
+
+LAYOUTS = [(name, part) for name in sorted(FORMATS) for part in ("key", "value")]
+
+
+def groups_of(layout: Layout, x: torch.Tensor) -> torch.Tensor:
+    """The numbers of ``x`` [B, H, S, D] that share a scale, in the last dimension."""
+    if layout.axis == "channel":
+        return x.unflatten(2, (-1, layout.group)).transpose(-1, -2)
+    return x.unflatten(-1, (-1, layout.group or x.shape[-1]))
+
+
+def half_step(layout: Layout, groups: torch.Tensor) -> torch.Tensor:
+    """Half a quantization step at each number, in float64, from the numbers alone."""
+    x = groups.double()
+    if layout.floating:
+        scale = (x.abs().amax(-1, keepdim=True) / 448).clamp_min(torch.finfo(torch.float32).tiny)
+        exponent = torch.floor(torch.log2((x.abs() / scale).clamp_min(2.0**-6)))
+        return scale * 2.0 ** (exponent - 4)
+    if layout.symmetric:
+        scale = (x.abs().amax(-1, keepdim=True) / (2 ** (layout.bits - 1) - 1)).clamp_min(
+            torch.finfo(torch.float32).tiny
+        )
+        return (scale / 2).expand_as(x)
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    # The range is rounded outwards to bfloat16: its lower end, and then the step.
+    step = (high - low + low.abs() / 128) / (2**layout.bits - 1) * (1 + 1 / 128)
+    return (step.clamp_min(torch.finfo(torch.bfloat16).tiny) / 2).expand_as(x)
+
+
+magnitudes = st.sampled_from([0.0, 1e-38, 1e-30, 1e-6, 1e-3, 1.0, 30.0, 1e4, 1e30])
+
+
+@pytest.mark.parametrize("name, part", LAYOUTS)
+@given(
+    seed=st.integers(0, 2**16),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scale=magnitudes,
+    offset=magnitudes,
+    outlier=st.sampled_from([0.0, 1.0, 100.0]),
+    zeros=st.booleans(),
+)
+@few
+def test_a_round_trip_moves_a_number_by_half_a_step_at_most(
+    name: str, part: str, seed: int, dtype: torch.dtype, scale: float, offset: float, outlier: float, zeros: bool
+) -> None:
+    layout: Layout = getattr(FORMATS[name], part)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 2, 64, 64, generator=generator) * scale
+    x += offset * torch.randn(64, generator=generator).sign()
+    x[0, 0, 5, 7] += outlier * scale
+    if zeros:
+        x[0, :, 3] = 0
+        x[0, 1, :, 9] = 0
+    x = x.to(dtype)
+    assume(bool(x.isfinite().all()))
+    back = QuantizedTensor.quantize(layout, x).dequantize(torch.float32)
+    assert back.isfinite().all()
+    groups = groups_of(layout, x.float())
+    error = (groups_of(layout, back).double() - groups.double()).abs()
+    # Arithmetic in float32 adds a rounding of the numbers themselves.
+    rounding = groups.double().abs().amax(-1, keepdim=True) * 2.0**-22
+    assert (error <= half_step(layout, groups) * (1 + 1e-5) + rounding).all()
+
+
+@given(seed=st.integers(0, 2**16), scale=magnitudes, name=st.sampled_from(sorted(FORMATS)))
+@few
+def test_products_with_codes_are_products_with_values(seed: int, scale: float, name: str) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 2, 64, 32, generator=generator) * scale
+    query, weights = torch.randn(1, 2, 3, 32, generator=generator), torch.rand(1, 2, 3, 64, generator=generator)
+    for layout in (FORMATS[name].key, FORMATS[name].value):
+        quantized = QuantizedTensor.quantize(layout, x)
+        values = quantized.dequantize(torch.float32)
+        assert torch.allclose(quantized.dot(query), query @ values.mT, rtol=1e-4, atol=1e-4 * scale)
+        assert torch.allclose(quantized.weigh(weights), weights @ values, rtol=1e-4, atol=1e-4 * scale)
+
+
+# -- scores and budgets -----------------------------------------------------------------------------------------------------
+
+
+@given(
+    seed=st.integers(0, 2**16),
+    past=st.integers(0, 20),
+    window=st.integers(1, 6),
+    groups=st.integers(1, 3),
+    sharpness=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
+    importance=st.sampled_from(["mean_var", "mean_max"]),
+)
+@many
+def test_scores_are_finite_and_not_negative(
+    seed: int, past: int, window: int, groups: int, sharpness: float, importance: Any
+) -> None:
+    """Also for uniform attention, for attention to a single token, and without an evictable region."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(2, 2 * groups, window, 8, generator=generator) * sharpness
+    key = torch.randn(2, 2, past + window, 8, generator=generator) * 5
+    attention = window_attention(query, key, 1.0, causal_visibility(past + window, window, None, key.device))
+    statistics = prefill_statistics(attention, 2, CacheConfig(cache_size=64, importance=importance))
+    assert statistics.importance.shape == (2, 2, past + window)
+    assert statistics.importance.isfinite().all()
+    assert (statistics.importance >= 0).all()
+    for tau in (0.5, 1.0, 7.0):
+        oq = statistics.oq_score(tau, tau, tau)
+        assert oq.isfinite().all()
+        assert (oq >= 0).all()
+        if not past:
+            assert (oq == 0).all()
+    ratios = oq_ratios(oq.tolist())
+    assert max(ratios) == 1.0
+
+
+@given(st.lists(st.floats(0, 100, width=32), min_size=0, max_size=30), st.sampled_from([1, 3, 5, 9]))
+@many
+def test_pooling_keeps_size_and_mass(values: list[float], width: int) -> None:
+    x = torch.tensor(values).view(1, 1, -1)
+    pooled = pool(x, width)
+    assert pooled.shape == x.shape
+    assert float(pooled.sum()) <= float(x.sum()) * (1 + 1e-5) + 1e-5
+    assert (pooled >= 0).all()
+
+
+@given(
+    scores=st.lists(st.floats(0, 1e6), min_size=1, max_size=12),
+    past=st.integers(1, 3000),
+    share=st.none() | st.floats(0, 1),
+)
+@many
+def test_token_slots_add_up(scores: list[float], past: int, share: float | None) -> None:
+    config = CacheConfig(cache_size=past + 4, window_size=4, original_share=share)
+    for slots in (token_slots(config, past + 4, ratio) for ratio in oq_ratios(scores)):
+        assert slots.original + slots.quantized == past
+        assert min(slots) >= 0
+
+
+@given(
+    scores=st.lists(st.floats(0, 1e6), min_size=1, max_size=12),
+    size=st.integers(80, 3000),
+    share=st.floats(0, 1),
+    name=st.sampled_from(sorted(FORMATS)),
+    window=st.integers(1, 16),
+    sinks=st.integers(0, 8),
+    tokens=st.integers(1, 20_000),
+    layer_budgets=st.sampled_from(["equal", "oq"]),
+    geometry=st.sampled_from(
+        [Geometry(64, torch.bfloat16, 8), Geometry(128, torch.float16, 4), Geometry(32, torch.float32, 6)]
+    ),
+)
+@many
+def test_byte_slots_cost_no_more_than_there_is(
+    scores: list[float],
+    size: int,
+    share: float,
+    name: str,
+    window: int,
+    sinks: int,
+    tokens: int,
+    layer_budgets: Any,
+    geometry: Geometry,
+) -> None:
+    config = CacheConfig(
+        cache_size=size,
+        budget_unit="bytes",
+        original_share=share,
+        quant_format=name,
+        window_size=window,
+        n_sink=sinks,
+        layer_budgets=layer_budgets,
+    )
+    try:
+        budget = ByteBudget(config, geometry, len(scores), tokens)
+    except ConfigError:
+        return
+    total = 0
+    for score in scores:
+        granted = budget.next_layer(score)
+        slots = byte_slots(config, geometry, granted, tokens)
+        assert slots.original >= sinks
+        assert slots.quantized >= 0
+        quantized = FORMATS[name].bytes_per_token(geometry.head_dim) + geometry.slot_bytes
+        cost = (window + slots.original) * (2 * geometry.head_dim * geometry.dtype.itemsize + geometry.slot_bytes)
+        assert cost + slots.quantized * quantized <= granted
+        total += granted
+    assert total <= size * 2 * geometry.head_dim * geometry.dtype.itemsize * len(scores)
+
+
+# -- the cache ------------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def configs(draw: Any, units: tuple[str, ...] = ("tokens", "bytes")) -> CacheConfig:
+    window = draw(st.integers(1, 7))
+    past = draw(st.integers(2, 24))
+    unit = draw(st.sampled_from(units))
+    sinks = draw(st.integers(0, min(past, 3)))
+    share = draw(st.sampled_from([0.0, 0.3, 0.7, 1.0] + ([None] if unit == "tokens" else [])))
+    if share in (0.0, 0.3, None):
+        # Whether sinks win over a share that leaves no room for them is tested elsewhere.
+        sinks = 0
+    return CacheConfig(
+        cache_size=window + past + (40 if unit == "bytes" else 0),
+        budget_unit=unit,
+        window_size=window,
+        n_sink=sinks,
+        ranking=draw(st.sampled_from(["heavy_hitter", "heavy_hitter", "recency"])),
+        original_share=share,
+        quant_format=draw(st.sampled_from(["fp8", "int8"])),
+        importance=draw(st.sampled_from(["mean_var", "mean_max"])),
+        pool_width=draw(st.sampled_from([1, 5])),
+        decode_importance=draw(st.sampled_from(["latest", "mean"])),
+        value_norm=draw(st.booleans()),
+        tau1=draw(st.sampled_from([0.5, 7.0])),
+        attention=draw(st.sampled_from(["fused", "reconstruct"])),
+    )
+
+
+sequences = st.lists(st.sampled_from([1, 1, 1, 1, 1, 1, 2, 3, 7, 20, 50]), min_size=2, max_size=14)
+"""Lengths of the forwards that a cache sees one after the other."""
+
+
+@given(config=configs(), parts=sequences, seed=st.integers(0, 2**16))
+@settings(few, max_examples=60)
+def test_budget_window_and_one_way_states(config: CacheConfig, parts: list[int], seed: int) -> None:
+    """For prompts, blocks and single steps in any order."""
+    driver = Driver(config, layers=2, dim=32)
+    inputs = [driver.random(sum(parts), seed + layer, batch=2, scale=0.2 + layer) for layer in range(2)]
+    before: dict[tuple[int, int, int], tuple[set[int], set[int]]] = {}
+    seen = 0
+    for part in parts:
+        for layer in range(2):
+            output = driver.feed(*(tensor[:, :, seen : seen + part] for tensor in inputs[layer]), layer=layer)
+            assert output.isfinite().all()
+        first, seen = seen, seen + part
+        assert driver.cache.get_seq_length() == seen
+        for layer in range(2):
+            for sample in range(2):
+                slots = driver.layer(layer).slots[sample]
+                limit = driver.layer(layer).limits[sample]
+                for head, (high, low) in enumerate(held_sets(driver.layer(layer), sample)):
+                    held = high | low
+                    assert set(range(max(seen - config.window_size, 0), seen)) <= high
+                    if config.budget_unit == "tokens":
+                        assert len(held) == min(seen, config.tokens_worth(0))
+                    if seen <= limit:
+                        assert not low
+                        assert len(high) == seen
+                    else:
+                        assert len(high) <= config.window_size + slots.original
+                        assert len(low) <= slots.quantized
+                    assert set(range(min(config.n_sink, seen))) <= high
+                    old_high, old_low = before.get((layer, sample, head), (set(), set()))
+                    new = set(range(first, seen))
+                    assert high <= old_high | new
+                    assert low <= old_high | old_low | new
+                    before[layer, sample, head] = (high, low)
+        if config.budget_unit == "bytes":
+            assert driver.cache.nbytes() <= 2 * 2 * 2 * config.tokens_worth(0) * 2 * 32 * 4
+
+
+@given(config=configs(), parts=sequences, seed=st.integers(0, 2**16))
+@few
+def test_a_sample_is_the_same_in_a_batch_and_alone(config: CacheConfig, parts: list[int], seed: int) -> None:
+    together, alone = Driver(config, layers=2, dim=32), Driver(config, layers=2, dim=32)
+    inputs = [together.random(sum(parts), seed + layer, batch=3, scale=0.2 + layer) for layer in range(2)]
+    seen = 0
+    for part in parts:
+        for layer in range(2):
+            step = [tensor[:, :, seen : seen + part] for tensor in inputs[layer]]
+            output = together.feed(*step, layer=layer)
+            own = alone.feed(*(tensor[1:2] for tensor in step), layer=layer)
+            assert (output[1] - own[0]).abs().max() < 1e-4
+            assert held_sets(together.layer(layer), 1) == held_sets(alone.layer(layer), 0)
+            assert together.layer(layer).slots[1] == alone.layer(layer).slots[0]
+        seen += part
+
+
+@given(config=configs(), parts=sequences, seed=st.integers(0, 2**16))
+@few
+def test_every_output_is_attention_over_what_is_held(config: CacheConfig, parts: list[int], seed: int) -> None:
+    """Worked out from the reconstructed cache before a forward and the forward's own tokens, causally.
+
+    In a single step the token that it displaces leaves before the attention is taken; a block is read first.
+    """
+    driver = Driver(config, dim=32)
+    query, key, value = driver.random(sum(parts), seed, scale=0.3)
+    seen = 0
+    for part in parts:
+        where = slice(seen, seen + part)
+        stored = driver.layer().reconstruct()[0] if seen and part > 1 else None
+        output = driver.feed(query[:, :, where], key[:, :, where], value[:, :, where])
+        if part == 1:
+            stored = driver.layer().reconstruct()[0]
+        for head in range(2):
+            keys, values = key[0, head, where], value[0, head, where]
+            old = 0
+            if stored is not None:
+                real = stored.position[0, head] >= 0
+                places = stored.position[0, head][real]
+                assert (places[1:] > places[:-1]).all()
+                old = int(real.sum()) - (1 if part == 1 else 0)
+                keys = torch.cat([stored.key[0, head][real], keys])[: old + part]
+                values = torch.cat([stored.value[0, head][real], values])[: old + part]
+            for group in range(2):
+                for place in range(part):
+                    row = query[0, head * 2 + group, seen + place]
+                    weights = (keys[: old + place + 1] @ row * driver.scaling).softmax(0)
+                    expected = weights @ values[: old + place + 1]
+                    assert (output[0, place, head * 2 + group] - expected).abs().max() < 1e-4
+        seen += part
+
+
+@given(
+    config=configs(),
+    parts=sequences,
+    order=st.lists(st.integers(0, 2), min_size=1, max_size=4),
+    seed=st.integers(0, 2**16),
+)
+@few
+def test_picked_samples_go_on_as_themselves(config: CacheConfig, parts: list[int], order: list[int], seed: int) -> None:
+    driver = Driver(config, dim=32)
+    inputs = driver.random(sum(parts) + 8, seed, batch=3)
+    alone = []
+    for sample in range(3):
+        own = Driver(config, dim=32)
+        seen = 0
+        for part in [*parts, *[1] * 8]:
+            output = own.feed(*(tensor[sample : sample + 1, :, seen : seen + part] for tensor in inputs))
+            seen += part
+        alone.append((held_sets(own.layer()), output))
+    seen = 0
+    for part in parts:
+        driver.feed(*(tensor[:, :, seen : seen + part] for tensor in inputs))
+        seen += part
+    driver.cache.batch_select_indices(torch.tensor(order))
+    for place in range(seen, seen + 8):
+        output = driver.feed(*(tensor[order, :, place : place + 1] for tensor in inputs))
+    for row, source in enumerate(order):
+        assert held_sets(driver.layer(), row) == alone[source][0]
+        assert (output[row] - alone[source][1][0]).abs().max() < 1e-4
