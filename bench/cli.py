@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from bench.commands import doctor, list_, report, run
+from bench.commands import doctor, list_, report, run, speed
 from bench.errors import UserError
 from tasks.base import TaskError
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("report")(report.report)
+app.command("speed")(speed.speed)
 app.command("list")(list_.list_things)
 app.command("doctor")(doctor.doctor)
 
@@ -59,8 +60,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app(with_dashes(sys.argv[1:] if arguments is None else arguments), standalone_mode=True)
-    except KeyboardInterrupt:
-        _fail("stopped; what was measured is kept, and the same command continues", 130)
     except (UserError, ValueError) as error:
         _fail(*_explain(error))
 

@@ -25,11 +25,12 @@ class ProgressReporter:
         console: where to write; a bar is drawn only on a terminal.
         label: what is counted, such as the task's name.
         total: number of steps.
+        unit: what a step is.
         done: steps that an earlier run had done; they do not count for the time left.
     """
 
-    def __init__(self, console: Console, label: str, total: int, done: int = 0) -> None:
-        self.console, self.label, self.total = console, label, total
+    def __init__(self, console: Console, label: str, total: int, done: int = 0, unit: str = "documents") -> None:
+        self.console, self.label, self.total, self.unit = console, label, total, unit
         self.done, self.skipped = done, done
         self._bar: Progress | None = None
         self._start = self._last = time.monotonic()
@@ -63,7 +64,7 @@ class ProgressReporter:
             elapsed = current - self._start
             left = elapsed / (self.done - self.skipped) * (self.total - self.done)
             self.console.print(
-                f"{self.label}: {self.done}/{self.total} documents, {duration(elapsed)} elapsed, "
+                f"{self.label}: {self.done}/{self.total} answers, {duration(elapsed)} elapsed, "
                 f"{duration(left)} left{'; ' + note if note else ''}",
                 markup=False,
                 highlight=False,

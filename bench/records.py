@@ -93,13 +93,15 @@ class RunFolder:
     Args:
         path: the folder, made if absent.
         fingerprint: everything that changes an answer; a folder with another one is refused.
+        fresh: forget what an earlier run left in the folder.
 
     Raises:
         UserError: another process writes there, or the folder belongs to a run with other settings.
     """
 
-    def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any], *, fresh: bool = False) -> None:
         self.path = path
+        self.fresh = fresh
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.samples: dict[tuple[str, ...], dict[str, Any]] = {}
         self._lock = FileLock(path / ".lock")
@@ -120,6 +122,9 @@ class RunFolder:
         return self
 
     def _open(self) -> None:
+        if self.fresh:
+            # Only now that the lock is held: another run may be writing.
+            clear(self.path)
         old = read_record(self.path) if (self.path / RECORD).is_file() else None
         if old is not None and old["fingerprint"] != self.fingerprint:
             different = sorted(

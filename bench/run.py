@@ -106,8 +106,6 @@ def execute(
     """
     cells = grid(config.quant_type, config.budgets, config.window_size, config.quant_format, config.method_settings)
     tasks = [make_task(name) for name in config.tasks]
-    if fresh:
-        records.clear(path)
     outcome = Outcome(path)
     started = records.now()
     loaded: dict[str, LoadedModel] = {}
@@ -118,7 +116,7 @@ def execute(
             raise UserError(f"--model: {reference!r} has the name of another one, {model.name!r}; rename its folder")
         loaded[model.name] = model
     models = {model.name: model.fingerprint for model in loaded.values()}
-    with records.RunFolder(path, fingerprint(config, models)) as folder:
+    with records.RunFolder(path, fingerprint(config, models), fresh=fresh) as folder:
         record = {
             "started": started,
             "finished": None,
@@ -184,7 +182,7 @@ def _measure(
     console: Console,
 ) -> int:
     """Answer what is not answered yet. Returns the number of new samples."""
-    left = {}
+    left: dict[str, list[Cell]] = {}
     for document in documents:
         prompt_hash = _prompt_hash(document)
         open_cells = [
@@ -194,16 +192,18 @@ def _measure(
         ]
         if open_cells:
             left[document.id] = open_cells
-    done = len(documents) - len(left)
+    total = len(documents) * len(cells)
+    done = total - sum(map(len, left.values()))
     if done:
-        console.print(f"{escape(task.name)}: {done} of {len(documents)} documents are in {escape(str(folder.path))}")
+        found = f"{task.name}: {done} of {total} answers are in {folder.path} already"
+        console.print(found, markup=False, highlight=False, soft_wrap=True)
     measured = 0
-    with ProgressReporter(console, f"{model} {task.name}", len(documents), done) as progress:
+    with ProgressReporter(console, f"{model} {task.name}", total, done) as progress:
         for document in documents:
             if document.id not in left:
                 continue
             for measurement in engine.answer(document, left[document.id]):
                 folder.append(to_sample(model, task, document, _prompt_hash(document), measurement))
                 measured += 1
-            progress.advance()
+                progress.advance()
     return measured

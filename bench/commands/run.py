@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from bench.errors import UserError
+
 GRID, SETTINGS, DATA, OUTPUT = "The grid", "Settings of the methods", "Models and data", "Output"
 
 
@@ -103,7 +105,11 @@ def run(
 
     console = Console()
     path = config.outdir or _new_folder(preset)
-    outcome = execute(config, path, console, fresh=fresh, origin=origin)
+    try:
+        outcome = execute(config, path, console, fresh=fresh, origin=origin)
+    except KeyboardInterrupt:
+        message = f"stopped; what was measured is in {path}: the same command with --outdir {path} continues"
+        raise UserError(message, exit_code=130) from None
     if outcome.rows:
         print_comparison([outcome.rows], console)
     console.print(f"Run folder: {path}", markup=False, highlight=False, soft_wrap=True)
