@@ -1,6 +1,8 @@
 # `make` lists what there is. VENV=dir puts the environment elsewhere.
 SHELL := bash
 VENV ?= .venv
+# Without compiled modules every start of Python would take half a minute.
+unexport PYTHONDONTWRITEBYTECODE
 NEWEST := $(VENV)-newest
 PYTHON := $(VENV)/bin/python
 PYTEST := TQDM_DISABLE=1 $(PYTHON) -m pytest

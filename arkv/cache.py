@@ -583,7 +583,14 @@ class TriStateCache(Cache):
     def __init__(self, model: PreTrainedModel | PreTrainedConfig, config: CacheConfig) -> None:
         self.config = config
         self._budgets: list[ByteBudget] | None = None
-        context = getattr(getattr(model, "config", model), "max_position_embeddings", None)
+        model_config: Any = getattr(model, "config", model).get_text_config(decoder=True)
+        if config.quantizes:
+            head_dim = getattr(model_config, "head_dim", None)
+            try:
+                config.number_format.check(head_dim or model_config.hidden_size // model_config.num_attention_heads)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+        context = getattr(model_config, "max_position_embeddings", None)
         super().__init__(layers=_layers(model, lambda: TriStateLayer(config, context)))
         self._last = max(index for index, layer in enumerate(self.layers) if isinstance(layer, TriStateLayer))
 

@@ -82,7 +82,7 @@ class CacheConfig:
     pool_width: int = 5
     """Width of the average pooling of heavy-hitter scores over neighbouring tokens; odd, 1 is none."""
 
-    max_pool_width: int = 7
+    max_pool_width: int = 15
     """``mean_max``: width of the maximum pooling of the largest attention; odd, 1 is none."""
 
     decode_importance: Literal["latest", "mean"] = "latest"
@@ -207,7 +207,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 BYTE_DEFAULTS: dict[str, Any] = {
     "n_sink": 4,
-    "quant_format": "int4",
+    "quant_format": "k4v3",
     "importance": "mean_max",
     "decode_importance": "mean",
 }

@@ -59,10 +59,11 @@ class Layout:
         if self.axis == "channel":
             assert self.group is not None
             return self.group
-        group = self.group or head_dim
+        group = min(self.group or head_dim, head_dim)
         if head_dim % group:
             raise ValueError(
-                f"group={group} does not divide the head dim {head_dim}: use a divisor, such as {head_dim}"
+                f"a quantization group of {group} channels does not divide the head dim {head_dim}: "
+                "use quant_format='int8'"
             )
         return group
 
@@ -80,6 +81,19 @@ class Format:
     name: str
     key: Layout
     value: Layout
+
+    def check(self, head_dim: int) -> None:
+        """Raises :class:`ValueError` if a head of ``head_dim`` channels cannot be stored, naming a size that can."""
+        for layout in (self.key, self.value):
+            # 3 bits lie in two planes, of which the second packs eight codes to a byte.
+            together = 8 if layout.bits == 3 else 8 // layout.bits
+            if head_dim % together:
+                raise ValueError(
+                    f"quant_format={self.name!r} packs {together} codes to a byte, which the head dim {head_dim} is no "
+                    "multiple of: use 'int8'"
+                )
+            if layout.axis == "token":
+                layout.group_of(head_dim)
 
     @property
     def slot_multiple(self) -> int:
@@ -107,12 +121,15 @@ def _formats() -> dict[str, Format]:
                 Layout(bits, "token", 32, symmetric=False),
             )
         )
+    # Values bear coarse codes better than keys do: attention averages them.
+    formats.append(Format("k4v3", Layout(4, "channel", 64, symmetric=False), Layout(3, "token", 32, symmetric=False)))
     return {item.name: item for item in formats}
 
 
 FORMATS: dict[str, Format] = _formats()
-"""``fp8`` (e4m3) and ``int8`` with a float32 scale per token; ``int4`` and ``int2`` with bfloat16 scales and zero
-points, keys per channel in groups of 64 slots, values per token in groups of 32 channels."""
+"""``fp8`` (e4m3) and ``int8`` with a float32 scale per token; ``int4``, ``int2`` and ``k4v3`` (int4 keys, int3 values)
+with bfloat16 scales and zero points, keys per channel in groups of 64 slots, values per token in groups of 32
+channels."""
 
 
 def _e4m3_to_float(codes: torch.Tensor) -> torch.Tensor:
@@ -138,7 +155,8 @@ class QuantizedTensor:
     """Storage of one quantized tensor [B, H, S, D]: ``codes``, ``scale`` and, unless symmetric, ``zero``.
 
     Codes of less than 8 bits are packed, ``8 / bits`` to a byte: byte ``j`` holds channels ``j``, ``j + D * bits / 8``,
-    and so on, from the low bits up. Ranges have shape [B, H, S, D / g] (per token) or [B, H, S / g, D] (per channel).
+    and so on, from the low bits up. Codes of 3 bits are packed as their low two bits, then their high bits. Ranges
+    have shape [B, H, S, D / g] (per token) or [B, H, S / g, D] (per channel).
     """
 
     def __init__(self, layout: Layout, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> None:
@@ -196,10 +214,11 @@ class QuantizedTensor:
         codes = ((x - zero) / scale).round().clamp(0, top).to(torch.uint8)
         if self.layout.bits == 8:
             return codes
-        packed = torch.zeros_like(codes[..., : codes.shape[-1] * self.layout.bits // 8])
-        for part, piece in enumerate(codes.chunk(8 // self.layout.bits, dim=-1)):
-            packed |= piece << (part * self.layout.bits)
-        return packed
+        return torch.cat([_pack((codes >> low) & (2**bits - 1), bits) for low, bits in self._planes()], dim=-1)
+
+    def _planes(self) -> list[tuple[int, int]]:
+        """Runs of bits that are packed together: the lowest bit and the number of each."""
+        return [(0, 2), (2, 1)] if self.layout.bits == 3 else [(0, self.layout.bits)]
 
     def _parts(self) -> list[torch.Tensor]:
         """Codes as float32, in ``8 / bits`` runs of channels, [B, H, S, D * bits / 8] each."""
@@ -209,9 +228,11 @@ class QuantizedTensor:
             return [self.codes.view(torch.float8_e4m3fn).float()]
         if self.layout.symmetric:
             return [self.codes.view(torch.int8).float()]
-        bits, mask = self.layout.bits, int(self.layout.max_code)
-        pieces = 8 // bits
-        return [((self.codes >> (part * bits)) & mask).float() for part in range(pieces)]
+        planes = self._planes()
+        if len(planes) == 1:
+            return [piece.float() for piece in _unpack(self.codes, self.layout.bits)]
+        low, high = self.codes.split([self.head_dim // 4, self.head_dim // 8], dim=-1)
+        return [(torch.cat(_unpack(low, 2), dim=-1) | torch.cat(_unpack(high, 1), dim=-1) << 2).float()]
 
     def write(self, index: torch.Tensor, x: torch.Tensor, valid: torch.Tensor) -> None:
         """Quantize ``x`` [B, H, n, D] into slots ``index`` [B, H, n] where ``valid`` [B, H, n]; distinct slots."""
@@ -292,6 +313,20 @@ class QuantizedTensor:
         if self.zero is not None:
             output = output + (weights @ self.zero.float()).transpose(-1, -2).unsqueeze(-1)
         return output.transpose(2, 3).reshape(batch, heads, queries, self.head_dim)
+
+
+def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """``8 / bits`` codes to a byte, [..., D] to [..., D * bits / 8]."""
+    pieces = codes.chunk(8 // bits, dim=-1)
+    packed = pieces[0].clone()
+    for part, piece in enumerate(pieces[1:], start=1):
+        packed |= piece << (part * bits)
+    return packed
+
+
+def _unpack(packed: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """The runs of channels that :func:`_pack` put into each byte."""
+    return [(packed >> (part * bits)) & (2**bits - 1) for part in range(8 // bits)]
 
 
 def _ranges(layout: Layout, x: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -11,7 +11,7 @@ dim. With the last ``W`` queries (ARKV, arXiv 2603.08727)::
     OQ       = entropy^(1/tau1) variance^(1/tau2) kurtosis^(1/tau3)                 [B]
     hh       = mean_g avg_pool1d(mean_q(P) + gamma Var_q(P), 5)                     [B, H, N - W]
 
-The alternative importance ``mean_max`` is the mean of ``avg_pool1d(mean_gq(P), 5)`` and of ``max_pool1d(max_gq(P), 7)``
+The alternative importance ``mean_max`` is the mean of ``avg_pool1d(mean_gq(P), 5)`` and ``max_pool1d(max_gq(P), 15)``,
 scaled to the same sum per head: a token that one query of one head needs badly counts like one that all use a little.
 
 Variances are the unbiased ones and ``m2`` is held above 1e-8, as in the setting that the published taus were fitted to.

@@ -137,9 +137,9 @@ class RunFolder:
                 "give another --outdir, or --fresh to start it anew"
             )
         path = self.path / SAMPLES
+        self._cut_unfinished_line(path)
         for sample in read_samples(path):
             self.samples[sample_key(sample)] = sample
-        self._cut_unfinished_line(path)
         # Open as long as the folder is.
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
 
@@ -205,9 +205,11 @@ def read_record(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{path} is no run folder: it has no {RECORD}")
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"{file}: not valid JSON") from None
+    if not isinstance(content, dict) or "fingerprint" not in content:
+        raise UserError(f"{file} is not the record of a run")
     return content
 
 

@@ -19,47 +19,58 @@ def _option(help_: str, panel: str, *names: str) -> Any:
 def run(
     model: Annotated[
         str | None,
-        _option("Models: an embedded one (see list models), a hub id, a folder, a .gguf file. [smollm2-135m]", DATA),
+        _option(
+            "Models: an embedded one (see list models), a hub id, a folder, a .gguf file. Default: smollm2-135m.", DATA
+        ),
     ] = None,
-    tasks: Annotated[str | None, _option("Tasks, see list tasks. [needle]", DATA)] = None,
-    quant_type: Annotated[str | None, _option("Methods: full, window, origin, quant, mix. [all five]", GRID)] = None,
-    cache_size: Annotated[str | None, _option("Budgets: tokens held per layer. [512]", GRID)] = None,
+    tasks: Annotated[str | None, _option("Tasks, see list tasks. Default: needle.", DATA)] = None,
+    quant_type: Annotated[
+        str | None, _option("Methods: full, window, origin, quant, mix. Default: all five.", GRID)
+    ] = None,
+    cache_size: Annotated[str | None, _option("Budgets: tokens held per layer. Default: 512.", GRID)] = None,
     cache_ratio: Annotated[
         str | None, _option("Budgets as a share of each prompt, in the place of --cache-size: 0.25,0.125.", GRID)
     ] = None,
     budget_unit: Annotated[
-        str | None, _option("tokens (published), or bytes: what quantization saves buys more tokens. [tokens]", GRID)
+        str | None,
+        _option("tokens (published), or bytes: what quantization saves buys more tokens. Default: tokens.", GRID),
     ] = None,
-    window_size: Annotated[str | None, _option("Newest tokens that always stay at model precision. [32]", GRID)] = None,
+    window_size: Annotated[
+        str | None, _option("Newest tokens that always stay at model precision. Default: 32.", GRID)
+    ] = None,
     quant_format: Annotated[
-        str | None, _option("Formats of quantized tokens: fp8, int8, int4, int2. [fp8; in bytes int4]", GRID)
+        str | None, _option("Formats of quantized tokens: fp8, int8, int4, int2. Default: fp8; in bytes int4.", GRID)
     ] = None,
     tau1: Annotated[
-        float | None, _option("Temperature of the entropy in a layer's OQ score. [published]", SETTINGS)
+        float | None, _option("Temperature of the entropy in a layer's OQ score. Default: published.", SETTINGS)
     ] = None,
-    tau2: Annotated[float | None, _option("Temperature of the variance. [published]", SETTINGS)] = None,
-    tau3: Annotated[float | None, _option("Temperature of the kurtosis. [published]", SETTINGS)] = None,
+    tau2: Annotated[float | None, _option("Temperature of the variance. Default: published.", SETTINGS)] = None,
+    tau3: Annotated[float | None, _option("Temperature of the kurtosis. Default: published.", SETTINGS)] = None,
     gamma: Annotated[
-        float | None, _option("Weight of the variance in a token's importance. [published]", SETTINGS)
+        float | None, _option("Weight of the variance in a token's importance. Default: published.", SETTINGS)
     ] = None,
     limit: Annotated[int | None, _option("Use at most so many documents of a task.", DATA)] = None,
     sampling_ratio: Annotated[
-        float | None, _option("Use this share of the documents, drawn with the seed. [1.0]", DATA)
+        float | None, _option("Use this share of the documents, drawn with the seed. Default: 1.0.", DATA)
     ] = None,
-    seed: Annotated[int | None, _option("Seed of everything that is drawn. [0]", DATA)] = None,
-    lengths: Annotated[str | None, _option("needle: prompt lengths in tokens. [2000]", DATA)] = None,
-    samples: Annotated[int | None, _option("needle: prompts per length, depths spread evenly. [8]", DATA)] = None,
+    seed: Annotated[int | None, _option("Seed of everything that is drawn. Default: 0.", DATA)] = None,
+    lengths: Annotated[str | None, _option("needle: prompt lengths in tokens. Default: 2000.", DATA)] = None,
+    samples: Annotated[
+        int | None, _option("needle: prompts per length, depths spread evenly. Default: 8.", DATA)
+    ] = None,
     haystack: Annotated[
-        str | None, _option("needle: a text file to hide the needle in. [generated sentences]", DATA)
+        str | None, _option("needle: a text file to hide the needle in. Default: generated sentences.", DATA)
     ] = None,
-    num_fewshot: Annotated[int | None, _option("lm-eval tasks: examples in the prompt. [the task's own]", DATA)] = None,
+    num_fewshot: Annotated[
+        int | None, _option("lm-eval tasks: examples in the prompt. Default: the task's own.", DATA)
+    ] = None,
     data_dir: Annotated[
         str | None, _option("Folder with local rows (gsm8k/test.jsonl, ...) instead of a download.", DATA)
     ] = None,
-    device: Annotated[str | None, _option("auto, cpu, cuda, cuda:1, mps. [auto]", DATA)] = None,
-    dtype: Annotated[str | None, _option("auto, float32, bfloat16, float16. [auto: bfloat16]", DATA)] = None,
+    device: Annotated[str | None, _option("auto, cpu, cuda, cuda:1, mps. Default: auto.", DATA)] = None,
+    dtype: Annotated[str | None, _option("auto, float32, bfloat16, float16. Default: auto: bfloat16.", DATA)] = None,
     max_length: Annotated[
-        int | None, _option("Longest prompt plus answer in tokens. [the model's context]", DATA)
+        int | None, _option("Longest prompt plus answer in tokens. Default: the model's context.", DATA)
     ] = None,
     trust_remote_code: Annotated[
         bool, _option("Run code that comes with a hub model. Only if you trust it.", DATA, "--trust-remote-code")
@@ -68,7 +79,7 @@ def run(
         str | None, _option("Settings by name (see list presets) or from a YAML file; flags win.", OUTPUT)
     ] = None,
     outdir: Annotated[
-        str | None, _option("Run folder; an unfinished run there is continued. [runs/TIME]", OUTPUT)
+        str | None, _option("Run folder; an unfinished run there is continued. Default: runs/TIME.", OUTPUT)
     ] = None,
     fresh: Annotated[bool, _option("Forget what an earlier run left in the folder.", OUTPUT, "--fresh")] = False,
     print_config: Annotated[

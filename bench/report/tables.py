@@ -66,6 +66,8 @@ def _parse(raw: dict[str, str], file: Path, line: int) -> Row:
             raise wrong(name, "empty")
         if name in TEXTS:
             row[name] = printable(text) or None
+            if name == "budget_unit" and text and text not in BUDGET_UNITS:
+                raise wrong(name, f"{text!r} is neither tokens nor bytes")
         elif name == "higher_is_better":
             if text not in ("True", "False"):
                 raise wrong(name, f"{text!r} is neither True nor False")
@@ -101,12 +103,14 @@ def _bytes(value: float | None) -> str:
         return ""
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000 or unit == "GB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     raise AssertionError("unreachable")
 
 
 def _budget(row: Row) -> str:
+    if row["cache_ratio"] is not None:
+        return f"{100 * row['cache_ratio']:g} %"
     return "" if row["cache_size"] is None else str(row["cache_size"])
 
 
@@ -138,6 +142,7 @@ RETENTION = Column("score of full", lambda row: _percent(row["retention"]))
 KV_BYTES = Column("KV bytes", lambda row: _bytes(row["kv_bytes_mean"]))
 KV_SHARE = Column("KV of full", lambda row: _percent(row["kv_share"]), needed=True)
 TTFT = Column("TTFT ms", lambda row: _number(row["ttft_ms"], 0))
+TTFT_S = Column("TTFT s", lambda row: "" if row["ttft_ms"] is None else _number(row["ttft_ms"] / 1000, 2))
 TPOT = Column("ms per token", lambda row: _number(row["tpot_ms"], 1))
 
 EVERYTHING = (
@@ -151,12 +156,18 @@ EVERYTHING = (
 STACKED = (
     BUDGET,
     Column("method", lambda row: " ".join(filter(None, (row["method"], row["quant_format"]))), left=True, needed=True),
-    *(SCORE, RETENTION, KV_BYTES, KV_SHARE, Column("O/Q/E %", _states), TTFT, TPOT),
+    *(SCORE, RETENTION, KV_BYTES, KV_SHARE, Column("O/Q/E %", _states), TTFT_S, TPOT),
 )
 """The same within 80 columns: format beside method, the three states in one cell, no tokens per s (1000 / ms)."""
 
+BUDGET_UNITS = {
+    "tokens": "so many tokens in every layer, however many bytes each takes",
+    "bytes": "the bytes of so many tokens at model precision, into which more quantized tokens fit",
+}
+"""What a budget counts."""
+
 LEGEND = (
-    "budget: tokens that a layer may hold. score of full: the score over that of the full cache on the same prompts.",
+    "score of full: the score over that of the full cache on the same prompts.",
     "KV bytes: everything the cache stores at the end of decoding, scales, positions and scores of tokens included; "
     "KV of full: those bytes over what a full cache stores for the same tokens.",
     "orig., quant., evicted (O/Q/E): share of the tokens that ended Original, Quantized and Evicted.",
@@ -187,7 +198,8 @@ def compare(rows: Sequence[Row]) -> list[Comparison]:
         mine = [row for row in rows if (row["model"], row["task"], row["metric"]) == (model, task, metric)]
         by_budget: dict[tuple[Any, ...], list[Row]] = {}
         for row in sorted(mine, key=lambda row: row["method"] != FULL):
-            budget = (row["budget_unit"], row["cache_size"], row["window_size"]) if row["method"] != FULL else ()
+            names = ("budget_unit", "cache_size", "cache_ratio", "window_size") if row["method"] != FULL else ()
+            budget = tuple(row[name] for name in names)
             by_budget.setdefault(budget, []).append(row)
         groups = list(by_budget.values())
         first = mine[0]
@@ -215,6 +227,11 @@ def _best(groups: Sequence[Sequence[Row]]) -> set[tuple[int, int]]:
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     notes = []
+    units = {row["budget_unit"] for row in rows if row["budget_unit"] is not None}
+    if units:
+        notes.append(
+            "budget, as tokens or as a share of the prompt: " + "; ".join(BUDGET_UNITS[unit] for unit in sorted(units))
+        )
     windows = sorted({row["window_size"] for row in rows if row["window_size"] is not None})
     if windows:
         notes.append(f"newest tokens always kept at model precision: {', '.join(map(str, windows))}")
@@ -240,8 +257,7 @@ def _table(comparison: Comparison, columns: Sequence[Column]) -> Table:
         padding=(0, 1, 0, 0),
     )
     for column in columns:
-        head, _, tail = column.header.rpartition(" ")
-        header = Text(f"{head}\n{tail}" if head else tail)
+        header = Text(column.header.replace(" ", "\n", 1))
         table.add_column(header, justify="left" if column.left else "right", no_wrap=True)
     for index, group in enumerate(comparison.groups):
         for place, row in enumerate(group):

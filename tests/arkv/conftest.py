@@ -78,6 +78,10 @@ def model(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
 
 
+MODELS_AND_METHODS = [*(("llama", method) for method in PUBLISHED), ("qwen3", "mix")]
+"""For ``parametrize("model, method", ..., indirect=["model"])``: all methods, and the second family once."""
+
+
 def prompt(length: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
     """Random token ids [batch, length]; 0 is left to padding."""
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -49,7 +49,7 @@ W = 8
 SMALL: dict[str, Any] = {"cache_size": 24, "window_size": W}
 
 
-# -- attach and detach --------------------------------------------------------------------------------------------------
+# -- attach and detach -------------------------------------------------------------------------------------------------
 
 
 def implementations(model: Any) -> list[str]:
@@ -180,7 +180,7 @@ def test_the_names_are_registered() -> None:
     assert not any(part in NAME for part in ("flash", "sdpa", "flex_attention", "paged", "/"))
 
 
-# -- stock caches under this attention ----------------------------------------------------------------------------------
+# -- stock caches under this attention ---------------------------------------------------------------------------------
 
 
 def test_a_stock_cache_gives_stock_results(model: Any) -> None:
@@ -248,7 +248,7 @@ def test_a_mask_is_made_only_when_needed() -> None:
     assert not made
 
 
-# -- two ways to decode -------------------------------------------------------------------------------------------------
+# -- two ways to decode ------------------------------------------------------------------------------------------------
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -315,7 +315,7 @@ def test_a_scaling_of_the_models_own_is_used() -> None:
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-2)
 
 
-# -- models with a sliding window or other peculiarities ------------------------------------------------------------------
+# -- models with a sliding window or other peculiarities ---------------------------------------------------------------
 
 
 def gemma3() -> Any:
@@ -372,7 +372,7 @@ def test_mistral_with_and_without_a_sliding_window() -> None:
         got, _ = compressed(model, ids, CacheConfig.for_method(method, cache_size=60, window_size=W), 10)
         assert torch.equal(got.tokens, expected.tokens)
         assert (got.logits - expected.logits).abs().max() < 1e-4
-    with pytest.raises(ConfigError, match="mistral.*sliding"):
+    with pytest.raises(ConfigError, match=r"mistral.*sliding"):
         TriStateCache(MistralConfig(**SHAPE, sliding_window=10), CacheConfig(cache_size=60))
 
 

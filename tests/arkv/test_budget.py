@@ -37,7 +37,7 @@ def test_a_layer_of_score_zero_beside_others_has_ratio_zero() -> None:
     assert oq_ratios([0.0, 5.0]) == [0.0, 1.0]
 
 
-# -- tokens -------------------------------------------------------------------------------------------------------------
+# -- tokens ------------------------------------------------------------------------------------------------------------
 
 
 def test_original_budget_is_the_rounded_share_and_the_rest_is_quantized() -> None:
@@ -72,11 +72,12 @@ def test_c_tokens_or_a_share_of_the_prompt() -> None:
     assert token_limit(config, 50) == 37
 
 
-# -- bytes --------------------------------------------------------------------------------------------------------------
+# -- bytes -------------------------------------------------------------------------------------------------------------
 
 
 def in_bytes(method: str = "mix", **settings: Any) -> CacheConfig:
-    return CacheConfig.for_method(method, **{"cache_size": 256, "budget_unit": "bytes", **settings})
+    fixed = {"cache_size": 256, "budget_unit": "bytes", "quant_format": "int4"}
+    return CacheConfig.for_method(method, **{**fixed, **settings})
 
 
 def cost(config: CacheConfig, slots: Slots, geometry: Geometry = BF16) -> float:
@@ -86,7 +87,9 @@ def cost(config: CacheConfig, slots: Slots, geometry: Geometry = BF16) -> float:
     return (config.window_size + slots.original) * original + slots.quantized * quantized
 
 
-@pytest.mark.parametrize("scores", [[1.0] * 6, [5.0, 1.0, 3.0, 0.5, 8.0, 2.0], [0.0] * 6, [1e-9, 1e9, 1.0, 1.0, 1.0, 1.0]])
+@pytest.mark.parametrize(
+    "scores", [[1.0] * 6, [5.0, 1.0, 3.0, 0.5, 8.0, 2.0], [0.0] * 6, [1e-9, 1e9, 1.0, 1.0, 1.0, 1.0]]
+)
 @pytest.mark.parametrize("layer_budgets", ["equal", "oq"])
 def test_layers_share_exactly_what_there_is(layer_budgets: str, scores: list[float]) -> None:
     config = in_bytes(layer_budgets=layer_budgets)

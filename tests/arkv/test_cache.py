@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from arkv import CacheConfig, TriStateCache, attach
 from tests.arkv.conftest import (
+    MODELS_AND_METHODS,
     PUBLISHED,
     Driver,
     compressed,
@@ -43,11 +44,11 @@ def last_window(seen: int) -> set[int]:
     return set(range(max(seen - W, 0), seen))
 
 
-# -- a budget that is large enough --------------------------------------------------------------------------------------
+# -- a budget that is large enough -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [1, W - 1, W, W + 1, 30])
-@pytest.mark.parametrize("method", PUBLISHED)
+@pytest.mark.parametrize("model, method", MODELS_AND_METHODS, indirect=["model"])
 def test_a_large_budget_changes_nothing(model: Any, method: str, length: int) -> None:
     new = 10
     ids = prompt(length, seed=length)
@@ -94,12 +95,10 @@ def test_one_token_more_than_the_cache_loses_one(llama: Any, method: str) -> Non
             assert all(held == (set(range(25)) - {4}, set()) for held in held_sets(layer))
 
 
-# -- budgets and states, at every step ------------------------------------------------------------------------------------
+# -- budgets and states, at every step ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "method, length", [*((name, 60) for name in (*PUBLISHED, "mean", "sinks")), ("mix", 20), ("mean", 5)]
-)
+@pytest.mark.parametrize("method, length", [*((name, 60) for name in (*PUBLISHED, "mean", "sinks")), ("mean", 5)])
 def test_states_over_a_hundred_steps(llama: Any, method: str, length: int) -> None:
     """The budget holds after every forward, the window is Original, and no token ever comes back."""
     special: dict[str, Any] = {
@@ -184,7 +183,7 @@ def test_layers_differ_under_oq_ratios(llama: Any) -> None:
     )
 
 
-@pytest.mark.parametrize("method", PUBLISHED)
+@pytest.mark.parametrize("model, method", MODELS_AND_METHODS, indirect=["model"])
 def test_positions_go_on_counting_every_token(model: Any, method: str) -> None:
     """What the rotary embedding receives is what it receives with the full cache."""
     received: list[torch.Tensor] = []
@@ -205,7 +204,7 @@ def test_positions_go_on_counting_every_token(model: Any, method: str) -> None:
     assert expected[-1].tolist() == [[58], [51]]
 
 
-# -- what is stored stays -----------------------------------------------------------------------------------------------
+# -- what is stored stays ----------------------------------------------------------------------------------------------
 
 
 def quantized_and_loud(when: str) -> tuple[Driver, list[torch.Tensor], int]:
@@ -286,7 +285,7 @@ def test_quantized_once_from_the_original_value(number_format: str) -> None:
 
 
 def relative_error(driver: Driver, key: torch.Tensor, value: torch.Tensor, sample: int = 0) -> tuple[float, float, int]:
-    """Of the Quantized keys and values of the first layer against the originals [B, H, N, D]; and how many there are."""
+    """Of the Quantized keys and values of the first layer against the originals [B, H, N, D]; and their number."""
     tokens, _ = driver.layer().reconstruct()
     wrong = torch.zeros(2)
     whole = torch.zeros(2)
@@ -306,7 +305,7 @@ TOLERATED = {"fp8": 0.05, "int8": 0.02, "int4": 0.2, "int2": 0.7}
 """Relative error of Quantized keys and values of normally distributed numbers."""
 
 
-@pytest.mark.parametrize("number_format", ["fp8", "int4", "int2"])
+@pytest.mark.parametrize("number_format", ["fp8", "int4"])
 @pytest.mark.parametrize(
     "settings, length",
     [
@@ -369,7 +368,7 @@ def test_reconstruct_is_in_sequence_order(llama: Any) -> None:
             assert places[-W:] == list(range(92, 100))
 
 
-# -- samples of a batch -------------------------------------------------------------------------------------------------
+# -- samples of a batch ------------------------------------------------------------------------------------------------
 
 
 def assert_as_alone(
@@ -391,7 +390,7 @@ def assert_as_alone(
         assert cache.token_counts(sample) == own.token_counts()
 
 
-@pytest.mark.parametrize("method", PUBLISHED)
+@pytest.mark.parametrize("model, method", MODELS_AND_METHODS, indirect=["model"])
 def test_two_samples_of_the_same_length_are_independent(model: Any, method: str) -> None:
     assert_as_alone(model, [prompt(50, seed=1), prompt(50, seed=2)], config_of(method), 16)
 
@@ -476,7 +475,7 @@ def test_a_loud_sample_does_not_touch_another() -> None:
     assert held_sets(quiet, 1) != held_sets(loud, 1)
 
 
-# -- several tokens at once ---------------------------------------------------------------------------------------------
+# -- several tokens at once --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", PUBLISHED)
@@ -535,7 +534,7 @@ def test_window_keeps_the_newest_of_a_block_and_its_sinks(llama: Any) -> None:
                     assert held_sets(layer) == [(expected, set())] * 2
 
 
-@pytest.mark.parametrize("method", PUBLISHED)
+@pytest.mark.parametrize("model, method", MODELS_AND_METHODS, indirect=["model"])
 def test_a_block_equals_single_steps_while_nothing_has_to_leave(model: Any, method: str) -> None:
     config = config_of(method, cache_size=80)
     ids = prompt(60, seed=8)
@@ -606,10 +605,10 @@ def test_a_padded_prompt_may_come_in_chunks(llama: Any) -> None:
             assert held_sets(layer, 1, 31) == held_sets(own_layer)
 
 
-# -- beams, samples picked and repeated, conversations --------------------------------------------------------------------
+# -- beams, samples picked and repeated, conversations -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", PUBLISHED)
+@pytest.mark.parametrize("model, method", MODELS_AND_METHODS, indirect=["model"])
 def test_beam_search_with_room_equals_the_stock_cache(model: Any, method: str) -> None:
     ids = prompt(20, seed=4)
     keywords: dict[str, Any] = {"max_new_tokens": 15, "attention_mask": torch.ones_like(ids), "num_beams": 3}
@@ -668,8 +667,7 @@ def test_samples_of_a_padded_batch_are_picked_before_and_after_they_outgrow_the_
             for row, source in enumerate(picked):
                 own = TriStateCache(llama, config)
                 forward(llama, own, prompts[source])
-                for expected in feed(llama, own, more[row : row + 1]):
-                    pass
+                *_, expected = feed(llama, own, more[row : row + 1])
                 assert (logits[row] - expected[0]).abs().max() < 1e-3
                 shift = 45 - prompts[source].shape[1]
                 for layer, own_layer in zip(cache.layers, own.layers, strict=True):
@@ -691,7 +689,7 @@ def test_repeating_samples(llama: Any) -> None:
             assert (got[row] - expected[0]).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("method", PUBLISHED)
+@pytest.mark.parametrize("model, method", MODELS_AND_METHODS, indirect=["model"])
 def test_a_conversation_goes_on(model: Any, method: str) -> None:
     """A second generation with all ids so far continues in the same cache."""
     first, question = prompt(30, seed=1), prompt(9, seed=2)
@@ -715,7 +713,7 @@ def test_a_conversation_goes_on(model: Any, method: str) -> None:
         assert all(len(high) + len(low) == SMALL["cache_size"] for high, low in held_sets(layer))
 
 
-# -- the rest of transformers' interface ----------------------------------------------------------------------------------
+# -- the rest of transformers' interface -------------------------------------------------------------------------------
 
 
 def test_reset_forgets_everything(llama: Any) -> None:
@@ -739,6 +737,28 @@ def test_cropping_is_refused_with_a_reason(llama: Any) -> None:
         forward(llama, cache, prompt(40))
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(-1)
+
+
+def test_positions_beyond_the_range_of_a_short_integer() -> None:
+    """Where bytes count, positions may be stored in 16 bits as long as they fit; a long run must not wrap around."""
+    config = CacheConfig.for_method("mix", budget_unit="bytes", cache_size=44, window_size=W, n_sink=0)
+    near, far = Driver(config, dim=64), Driver(config, dim=64)
+    inputs = near.random(120, seed=4, scale=0.3)
+    shift = 32704
+    assert shift % W == 0
+    for driver in (near, far):
+        driver.feed(*(tensor[:, :, :60] for tensor in inputs))
+    layer = far.layer()
+    layer.seen += shift
+    for store in (layer.tokens, layer.quantized):
+        store.position[store.position >= 0] += shift
+    for place in range(60, 100):
+        step = [tensor[:, :, place : place + 1] for tensor in inputs]
+        assert torch.equal(near.feed(*step), far.feed(*step))
+        assert held_sets(near.layer()) == held_sets(layer, 0, shift)
+    block = [tensor[:, :, 100:] for tensor in inputs]
+    assert torch.equal(near.feed(*block), far.feed(*block))
+    assert held_sets(near.layer()) == held_sets(layer, 0, shift)
 
 
 def test_a_deep_copy_goes_its_own_way(llama: Any) -> None:

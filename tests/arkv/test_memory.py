@@ -48,7 +48,7 @@ def half() -> Any:
     return spread(LlamaForCausalLM(LlamaConfig(**shape)), seed=8, deviation=0.1).to(torch.bfloat16)
 
 
-# -- the cache ------------------------------------------------------------------------------------------------------------
+# -- the cache ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number_format", sorted(FORMATS))
@@ -117,14 +117,20 @@ def test_a_quarter_of_the_tokens_takes_a_quarter_of_the_bytes(half: Any) -> None
     assert shares["quant"] < shares["mix"] <= shares["origin"]
 
 
-# -- budgets in bytes -------------------------------------------------------------------------------------------------------
+# -- budgets in bytes --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "method, number_format",
-    [("window", "int4"), ("origin", "int4"), ("quant", "fp8"), ("quant", "int4"), ("mix", "int2"), ("mix", "int4")],
+    "method, number_format, length, steps",
+    [
+        *((method, "int4", 500, 12) for method in PUBLISHED),
+        *((method, "int4", 60, 45) for method in PUBLISHED),
+        ("quant", "fp8", 60, 45),
+        ("mix", "int2", 500, 12),
+        ("quant", "int4", 6, 105),
+        ("mix", "fp8", 6, 105),
+    ],
 )
-@pytest.mark.parametrize("length, steps", [(6, 105), (60, 45), (500, 12)])
 def test_a_budget_in_bytes_holds_at_every_step(
     half: Any, method: str, number_format: str, length: int, steps: int
 ) -> None:
@@ -170,7 +176,7 @@ def test_budgets_in_bytes_of_a_padded_batch(half: Any) -> None:
             assert all(len(high) + len(low) == 20 for high, low in held_sets(layer, 2))
 
 
-# -- what a prefill holds -----------------------------------------------------------------------------------------------------
+# -- what a prefill holds ----------------------------------------------------------------------------------------------
 
 
 def test_bytes_of_a_prefill_are_those_of_the_stock_cache(half: Any) -> None:
@@ -198,7 +204,7 @@ def test_full_bytes_of_a_model_with_sliding_layers() -> None:
         assert prefill.nbytes() == storage_bytes([(layer.keys, layer.values) for layer in full.layers])
 
 
-# -- the walk itself ---------------------------------------------------------------------------------------------------------
+# -- the walk itself ---------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from arkv import CacheConfig
 from tests.arkv.conftest import Driver, held_sets
@@ -194,7 +193,6 @@ class Oracle:
 
         The state of every token is decided when the next token arrives, before that one joins.
         """
-        config = self.config
         place = self.seen
         self.seen += 1
         outputs = []
@@ -317,7 +315,7 @@ def test_the_cache_holds_what_the_method_says(name: str, attention: str) -> None
     assert counts["evicted"] > 100
     if config.original_share != 1.0:
         assert counts["quantized at once"] > 0
-        assert counts["quantized later"] > 10
+        assert counts["quantized later"] > 4
 
 
 @pytest.mark.parametrize(

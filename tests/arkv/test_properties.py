@@ -19,7 +19,7 @@ few = settings(max_examples=30, deadline=None, derandomize=True, suppress_health
 many = settings(few, max_examples=150)
 
 
-# -- number formats -------------------------------------------------------------------------------------------------------
+# -- number formats ----------------------------------------------------------------------------------------------------
 
 
 LAYOUTS = [(name, part) for name in sorted(FORMATS) for part in ("key", "value")]
@@ -98,7 +98,7 @@ def test_products_with_codes_are_products_with_values(seed: int, scale: float, n
         assert torch.allclose(quantized.weigh(weights), weights @ values, rtol=1e-4, atol=1e-4 * scale)
 
 
-# -- scores and budgets -----------------------------------------------------------------------------------------------------
+# -- scores and budgets ------------------------------------------------------------------------------------------------
 
 
 @given(
@@ -206,7 +206,7 @@ def test_byte_slots_cost_no_more_than_there_is(
     assert total <= size * 2 * geometry.head_dim * geometry.dtype.itemsize * len(scores)
 
 
-# -- the cache ------------------------------------------------------------------------------------------------------------
+# -- the cache ---------------------------------------------------------------------------------------------------------
 
 
 @st.composite

@@ -171,7 +171,7 @@ def test_no_head_or_sample_changes_another(layout: Layout) -> None:
     assert torch.equal(round_trip(layout, x[2:, 1:]), whole[2:, 1:])
 
 
-@pytest.mark.parametrize("name", ["fp8 key", "fp8 value", "int8 key", "int8 value", "int4 value", "int2 value"])
+@pytest.mark.parametrize("name", [name for name, layout in LAYOUTS.items() if layout.axis == "token"])
 def test_no_token_changes_another(name: str) -> None:
     """Of the formats with ranges per token."""
     x = random(1, 2, SLOTS, DIM, seed=5)
@@ -213,7 +213,7 @@ def test_a_token_written_later_is_about_as_exact(layout: Layout, taken: int) -> 
     store.write(index, x[:, :, taken:], torch.ones_like(index, dtype=torch.bool))
     back = store.dequantize(torch.float32)
     relative = (back - x)[:, :, taken:].norm() / x[:, :, taken:].norm()
-    assert relative < {8: 0.05, 4: 0.25, 2: 0.8}[layout.bits]
+    assert relative < {8: 0.05, 4: 0.25, 3: 0.4, 2: 0.8}[layout.bits]
 
 
 def test_written_slots_replace_and_others_keep_their_codes(layout: Layout) -> None:
@@ -227,8 +227,10 @@ def test_written_slots_replace_and_others_keep_their_codes(layout: Layout) -> No
     written = torch.zeros(SLOTS, dtype=torch.bool)
     written[[5, 70]] = True
     assert torch.equal(after[:, :, ~written], before[:, :, ~written])
+    # Per channel a new token is held within the range that its group has.
     inside = new[:, :, :2].clamp(-2, 2)
-    assert ((after[:, :, [5, 70]].clamp(-2, 2) - inside).norm() / inside.norm()) < {8: 0.05, 4: 0.2, 2: 0.7}[layout.bits]
+    error = (after[:, :, [5, 70]].clamp(-2, 2) - inside).norm() / inside.norm()
+    assert error < {8: 0.05, 4: 0.2, 3: 0.35, 2: 0.7}[layout.bits]
 
 
 def test_appended_slots_work_like_the_first_ones(layout: Layout) -> None:
@@ -259,11 +261,12 @@ def test_bytes_per_token_are_those_stored(number_format: Format, dim: int) -> No
 
 
 def test_a_quantized_token_is_smaller(number_format: Format) -> None:
-    share = {"fp8": 0.54, "int8": 0.54, "int4": 0.32, "int2": 0.20}
+    """By the bits of its codes; ranges add at most one bit and a half per number."""
+    bits = number_format.key.bits + number_format.value.bits
     for dim in (64, 128):
-        assert number_format.bytes_per_token(dim) <= share[number_format.name] * 2 * dim * torch.bfloat16.itemsize
+        assert number_format.bytes_per_token(dim) <= (bits + 1.5) * dim / 8 < 2 * dim * torch.bfloat16.itemsize
 
 
 def test_formats_know_their_names() -> None:
-    assert set(FORMATS) == {"fp8", "int8", "int4", "int2"}
+    assert set(FORMATS) >= {"fp8", "int8", "int4", "int2"}
     assert all(name == number_format.name for name, number_format in FORMATS.items())

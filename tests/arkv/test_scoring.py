@@ -40,11 +40,10 @@ def naive_attention(query: torch.Tensor, key: torch.Tensor, scaling: float, padd
             rows = []
             for w in range(window):
                 place = length - window + w
-                visible = [n for n in range(padded[b], place + 1)] if place >= padded[b] else []
+                visible = range(padded[b], place + 1)
+                keys = key[b, h // (query_heads // heads)]
                 logits = {
-                    n: scaling
-                    * sum(float(query[b, h, w, d]) * float(key[b, h // (query_heads // heads), n, d]) for d in range(dim))
-                    for n in visible
+                    n: scaling * sum(float(query[b, h, w, d]) * float(keys[n, d]) for d in range(dim)) for n in visible
                 }
                 top = max(logits.values(), default=0.0)
                 total = sum(math.exp(value - top) for value in logits.values())
@@ -58,7 +57,8 @@ def naive_moments(values: list[float]) -> tuple[float, float, float, float]:
     """Mean, unbiased variance, second and fourth central moment."""
     mean = sum(values) / len(values)
     square = [(value - mean) ** 2 for value in values]
-    return mean, sum(square) / max(len(values) - 1, 1), sum(square) / len(values), sum(s * s for s in square) / len(values)
+    m2, m4 = sum(square) / len(values), sum(s * s for s in square) / len(values)
+    return mean, sum(square) / max(len(values) - 1, 1), m2, m4
 
 
 def naive_statistics(rows: list, past: int) -> tuple[float, float, float]:
@@ -186,9 +186,7 @@ def test_mean_and_maximum_is_the_formula(attention: torch.Tensor, width: int, ma
     importance = prefill_statistics(attention, H, config).importance
     for b in range(B):
         for h in range(H):
-            columns = [
-                [attention[b, h * 2 + g, w, n].item() for g in range(2) for w in range(W)] for n in range(past)
-            ]
+            columns = [[attention[b, h * 2 + g, w, n].item() for g in range(2) for w in range(W)] for n in range(past)]
             average = naive_pool([sum(column) / len(column) for column in columns], width)
             top = [max(column) for column in columns]
             largest = [max(top[max(n - reach, 0) : n + reach + 1]) for n in range(past)]

@@ -1,0 +1,153 @@
+"""The run folder survives kills, refuses strangers and never mixes two runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bench import records
+from bench.errors import UserError
+from bench.records import RunFolder, read_record, read_samples, write_atomic
+from tests.bench.conftest import quiet_environment, read_lines
+
+ONE, TWO = {"seed": 0}, {"seed": 1}
+
+
+def sample(document: str, cell: str = "full", **more: object) -> dict[str, object]:
+    return {"model": "m", "task": "t", "document": document, "cell": cell, **more}
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "record.json"
+    write_atomic(file, "old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(records.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(file, "new")
+    assert file.read_text() == "old"
+    assert os.listdir(tmp_path) == ["record.json"]
+
+
+def test_a_torn_last_line_is_cut_and_measured_again(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, ONE) as folder:
+        folder.append(sample("a"))
+        folder.append(sample("b", text="ä\n"))
+    file = tmp_path / records.SAMPLES
+    whole = file.read_bytes()
+    for torn in (whole[:-1], whole[:-9], whole + b'{"model": "m", "ta'):
+        file.write_bytes(torn)
+        with RunFolder(tmp_path, ONE) as folder:
+            expected = {"a", "b"} if torn.startswith(whole) else {"a"}
+            assert {key[2] for key in folder.samples} == expected
+            folder.append(sample("c"))
+        assert {line["document"] for line in read_lines(file)} == {*expected, "c"}
+
+
+def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
+    file = tmp_path / records.SAMPLES
+    file.write_text('{"a": 1}\nnonsense\n{"b": 2}\n')
+    with pytest.raises(UserError, match="line 2: not valid JSON"):
+        read_samples(file)
+
+
+def test_no_number_is_written_as_nan(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, ONE) as folder, pytest.raises(ValueError, match="JSON"):
+        folder.append(sample("a", score=float("nan")))
+    assert read_samples(tmp_path / records.SAMPLES) == []
+
+
+HOLD = """
+import sys, time
+from bench.records import RunFolder
+with RunFolder(__import__("pathlib").Path(sys.argv[1]), {"seed": 0}):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_holds_while_its_process_lives(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        (tmp_path / records.SAMPLES).write_text(json.dumps(sample("theirs")) + "\n")
+        for fresh in (False, True):
+            with pytest.raises(UserError, match="another run writes here"), RunFolder(tmp_path, ONE, fresh=fresh):
+                pass
+        assert read_samples(tmp_path / records.SAMPLES), "--fresh must not touch the folder of a living run"
+    finally:
+        holder.kill()
+        holder.wait()
+    with RunFolder(tmp_path, ONE) as folder:
+        assert len(folder.samples) == 1
+
+
+def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, ONE) as folder:
+        folder.append(sample("a"))
+        folder.write_record({"finished": None})
+    with pytest.raises(UserError, match=r"other settings \(seed\); give another --outdir, or --fresh"):
+        RunFolder(tmp_path, TWO).__enter__()
+    # The refusal has let go of the lock.
+    with RunFolder(tmp_path, ONE) as folder:
+        assert len(folder.samples) == 1
+    (tmp_path / "notes.txt").write_text("mine")
+    with RunFolder(tmp_path, TWO, fresh=True) as folder:
+        assert folder.samples == {}
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_damaged_and_missing_records(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run folder"):
+        read_record(tmp_path)
+    (tmp_path / records.RECORD).write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_record(tmp_path)
+    (tmp_path / records.RECORD).write_text("[]")
+    with pytest.raises(UserError, match="not the record of a run"):
+        RunFolder(tmp_path, ONE).__enter__()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write there"):
+        RunFolder(tmp_path / "file" / "run", ONE).__enter__()
+
+
+def test_kill_9_in_the_middle_and_continue(tmp_path: Path, tiny_folder: Path) -> None:
+    """Every document is answered exactly once by every cell, whatever moment the first process died at."""
+    arguments = ["--model", str(tiny_folder), "--device", "cpu", "--tasks", "needle", "--lengths", "300"]
+    arguments += ["--samples", "30", "--quant-type", "full,mix", "--cache-size", "64", "--quant-format", "int8"]
+    command = [sys.executable, "-m", "bench.cli", "run", *arguments, "--outdir", str(tmp_path / "run")]
+    settings = {"cwd": Path(__file__).parents[2], "env": quiet_environment(), "stdout": subprocess.PIPE}
+    first = subprocess.Popen(command, stderr=subprocess.STDOUT, **settings)  # type: ignore[call-overload]
+    file = tmp_path / "run" / records.SAMPLES
+    deadline = time.monotonic() + 120
+    while not (file.is_file() and file.read_bytes().count(b"\n") >= 7):
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    before = file.read_bytes().count(b"\n")
+    assert 7 <= before < 60, "killed too late to say anything"
+
+    second = subprocess.run(command, stderr=subprocess.STDOUT, text=True, check=False, **settings)  # type: ignore[call-overload]
+    assert second.returncode == 0, second.stdout
+    assert "of 60 answers are in" in second.stdout
+    lines = read_lines(file)
+    keys = [(line["document"], line["cell"]) for line in lines]
+    assert len(keys) == len(set(keys)) == 60
+    assert read_record(tmp_path / "run")["finished"]
