@@ -16,6 +16,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from arkv.config import ConfigError
+
 NAME = "arkv"
 
 
@@ -72,6 +74,8 @@ def attention_forward(
             module, query, key, value, dense, dropout=dropout, scaling=scaling, **kwargs
         )
         return output
+    if kwargs.get("s_aux") is not None:
+        raise ConfigError(f"model {module.config.model_type!r} has learned attention sinks, which are not supported")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     return key.attend(module, query, attention_mask, scaling, **kwargs), None
@@ -90,12 +94,15 @@ class attach:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.previous = model.config._attn_implementation
+        # Parts of a composite model have configs, and maybe attention functions, of their own.
+        configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+        self.previous = [(config, config._attn_implementation) for config in configs.values()]
         model.set_attn_implementation(NAME)
 
     def detach(self) -> None:
         """Put the model's own attention back."""
-        self.model.set_attn_implementation(self.previous)
+        for config, implementation in self.previous:
+            config._attn_implementation = implementation
 
     def __enter__(self) -> attach:
         return self

@@ -75,6 +75,7 @@ def token_slots(config: CacheConfig, limit: int, ratio: float) -> Slots:
     """
     past = limit - config.window_size
     original = round((ratio if config.original_share is None else config.original_share) * past)
+    original = min(max(original, config.n_sink), past)
     return Slots(original, past - original)
 
 
@@ -124,9 +125,9 @@ class ByteBudget:
         self.scores.append(score)
         remaining = self.layers - len(self.scores) + 1
         share = 1.0 / remaining
-        if self.config.layer_budgets == "oq" and sum(self.scores) > 0:
-            expected = sum(self.scores) / len(self.scores)
-            share = score / (score + (remaining - 1) * expected)
+        expected = score + (remaining - 1) * sum(self.scores) / len(self.scores)
+        if self.config.layer_budgets == "oq" and expected > 0:
+            share = score / expected
         # Every layer to come keeps its minimum.
         most = self.left - (remaining - 1) * self.minimum
         granted = max(min(round(self.left * share), most), self.minimum)
@@ -138,7 +139,7 @@ def byte_slots(config: CacheConfig, geometry: Geometry, budget: int, tokens: int
     """Slots that ``budget`` bytes of one KV head buy beside the window.
 
     ``original_share`` of the past bytes stays Original, the rest is Quantized; where more could be quantized than there
-    are tokens, the bytes left over keep more of them Original.
+    are tokens, and any share stays Original, the bytes left over keep more of them so.
 
     Args:
         tokens: prompt length N of the sample.
@@ -152,9 +153,10 @@ def byte_slots(config: CacheConfig, geometry: Geometry, budget: int, tokens: int
     multiple = config.number_format.slot_multiple
     original = max(int(config.original_share * past_bytes) // geometry.original_bytes, config.n_sink)
     groups = int((past_bytes - original * geometry.original_bytes) / (per_token * multiple))
-    # Beyond the tokens there are, Quantized slots would stay empty.
-    useful = -(-max(tokens - config.window_size - original, 0) // multiple)
-    quantized = multiple * min(groups, useful)
+    quantized = multiple * groups
     if config.original_share > 0:
+        # Beyond the tokens there are, Quantized slots would stay empty for long.
+        useful = -(-max(tokens - config.window_size - original, 0) // multiple)
+        quantized = multiple * min(groups, useful)
         original = int((past_bytes - quantized * per_token) // geometry.original_bytes)
     return Slots(original, quantized)

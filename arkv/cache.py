@@ -65,11 +65,9 @@ class TriStateLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.config = config
         self.context_length = context_length
-        # Where bytes count, positions and scores take as few as do their work.
-        in_bytes = config.budget_unit == "bytes"
-        short = in_bytes and context_length is not None and context_length <= torch.iinfo(torch.int16).max
-        self.position_dtype = torch.int16 if short else torch.int32
-        self.score_dtype = torch.bfloat16 if in_bytes and config.ranking != "recency" else torch.float32
+        # Where bytes count, positions take as few as do their work.
+        short = context_length is not None and context_length <= torch.iinfo(torch.int16).max
+        self.position_dtype = torch.int16 if short and config.budget_unit == "bytes" else torch.int32
         self.seen = 0
         self.padded: list[int] = []
         """Padding tokens before each sample."""
@@ -264,9 +262,10 @@ class TriStateLayer(CacheLayerMixin):
         position = torch.arange(self.seen, self.seen + length, dtype=self.position_dtype, device=device)
         position = position.expand(batch, heads, length)
         if self.tokens is None:
-            self.padded = [0] * batch if padding is None else (~padding).sum(dim=1).tolist()
+            self.padded = [0] * batch
             self.outgrown = [False] * batch
         if padding is not None:
+            self.padded = (~padding).sum(dim=1).tolist()
             position = position.masked_fill(~padding[:, None, -length:], -1)
 
         window = min(config.window_size, length)
@@ -275,7 +274,7 @@ class TriStateLayer(CacheLayerMixin):
             keys = key if stored is None else torch.cat([stored.key, key], dim=2)
             visible = self._visible(stored, length, window, padding)
             attention = window_attention(query[:, :, -window:], keys, scaling, visible)
-            statistics = prefill_statistics(attention, heads, config)
+            statistics = prefill_statistics(attention, heads, config, visible)
             if not self.oq:
                 self.oq = statistics.oq_score(config.tau1, config.tau2, config.tau3).tolist()
             score = statistics.importance
@@ -296,8 +295,7 @@ class TriStateLayer(CacheLayerMixin):
         if self.config.n_sink and self.seen < max(self.padded) + self.config.n_sink:
             first = torch.tensor(self.padded, device=score.device)[:, None, None]
             score = score.masked_fill(position < first + self.config.n_sink, float("inf"))
-        score = score.masked_fill(position < 0, EMPTY) if any(self.padded) else score
-        return score.to(self.score_dtype)
+        return score.masked_fill(position < 0, EMPTY) if any(self.padded) else score
 
     def _check_positions(self, length: int) -> None:
         """Beyond the model's context a position can outgrow its number type, at the price of more bytes."""
@@ -386,7 +384,7 @@ class TriStateLayer(CacheLayerMixin):
             How many Quantized tokens stand before each Original one, [B, H, n].
         """
         taken = stored.position >= 0
-        own, score = stored.score.float().masked_fill(~taken, EMPTY), score.float()
+        own = stored.score.masked_fill(~taken, EMPTY)
         before = stored.slots - torch.searchsorted(own.sort(dim=-1).values, score.contiguous(), right=True)
         better = score.shape[-1] - torch.searchsorted(score.flip(-1).contiguous(), own.contiguous())
         stays = taken & (own.argsort(dim=-1, descending=True).argsort(dim=-1) + better < total)
@@ -495,7 +493,7 @@ class TriStateLayer(CacheLayerMixin):
         output, probabilities = attend(grouped, scaling)
         if self.config.ranking == "heavy_hitter":
             self._update_scores(self._pooled(probabilities.mean(dim=2)), 1)
-        return output.to(query.dtype).view(batch, 1, query_heads, dim)
+        return output.to(query.dtype).view(batch, 1, query_heads, output.shape[-1])
 
     def _attend_fused(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [B, H, G, D] and probabilities [B, H, G, S] of ``query`` [B, H, G, D], on the storage as it is.
@@ -551,7 +549,6 @@ class TriStateLayer(CacheLayerMixin):
     def _update_scores(self, importance: torch.Tensor, steps: int) -> None:
         """Bring the scores of all stored tokens up to date with ``importance`` [B, H, S] of ``steps`` new queries."""
         held = self.held()
-        importance = importance.to(self.score_dtype)
         stores = [(held.score, importance[..., : held.slots])]
         if self.quantized is not None:
             stores.append((self.quantized.score, importance[..., held.slots :]))
@@ -583,7 +580,7 @@ class TriStateCache(Cache):
     def __init__(self, model: PreTrainedModel | PreTrainedConfig, config: CacheConfig) -> None:
         self.config = config
         self._budgets: list[ByteBudget] | None = None
-        model_config: Any = getattr(model, "config", model).get_text_config(decoder=True)
+        model_config = _text_config(model)
         if config.quantizes:
             head_dim = getattr(model_config, "head_dim", None)
             try:
@@ -655,6 +652,8 @@ class TriStateCache(Cache):
     def _share_bytes(self, layer: TriStateLayer, tokens: Tokens) -> None:
         """Byte budgets: the layer gets its share of what the layers before it have left."""
         slot_bytes = tokens.position.element_size() + tokens.score.element_size()
+        if tokens.value.shape[-1] != tokens.key.shape[-1]:
+            raise ConfigError("budget_unit='bytes': keys and values of different width are not counted; use 'tokens'")
         geometry = Geometry(tokens.key.shape[-1], tokens.key.dtype, slot_bytes)
         lengths = [tokens.slots - padded for padded in layer.padded]
         if self._budgets is None:
@@ -736,6 +735,28 @@ class PrefillLayer(DynamicLayer):
         self.scaling = 1.0
         self.padding: torch.Tensor | None = None
 
+    def _pick(self, indices: torch.Tensor) -> None:
+        """The queries and padding of samples ``indices``."""
+        if self.queries.numel():
+            self.queries = self.queries.index_select(0, indices.to(self.queries.device))
+        if self.padding is not None:
+            self.padding = self.padding.index_select(0, indices.to(self.padding.device))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Keep samples ``beam_idx`` [B], in that order."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._pick(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep samples ``indices``, in that order."""
+        super().batch_select_indices(indices)
+        self._pick(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample ``repeats`` times."""
+        self._pick(torch.arange(self.queries.shape[0]).repeat_interleave(repeats))
+        super().batch_repeat_interleave(repeats)
+
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, H, N, D]. Raises :class:`ValueError` before the prefill."""
         if self.keys is None or self.values is None:
@@ -814,6 +835,15 @@ class PrefillCache(Cache):
         return total
 
 
+def _text_config(model: PreTrainedModel | PreTrainedConfig) -> Any:
+    """The config of the model's decoder. Raises :class:`ConfigError` for a model without attention."""
+    config: Any = getattr(model, "config", model)
+    config = config.get_text_config(decoder=True)
+    if getattr(config, "num_attention_heads", None) is None:
+        raise ConfigError(f"model {config.model_type!r} has no attention heads, so no keys and values to compress")
+    return config
+
+
 def _copy_layer(layer: Any) -> Any:
     """A stock layer that can go its own way: stock layers replace their tensors and never write into them."""
     twin = object.__new__(type(layer))
@@ -823,7 +853,15 @@ def _copy_layer(layer: Any) -> Any:
 
 def _layers(model: PreTrainedModel | PreTrainedConfig, make: Callable[[], CacheLayerMixin]) -> list[Any]:
     """One layer per layer of the model: ours where attention is full, transformers' own where it slides."""
-    config: Any = getattr(model, "config", model)
+    config = _text_config(model)
+    kinds = {*(getattr(config, "layer_types", None) or ())}
+    strange = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
+    if strange:
+        raise ConfigError(
+            f"model {config.model_type!r} has layers of type {min(strange)!r}, which cannot be compressed"
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise ConfigError(f"model {config.model_type!r} has layers that share keys and values, which is not supported")
     stock = DynamicCache(config=config).layers
     if not stock:
         raise ConfigError(f"model {config.model_type!r} does not say how many layers it has (num_hidden_layers)")

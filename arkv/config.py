@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -96,6 +97,8 @@ class CacheConfig:
     """Decode on the stored parts directly, or on the reconstructed contiguous cache (the readable twin)."""
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            self._check_type(field.name, str(field.type))
         if (self.cache_size is None) == (self.cache_ratio is None):
             raise ConfigError(
                 f"cache_size={self.cache_size} and cache_ratio={self.cache_ratio}: give one of them, "
@@ -143,12 +146,31 @@ class CacheConfig:
             if getattr(self, name) < 1 or getattr(self, name) % 2 == 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: use an odd number, for example 5")
 
+    def _check_type(self, name: str, annotation: str) -> None:
+        """Raises :class:`ConfigError` for a value of another type, such as the text ``"4"`` for a number."""
+        value = getattr(self, name)
+        if value is None and "None" in annotation:
+            return
+        if annotation.startswith("int"):
+            right, wanted = type(value) is int, "a whole number"
+        elif annotation.startswith("float"):
+            right = type(value) in (int, float) and not math.isinf(value)
+            wanted = "a number"
+        elif annotation.startswith("bool"):
+            right, wanted = type(value) is bool, "True or False"
+        else:
+            right, wanted = type(value) is str, "a name"
+        if not right:
+            example = {"cache_size": 512, "cache_ratio": 0.25}.get(name, type(self).__dataclass_fields__[name].default)
+            raise ConfigError(f"{name}={value!r}: use {wanted}, for example {example}")
+
     def tokens_worth(self, tokens: int) -> int:
         """C for a prompt of ``tokens`` tokens."""
         if self.cache_ratio is None:
             assert self.cache_size is not None
             return self.cache_size
-        return int(self.cache_ratio * tokens)
+        # 0.29 * 100 is 28.999999999999996.
+        return int(self.cache_ratio * tokens + 1e-9)
 
     @property
     def quantizes(self) -> bool:

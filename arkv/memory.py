@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def tensors_of(*objects: Any) -> Iterable[torch.Tensor]:
                 stack.extend(getattr(item, name) for name in flatten()[0])
         elif isinstance(item, Mapping):
             stack.extend(item.values())
-        elif isinstance(item, (list, tuple, set, frozenset)):
+        elif isinstance(item, (list, tuple, set, frozenset, deque)):
             stack.extend(item)
         else:
             stack.extend(getattr(item, "__dict__", {}).values())

@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from arkv.config import CacheConfig
 
 MIN_SECOND_MOMENT = 1e-8
-SMALL = 1e-10
 
 
 class PrefillStatistics(NamedTuple):
@@ -94,14 +93,32 @@ def pool(scores: torch.Tensor, width: int) -> torch.Tensor:
     return F.avg_pool1d(flat, width, stride=1, padding=width // 2).view(scores.shape)
 
 
-def prefill_statistics(attention: torch.Tensor, heads: int, config: CacheConfig) -> PrefillStatistics:
+def prefill_statistics(
+    attention: torch.Tensor, heads: int, config: CacheConfig, visible: torch.Tensor | None = None
+) -> PrefillStatistics:
     """Layer statistics and token importance from :func:`window_attention`.
 
     Args:
         attention: [B, Hq, W, N].
         heads: number of KV heads H.
         config: how importance is scored.
+        visible: as for :func:`window_attention`. A query that sees nothing (padding) does not count, so that a sample
+            that is shorter than the window has the scores that it would have alone. None: wherever there is attention.
     """
+    if visible is None:
+        visible = attention.unflatten(1, (heads, -1)).amax(dim=2) > 0
+    real = visible.any(dim=-1)[:, 0].sum(dim=-1).clamp_min(1).tolist()
+    if min(real) < attention.shape[2]:
+        alone = [
+            _statistics(attention[b : b + 1, :, -n:], heads, config, visible[b : b + 1, :, -n:])
+            for b, n in enumerate(int(count) for count in real)
+        ]
+        return PrefillStatistics(*(torch.cat(parts) for parts in zip(*alone, strict=True)))
+    return _statistics(attention, heads, config, visible)
+
+
+def _statistics(attention: torch.Tensor, heads: int, config: CacheConfig, visible: torch.Tensor) -> PrefillStatistics:
+    """:func:`prefill_statistics` of samples whose queries are all real."""
     batch, query_heads, window, length = attention.shape
     past = length - window
     m2, mean = torch.var_mean(attention, dim=2, correction=0)
@@ -116,15 +133,19 @@ def prefill_statistics(attention: torch.Tensor, heads: int, config: CacheConfig)
         oq = torch.stack([entropy, variance[..., :past].sum(dim=(1, 2)), (m4 / (m2 * m2)).sum(dim=(1, 2))], dim=-1)
 
     grouped = (batch, heads, query_heads // heads, length)
+    # Pooling spreads attention onto neighbouring padding and empty slots, where nothing is.
+    nothing = ~visible.any(dim=2)
     if config.importance == "mean_var":
         score = _pool_parts(mean + config.gamma * variance, past, pool, config.pool_width)
-        importance = score.view(grouped).mean(dim=2)
+        importance = score.view(grouped).mean(dim=2).masked_fill(nothing, 0.0)
     else:
         average = _pool_parts(mean.view(grouped).mean(dim=2), past, pool, config.pool_width)
         largest = attention.view(*grouped[:3], window, length).amax(dim=(2, 3))
         largest = _pool_parts(largest, past, max_pool, config.max_pool_width)
-        size = average.sum(dim=-1, keepdim=True) / largest.sum(dim=-1, keepdim=True).clamp_min(SMALL)
-        importance = (average + largest * size) / 2
+        average, largest = average.masked_fill(nothing, 0.0), largest.masked_fill(nothing, 0.0)
+        size = average[..., :past].sum(dim=-1, keepdim=True) / largest[..., :past].sum(dim=-1, keepdim=True)
+        # Without an evictable region there is nothing to scale by.
+        importance = (average + largest * size.nan_to_num(1.0, posinf=1.0)) / 2
     return PrefillStatistics(
         importance=importance,
         entropy=oq[:, 0],

@@ -61,9 +61,8 @@ class Tokens:
 
     def put(self, index: torch.Tensor, tokens: Tokens) -> None:
         """Write ``tokens`` into slots ``index`` [B, H, n], in place."""
-        wide = index.unsqueeze(-1).expand(-1, -1, -1, self.key.shape[-1])
-        self.key.scatter_(2, wide, tokens.key)
-        self.value.scatter_(2, wide, tokens.value)
+        for target, source in ((self.key, tokens.key), (self.value, tokens.value)):
+            target.scatter_(2, index.unsqueeze(-1).expand(-1, -1, -1, target.shape[-1]), source)
         self.position.scatter_(2, index, tokens.position)
         self.score.scatter_(2, index, tokens.score)
 
@@ -88,10 +87,10 @@ class Tokens:
 
     def empty(self, slots: int) -> Tokens:
         """As many empty slots of the same kind."""
-        batch, heads, _, dim = self.key.shape
+        batch, heads = self.position.shape[:2]
         return Tokens(
-            self.key.new_zeros(batch, heads, slots, dim),
-            self.value.new_zeros(batch, heads, slots, dim),
+            self.key.new_zeros(batch, heads, slots, self.key.shape[-1]),
+            self.value.new_zeros(batch, heads, slots, self.value.shape[-1]),
             self.position.new_full((batch, heads, slots), -1),
             self.score.new_full((batch, heads, slots), EMPTY),
         )

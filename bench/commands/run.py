@@ -39,7 +39,7 @@ def run(
         str | None, _option("Newest tokens that always stay at model precision. Default: 32.", GRID)
     ] = None,
     quant_format: Annotated[
-        str | None, _option("Formats of quantized tokens: fp8, int8, int4, int2. Default: fp8; in bytes int4.", GRID)
+        str | None, _option("Formats of quantized tokens: fp8, int8, int4, int2, k4v3. Default: by budget unit.", GRID)
     ] = None,
     tau1: Annotated[
         float | None, _option("Temperature of the entropy in a layer's OQ score. Default: published.", SETTINGS)
@@ -67,8 +67,8 @@ def run(
     data_dir: Annotated[
         str | None, _option("Folder with local rows (gsm8k/test.jsonl, ...) instead of a download.", DATA)
     ] = None,
-    device: Annotated[str | None, _option("auto, cpu, cuda, cuda:1, mps. Default: auto.", DATA)] = None,
-    dtype: Annotated[str | None, _option("auto, float32, bfloat16, float16. Default: auto: bfloat16.", DATA)] = None,
+    device: Annotated[str | None, _option("auto, cpu, cuda, cuda:1, mps.", DATA)] = None,
+    dtype: Annotated[str | None, _option("auto (bfloat16), float32, bfloat16, float16.", DATA)] = None,
     max_length: Annotated[
         int | None, _option("Longest prompt plus answer in tokens. Default: the model's context.", DATA)
     ] = None,

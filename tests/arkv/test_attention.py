@@ -13,8 +13,12 @@ import torch
 from transformers import (
     AttentionInterface,
     CLIPVisionConfig,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     DynamicCache,
     Gemma3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
@@ -376,10 +380,48 @@ def test_mistral_with_and_without_a_sliding_window() -> None:
         TriStateCache(MistralConfig(**SHAPE, sliding_window=10), CacheConfig(cache_size=60))
 
 
-def test_a_model_with_learned_sinks_is_right_or_refused() -> None:
-    """gpt-oss adds a learned logit to every softmax; leaving it out changes every number."""
-    shape = {**SHAPE, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 16}
-    model = spread(GptOssForCausalLM(GptOssConfig(**shape)), seed=6)
+MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 3,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+}
+SHARED = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 16,
+    "vocab_size_per_layer_input": 97,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 4,
+    "altup_num_inputs": 2,
+    "activation_sparsity_pattern": None,
+}
+SINKS = {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 16}
+
+
+@pytest.mark.parametrize(
+    "config, model_class, settings",
+    [
+        # A learned logit in every softmax: leaving it out changes every number.
+        (GptOssConfig, GptOssForCausalLM, SINKS),
+        # Keys wider than values.
+        (DeepseekV3Config, DeepseekV3ForCausalLM, MLA),
+        # Layers that read the keys and values of another layer.
+        (Gemma3nTextConfig, Gemma3nForCausalLM, SHARED),
+    ],
+    ids=["learned sinks", "latent attention", "shared layers"],
+)
+def test_a_peculiar_model_is_right_or_refused(config: Any, model_class: Any, settings: dict[str, Any]) -> None:
+    model = spread(model_class(config(**{**SHAPE, **settings})), seed=6)
     ids = prompt(20, seed=1)
     expected = stock(model, ids, 5)
     try:

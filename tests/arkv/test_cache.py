@@ -799,17 +799,3 @@ def test_half_precision_models(llama: Any, method: str, dtype: torch.dtype) -> N
         tokens, _ = layer.reconstruct()
         assert tokens.key.dtype == dtype
         assert all(len(high) + len(low) == SMALL["cache_size"] for high, low in held_sets(layer))
-
-
-def test_keys_and_values_of_different_width() -> None:
-    """Multi-head latent attention has values narrower than keys."""
-    driver = Driver(config_of("mix"))
-    query, key, value = driver.random(60, seed=1)
-    value = value[..., :10].contiguous()
-    output = driver.feed(query[:, :, :50], key[:, :, :50], value[:, :, :50])
-    assert output.shape == (1, 50, 4, 10)
-    for place in range(50, 60):
-        output = driver.feed(
-            query[:, :, place : place + 1], key[:, :, place : place + 1], value[:, :, place : place + 1]
-        )
-        assert output.shape == (1, 1, 4, 10)

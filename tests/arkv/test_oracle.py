@@ -137,15 +137,14 @@ class Oracle:
             self._fit(layer)
 
     def _mean_max(self, mean: np.ndarray, largest: np.ndarray, past: int) -> np.ndarray:
-        """Both pooled and brought to the same sum, the evictable region and the window each for itself."""
+        """The mean and the maximum, each pooled, brought to the same sum over the evictable region, and averaged."""
         width, reach = self.config.pool_width, self.config.max_pool_width // 2
-        parts = []
-        for part in (slice(0, past), slice(past, None)):
-            average = np.array(smooth(list(mean[part]), width))
-            peak = np.array([largest[part][max(i - reach, 0) : i + reach + 1].max() for i in range(len(average))])
-            if len(average):
-                parts.append((average + peak * average.sum() / peak.sum()) / 2)
-        return np.concatenate(parts)
+        average, peak = np.zeros_like(mean), np.zeros_like(mean)
+        for start, stop in ((0, past), (past, len(mean))):
+            average[start:stop] = smooth(list(mean[start:stop]), width)
+            for n in range(start, stop):
+                peak[n] = largest[max(n - reach, start) : min(n + reach + 1, stop)].max()
+        return (average + peak * (average[:past].sum() / peak[:past].sum() if past else 1.0)) / 2
 
     def _rows(self, query: np.ndarray, key: np.ndarray, window: int) -> np.ndarray:
         """Causal attention of the last ``window`` queries."""

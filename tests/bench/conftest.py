@@ -77,7 +77,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def quiet_environment(**more: str) -> dict[str, str]:
     """For a process of the suite's own: one thread, no network, no terminal."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120", **more}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120", **more}
 
 
 @pytest.fixture(scope="session", autouse=True)

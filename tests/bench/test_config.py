@@ -81,6 +81,8 @@ def test_unknown_and_missing_presets() -> None:
         ({"cache_size": "512,many"}, "--cache-size: 'many' is not a whole number"),
         ({"cache_size": "-5"}, "--cache-size=-5: give 2 or more"),
         ({"cache_size": ","}, "at least one value"),
+        ({"cache_ratio": "0.25,1.5"}, "--cache-ratio=1.5"),
+        ({"budget_unit": "token"}, "--budget-unit=token: use tokens or bytes"),
         ({"window_size": "0"}, "--window-size=0"),
         ({"limit": 0}, "--limit=0"),
         ({"samples": -1}, "--samples=-1"),
@@ -97,6 +99,11 @@ def test_values_that_make_no_sense(flags: dict[str, object], said: str) -> None:
 
 
 def test_settings_are_json() -> None:
-    config, _ = resolve({"data_dir": "data", "outdir": "out"}, "demo")
+    config, _ = resolve({"data_dir": "data", "cache_size": "512,1024"}, "demo")
     settings = config.to_json()
     assert (settings["data_dir"], settings["cache_size"]) == ("data", [512, 1024])
+
+
+def test_budgets_are_sizes_or_shares() -> None:
+    assert resolve({"cache_size": "64,128"}, None)[0].budgets == [{"cache_size": 64}, {"cache_size": 128}]
+    assert resolve({"cache_ratio": "0.5"}, None)[0].budgets == [{"cache_ratio": 0.5}]

@@ -18,7 +18,7 @@ METHODS = ["full", "window", "origin", "quant", "mix"]
 
 
 def cells(*methods: str, cache_size: int = 64) -> list[Cell]:
-    return grid(methods or METHODS, [cache_size], [8], ["int8"], {})
+    return grid(methods or METHODS, [{"cache_size": cache_size}], [8], ["int8"], {})
 
 
 def document(length: int = 200, new: int = 12, seed: int = 0, stop: tuple[str, ...] = ()) -> Document:

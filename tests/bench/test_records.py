@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,13 +10,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from bench import records
+from bench.config import RunConfig
 from bench.errors import UserError
 from bench.records import RunFolder, read_record, read_samples, write_atomic
-from tests.bench.conftest import quiet_environment, read_lines
+from bench.run import execute
+from tests.bench.conftest import read_lines
 
 ONE, TWO = {"seed": 0}, {"seed": 1}
 
@@ -126,28 +131,42 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file" / "run", ONE).__enter__()
 
 
-def test_kill_9_in_the_middle_and_continue(tmp_path: Path, tiny_folder: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_9_in_the_middle_and_continue(tmp_path: Path, tiny: Any) -> None:
     """Every document is answered exactly once by every cell, whatever moment the first process died at."""
-    arguments = ["--model", str(tiny_folder), "--device", "cpu", "--tasks", "needle", "--lengths", "300"]
-    arguments += ["--samples", "30", "--quant-type", "full,mix", "--cache-size", "64", "--quant-format", "int8"]
-    command = [sys.executable, "-m", "bench.cli", "run", *arguments, "--outdir", str(tmp_path / "run")]
-    settings = {"cwd": Path(__file__).parents[2], "env": quiet_environment(), "stdout": subprocess.PIPE}
-    first = subprocess.Popen(command, stderr=subprocess.STDOUT, **settings)  # type: ignore[call-overload]
-    file = tmp_path / "run" / records.SAMPLES
-    deadline = time.monotonic() + 120
-    while not (file.is_file() and file.read_bytes().count(b"\n") >= 7):
-        assert first.poll() is None, first.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    config = RunConfig(
+        model=(str(tiny.folder),),
+        device="cpu",
+        lengths=(300,),
+        samples=30,
+        quant_format=("int8",),
+        quant_type=("full", "mix"),
+        cache_size=(64,),
+    )
+    folder, file = tmp_path / "run", tmp_path / "run" / records.SAMPLES
+    # A fork, since a new interpreter would need many seconds for its imports.
+    child = os.fork()
+    if not child:
+        execute(config, folder, Console(file=io.StringIO()))
+        os._exit(0)
+    try:
+        deadline = time.monotonic() + 60
+        while not (file.is_file() and file.read_bytes().count(b"\n") >= 7):
+            assert time.monotonic() < deadline
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended by itself"
+            time.sleep(0.002)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     before = file.read_bytes().count(b"\n")
     assert 7 <= before < 60, "killed too late to say anything"
+    assert read_record(folder)["finished"] is None
 
-    second = subprocess.run(command, stderr=subprocess.STDOUT, text=True, check=False, **settings)  # type: ignore[call-overload]
-    assert second.returncode == 0, second.stdout
-    assert "of 60 answers are in" in second.stdout
+    said = io.StringIO()
+    outcome = execute(config, folder, Console(file=said, width=200))
+    assert outcome.measured == 60 - before
+    assert f"{before} of 60 answers are in" in said.getvalue()
     lines = read_lines(file)
     keys = [(line["document"], line["cell"]) for line in lines]
     assert len(keys) == len(set(keys)) == 60
-    assert read_record(tmp_path / "run")["finished"]
+    assert read_record(folder)["finished"]

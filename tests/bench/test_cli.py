@@ -1,0 +1,223 @@
+"""The command line as a shell sees it: help at once, every mistake answered in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.cli import app, main, with_dashes
+from tests.bench.conftest import quiet_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = [command.name for command in app.registered_commands]
+
+
+def shell(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bench.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=quiet_environment(),
+    )
+
+
+@pytest.fixture
+def fail(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command that must fail: exit code and the one line that it says."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return int(caught.value.code or 0), said
+
+    return run
+
+
+@pytest.mark.parametrize("command", [None, *COMMANDS])
+def test_help_is_instant(command: str | None) -> None:
+    best = 1e9
+    for _ in range(5):
+        start = time.perf_counter()
+        done = shell(*([command] if command else []), "--help")
+        best = min(best, time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+        assert "Usage: " in done.stdout
+        if best < 2.0:
+            break
+    # The budget is half a second; the test allows for a busy machine.
+    assert best < 2.0
+
+
+def test_the_command_line_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, bench.cli; print([m for m in ('torch', 'transformers', 'lm_eval', 'pandas') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "[]\n"
+
+
+def test_defaults_stand_in_the_help() -> None:
+    text = " ".join(shell("run", "--help").stdout.replace("│", " ").split())
+    for said in ("Default: smollm2-135m", "Default: needle", "Default: all five", "Default: 512", "Default: 32"):
+        assert said in text
+
+
+def test_underscores_in_names_not_in_values() -> None:
+    assert with_dashes(["run", "--quant_type=a_b", "--data_dir", "x_y", "--", "--z_z"]) == [
+        *["run", "--quant-type=a_b", "--data-dir", "x_y", "--", "--z_z"]
+    ]
+
+
+def test_underscore_spellings_reach_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "--quant_type", "mix", "--cache_size=64", "--window_size", "8", "--print_config"])
+    assert caught.value.code == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["quant_type", "['mix']", "flag"] in lines
+    assert ["cache_size", "[64]", "flag"] in lines
+    assert ["seed", "0", "default"] in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--quant-type", "full,mxi"], "unknown method 'mxi': did you mean mix"),
+        (["--tasks", "needel"], "unknown task 'needel': did you mean needle"),
+        (["--tasks", "gsm8"], "unknown task 'gsm8': did you mean"),
+        (["--quant-format", "fp9"], "unknown quant format 'fp9': did you mean fp8"),
+        (["--model", "smollm-135m"], "smollm2-135m"),
+        (["--preset", "dmeo"], "unknown preset 'dmeo': did you mean demo"),
+        (["--window-size", "64", "--cache-size", "64"], "window_size=64 is not smaller than cache_size=64"),
+        (["--cache-size", "-5"], "--cache-size=-5: give 2 or more"),
+        (["--cache-size", "many"], "'many' is not a whole number"),
+        (["--cache-ratio", "2"], "--cache-ratio=2.0"),
+        (["--tau1", "-1", "--quant-type", "mix"], "tau1=-1.0"),
+        (["--limit", "0"], "--limit=0"),
+        (["--sampling-ratio", "0"], "--sampling-ratio=0"),
+    ],
+)
+def test_questions_that_make_no_sense(fail: Any, tmp_path: Path, arguments: list[str], said: str) -> None:
+    code, line = fail("run", "--outdir", tmp_path / "run", *arguments)
+    assert code == 2
+    assert said in line
+    assert len(line.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_options_and_commands(fail: Any) -> None:
+    assert fail("run", "--quant-typ", "mix")[0] == 2
+    assert fail("rum")[0] == 2
+    assert fail("list", "method")[0] == 2
+
+
+@pytest.fixture
+def tiny_run(tiny_folder: Path, tmp_path: Path) -> list[object]:
+    few = ["--lengths", "250", "--samples", "1", "--quant-type", "full,mix", "--cache-size", "64", "--device", "cpu"]
+    return ["run", "--model", tiny_folder, *few, "--quant-format", "int8", "--outdir", tmp_path / "run"]
+
+
+def empty(path: Path) -> None:
+    path.write_text("")
+
+
+def binary(path: Path) -> None:
+    path.write_bytes(b"\xff\xfe\xfa")
+
+
+def folder(path: Path) -> None:
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [(empty, "is empty"), (binary, "not UTF-8"), (folder, "cannot read"), (lambda path: None, "cannot read")],
+)
+def test_data_files_that_cannot_be_used(
+    fail: Any, tiny_run: list[object], tmp_path: Path, make: Any, said: str
+) -> None:
+    file = tmp_path / "haystack.txt"
+    make(file)
+    code, text = fail(*tiny_run, "--haystack", file)
+    assert code == 1
+    assert said in text
+    assert str(file) in text
+
+
+def test_missing_data_dir(fail: Any, tiny_run: list[object], tmp_path: Path) -> None:
+    code, text = fail(*tiny_run, "--tasks", "gsm8k", "--data-dir", tmp_path / "nowhere")
+    assert code == 1
+    assert str(tmp_path / "nowhere") in text
+
+
+def test_a_whole_run_and_its_report(tiny_run: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in tiny_run])
+    assert caught.value.code == 0
+    assert "needle, exact_match" in capsys.readouterr().out
+    for arguments in (["--format", "markdown"], ["--format", "csv"], ["-o", str(tmp_path / "table.md")]):
+        with pytest.raises(SystemExit) as caught:
+            main(["report", str(tmp_path / "run"), *arguments])
+        assert caught.value.code == 0
+    assert "| budget | method |" in (tmp_path / "table.md").read_text()
+
+
+def test_ctrl_c_says_how_to_go_on(fail: Any, tiny_run: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.engine import Engine
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "answer", stop)
+    code, text = fail(*tiny_run)
+    assert code == 130
+    assert "the same command with --outdir" in text
+
+
+def test_reports_of_what_is_no_run(fail: Any, tmp_path: Path) -> None:
+    code, text = fail("report", tmp_path)
+    assert (code, "is no run folder" in text) == (1, True)
+    assert fail("report", tmp_path / "nowhere")[0] == 1
+    (tmp_path / "results.csv").write_text("nonsense\n")
+    assert "no column" in fail("report", tmp_path)[1]
+
+
+@pytest.mark.parametrize(
+    ("what", "shown"),
+    [
+        ("methods", ["full", "window", "origin", "quant", "mix"]),
+        ("tasks", ["needle", "gsm8k"]),
+        ("models", ["smollm2-135m"]),
+        ("presets", ["demo"]),
+    ],
+)
+def test_lists(what: str, shown: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["list", what])
+    assert caught.value.code == 0
+    first = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line[:1].strip()]
+    assert set(shown) <= set(first)
+
+
+def test_doctor_never_breaks(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["doctor", "--data-dir", str(tmp_path / "nowhere")])
+    assert caught.value.code == 1
+    text = capsys.readouterr().out
+    assert "FAIL" in text
+    assert "is no folder" in " ".join(text.split())
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("arkv-bench ")

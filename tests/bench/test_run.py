@@ -1,0 +1,164 @@
+"""Whole runs on a tiny model: what a run leaves, and what it does not do twice."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bench import run
+from bench.config import RunConfig
+from bench.errors import UserError
+from bench.records import RECORD, RESULTS, SAMPLES, RunFolder, read_record
+from bench.run import Outcome, execute
+from tests.bench.conftest import read_lines
+
+WANTED = [
+    *["model", "task", "metric", "method", "quant_format", "budget_unit", "cache_size", "window_size", "n"],
+    *["score", "score_full", "retention", "kv_bytes_mean", "kv_bytes_peak", "kv_share"],
+    *["original_share", "quantized_share", "evicted_share", "prefill_s", "ttft_ms", "decode_tokens_per_s", "tpot_ms"],
+    *["peak_memory_bytes", "prompt_tokens", "generated_tokens"],
+]
+
+
+def go(folder: Path, path: Path, *, fresh: bool = False, **settings: Any) -> tuple[Outcome, str]:
+    """A run, and what it said."""
+    defaults: dict[str, Any] = {
+        "model": (str(folder),),
+        "quant_type": ("full", "window", "mix"),
+        "cache_size": (64,),
+        "window_size": (8,),
+        "quant_format": ("int8",),
+        "lengths": (250,),
+        "samples": 3,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    console = Console(file=io.StringIO(), width=200)
+    outcome = execute(RunConfig(**{**defaults, **settings}), path, console, fresh=fresh)
+    return outcome, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def done(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "done"
+    outcome, said = go(tiny_folder, path)
+    assert outcome.measured == 9
+    assert "tiny needle: 1/9 answers" in said
+    assert "9/9 answers" in said
+    return path
+
+
+def test_one_line_per_document_and_method(done: Path) -> None:
+    lines = read_lines(done / SAMPLES)
+    assert [line["method"] for line in lines] == ["full", "window", "mix"] * 3
+    for line in lines:
+        assert {"text", "score", "prefill_s", "ttft_ms", "decode_s", "kv_bytes", "reference"} <= set(line)
+        states = [line[f"tokens_{state}"] for state in ("original", "quantized", "evicted")]
+        assert sum(states) == pytest.approx(line["tokens_seen"])
+        assert line["tokens_seen"] == line["prompt_tokens"] + line["generated_tokens"] - 1
+        assert (states[2] > 0) == (line["method"] != "full")
+
+
+def test_the_table_has_the_columns_promised(done: Path) -> None:
+    with open(done / RESULTS, newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(WANTED) <= set(rows[0])
+    full, window, mix = rows
+    assert [row["method"] for row in rows] == ["full", "window", "mix"]
+    assert full["cache_size"] == full["budget_unit"] == full["quant_format"] == ""
+    assert (mix["quant_format"], window["quant_format"], mix["cache_size"]) == ("int8", "", "64")
+    assert (full["kv_share"], full["n"]) == ("1", "3")
+    assert float(mix["kv_share"]) < float(window["kv_share"]) < 0.4
+    assert {row["peak_memory_bytes"] for row in rows} == {""}, "unknown on a CPU, so empty"
+    shares = [sum(float(row[f"{state}_share"]) for state in ("original", "quantized", "evicted")) for row in rows]
+    assert shares == pytest.approx([1, 1, 1], abs=1e-4)
+
+
+def test_the_record_explains_the_run(done: Path) -> None:
+    record = read_record(done)
+    assert record["finished"] >= record["started"]
+    assert record["settings"]["cache_size"] == [64]
+    assert len(record["models"]["tiny"]["fingerprint"]) == 64
+    assert {"commit", "dirty", "python", "packages", "hardware", "command"} <= set(record)
+    assert record["packages"]["torch"]
+    assert record["tasks"]["needle"] == {"documents": 3, "truncated": 0, "data_sha256": None}
+
+
+def test_continuing_measures_nothing_twice(done: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (done / SAMPLES).read_bytes()
+    table = (done / RESULTS).read_bytes()
+    outcome, said = go(tiny_folder, done)
+    assert outcome.measured == 0
+    assert "9 of 9 answers are in" in said
+    assert ((done / SAMPLES).read_bytes(), (done / RESULTS).read_bytes()) == (before, table)
+    # Another method needs its own answers and no others.
+    outcome, _ = go(tiny_folder, done, quant_type=("full", "origin"))
+    assert outcome.measured == 3
+    lines = read_lines(done / SAMPLES)
+    assert len(lines) == len({(line["document"], line["cell"]) for line in lines}) == 12
+    (done / SAMPLES).write_bytes(before)
+    (done / RESULTS).write_bytes(table)
+
+
+def test_two_runs_on_one_folder(done: Path, tiny_folder: Path) -> None:
+    with RunFolder(done, read_record(done)["fingerprint"]):
+        before = (done / SAMPLES).read_bytes()
+        for fresh in (False, True):
+            with pytest.raises(UserError, match="another run writes here"):
+                go(tiny_folder, done, fresh=fresh)
+        assert (done / SAMPLES).read_bytes() == before
+
+
+def test_other_settings_need_another_folder(done: Path, tiny_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"other settings \(seed\)"):
+        go(tiny_folder, done, seed=1)
+
+
+def test_nothing_is_touched_when_the_question_makes_no_sense(done: Path, tiny_folder: Path) -> None:
+    files = {name: (done / name).read_bytes() for name in (SAMPLES, RECORD, RESULTS)}
+    for settings in (
+        {"quant_type": ("mixx",)},
+        {"tasks": ("needl",)},
+        {"model": ("nowhere/",)},
+        {"window_size": (64,)},
+    ):
+        with pytest.raises((UserError, ValueError)):
+            go(tiny_folder, done, fresh=True, **settings)
+    assert files == {name: (done / name).read_bytes() for name in files}
+
+
+def test_a_failed_task_leaves_the_others_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    outcome, said = go(tiny_folder, tmp_path, tasks=("gsm8k", "needle"), data_dir=tmp_path / "nowhere", samples=1)
+    assert [failure["task"] for failure in outcome.failures] == ["gsm8k"]
+    assert str(tmp_path / "nowhere") in said.replace("\n", "")
+    assert len(outcome.rows) == 3
+    assert read_record(tmp_path)["failures"] == outcome.failures
+
+
+def test_a_prompt_within_the_budget_is_no_error(tiny_folder: Path, tmp_path: Path) -> None:
+    outcome, _ = go(tiny_folder, tmp_path, cache_size=(300,), samples=1)
+    _full, *others = outcome.rows
+    assert [row["compressed_documents"] for row in others] == [0, 0]
+    assert len({row["score"] for row in outcome.rows}) == 1
+    texts = {line["text"] for line in read_lines(tmp_path / SAMPLES)}
+    assert len(texts) == 1
+
+
+def test_an_unknown_task_of_lm_eval_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown task 'gsm8'"):
+        run.make_task("gsm8")
+
+
+@pytest.mark.slow
+def test_the_default_model_finds_the_needle_with_the_full_cache(tmp_path: Path) -> None:
+    settings = {"lengths": (2000,), "samples": 2, "dtype": "auto", "quant_type": ("full", "window")}
+    outcome, _ = go(Path("smollm2-135m"), tmp_path, cache_size=(256,), window_size=(32,), **settings)
+    full, window = outcome.rows
+    assert full["score"] == 1.0
+    assert window["score"] < 1.0
+    assert window["kv_share"] < 0.2
