@@ -75,7 +75,7 @@ def attention_forward(
         )
         return output
     if kwargs.get("s_aux") is not None:
-        raise ConfigError(f"model {module.config.model_type!r} has learned attention sinks, which are not supported")
+        raise ConfigError(f"{type(module).__name__} has learned attention sinks, which a compressed cache cannot serve")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     return key.attend(module, query, attention_mask, scaling, **kwargs), None

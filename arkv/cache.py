@@ -364,7 +364,8 @@ class TriStateLayer(CacheLayerMixin):
             nth = originals + rank[:steps]
             pick = nth.clamp(max=max(count - 1, 0)).expand(*order.shape[:2], steps)
             demoted = kept.gather(2, pick) & (nth < count)
-            self._demote(past.take(order.gather(2, pick)).only(demoted), total - originals, most_quantized)
+            chosen = past.take(order.gather(2, pick)).only(demoted)
+            self._demote(chosen, total - originals, most_quantized, Tokens.concat(window, past))
 
     def _slots_now(self) -> list[Slots]:
         """Slots of each sample: its budget, or room for everything until it has outgrown its limit."""
@@ -391,31 +392,33 @@ class TriStateLayer(CacheLayerMixin):
         stored.position.masked_fill_(~stays, -1)
         return before
 
-    def _demote(self, tokens: Tokens, budget: torch.Tensor, slots: int) -> None:
+    def _demote(self, tokens: Tokens, budget: torch.Tensor, slots: int, like: Tokens) -> None:
         """Quantize ``tokens`` (position -1 is none) into free slots.
 
         Args:
             budget: Quantized slots of each sample, [B, 1, 1].
             slots: the largest of them.
+            like: tokens that the coming ones will resemble.
         """
         number_format = self.config.number_format
         slots = -(-slots // number_format.slot_multiple) * number_format.slot_multiple
         here = torch.arange(slots, device=budget.device)
+        # In sequence order neighbours share a group, and neighbouring keys are alike.
+        last = torch.iinfo(tokens.position.dtype).max
+        tokens = tokens.take(tokens.position.masked_fill(tokens.position < 0, last).argsort(dim=-1))
+        fresh = QuantizedPool(number_format, Tokens.concat(tokens, tokens.empty(slots - tokens.slots)), like)
         if self.quantized is None:
-            # In sequence order neighbours share a group, and neighbouring keys are alike.
-            last = torch.iinfo(tokens.position.dtype).max
-            order = tokens.position.masked_fill(tokens.position < 0, last).argsort(dim=-1)
-            tokens = Tokens.concat(tokens.take(order), tokens.empty(slots - tokens.slots))
-            self.quantized = QuantizedPool(number_format, tokens)
+            self.quantized = fresh
         else:
             if self.quantized.slots < slots:
-                self.quantized.append(tokens.empty(slots - self.quantized.slots))
+                self.quantized.append(tokens.empty(slots - self.quantized.slots), like)
+            # A sample that has had no Quantized token yet gets groups with ranges of its own.
+            new = (self.quantized.position < 0).all(dim=2).all(dim=1)
             free = (self.quantized.position < 0) & (here < budget)
             target = free.int().sort(dim=-1, descending=True, stable=True).indices[..., : tokens.slots]
             nth = torch.arange(tokens.slots, device=budget.device)
-            order = (tokens.position < 0).int().sort(dim=-1, stable=True).indices
-            tokens = tokens.take(order)
             self.quantized.write(target, tokens, (tokens.position >= 0) & (nth < free.sum(dim=-1, keepdim=True)))
+            self.quantized.replace_samples(new.nonzero().squeeze(1), fresh)
         taken = self.quantized.position >= 0
         score = self.quantized.score.masked_fill(~taken, EMPTY)
         self.quantized.score = score.masked_fill(~taken & (here >= budget), CLOSED)
@@ -586,7 +589,7 @@ class TriStateCache(Cache):
             try:
                 config.number_format.check(head_dim or model_config.hidden_size // model_config.num_attention_heads)
             except ValueError as error:
-                raise ConfigError(str(error)) from None
+                raise ConfigError(f"quant_format={config.quant_format!r}: {error}") from None
         context = getattr(model_config, "max_position_embeddings", None)
         super().__init__(layers=_layers(model, lambda: TriStateLayer(config, context)))
         self._last = max(index for index, layer in enumerate(self.layers) if isinstance(layer, TriStateLayer))

@@ -168,15 +168,22 @@ class QuantizedTensor:
         self.group = layout.group_of(self.head_dim)
 
     @classmethod
-    def quantize(cls, layout: Layout, x: torch.Tensor, valid: torch.Tensor | None = None) -> QuantizedTensor:
+    def quantize(
+        cls,
+        layout: Layout,
+        x: torch.Tensor,
+        valid: torch.Tensor | None = None,
+        bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> QuantizedTensor:
         """Quantize ``x`` [B, H, S, D] into new storage; the error is at most half a step at each element.
 
         Args:
-            valid: [B, H, S], which slots hold a token. Others do not widen a channel's range; a group without any
-                token gets the range of all tokens of its head.
+            valid: [B, H, S], which slots hold a token. Others do not widen a channel's range.
+            bounds: smallest and largest number of each channel, [B, H, 1, D], that a group with free slots must cover,
+                since tokens that come later are written with its range; None takes those of all tokens here.
         """
         x = x.float()
-        scale, zero = _ranges(layout, x, valid)
+        scale, zero = _ranges(layout, x, valid, bounds)
         store = cls(layout, x.new_empty(*x.shape[:-1], x.shape[-1] * layout.bits // 8, dtype=torch.uint8), scale, zero)
         store.codes = store._encode(x, store._per_element(scale, x.shape[-1]), store._per_element(zero, x.shape[-1]))
         return store
@@ -243,7 +250,7 @@ class QuantizedTensor:
             zero = None if self.zero is None else self.zero.gather(2, place).float()
             self._put(self.codes, index, self._encode(x, scale, zero), valid)
             return
-        scale, zero = _ranges(self.layout, x, None)
+        scale, zero = _ranges(self.layout, x)
         codes = self._encode(x, self._per_element(scale, self.head_dim), self._per_element(zero, self.head_dim))
         self._put(self.codes, index, codes, valid)
         self._put(self.scale, index, scale, valid)
@@ -329,7 +336,12 @@ def _unpack(packed: torch.Tensor, bits: int) -> list[torch.Tensor]:
     return [(packed >> (part * bits)) & (2**bits - 1) for part in range(8 // bits)]
 
 
-def _ranges(layout: Layout, x: torch.Tensor, valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _ranges(
+    layout: Layout,
+    x: torch.Tensor,
+    valid: torch.Tensor | None = None,
+    bounds: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales and zero points of ``x`` [B, H, S, D], in the shapes and types in which they are stored."""
     tiny = torch.finfo(layout.range_dtype).tiny
     group = layout.group_of(x.shape[-1])
@@ -342,20 +354,15 @@ def _ranges(layout: Layout, x: torch.Tensor, valid: torch.Tensor | None) -> tupl
     else:
         grouped = x.unflatten(2, (-1, group))
         if valid is None:
-            low, high = grouped.amin(dim=3), grouped.amax(dim=3)
-        else:
-            low, high = _valid_ranges(grouped, valid.unflatten(2, (-1, group)))
+            valid = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device)
+        taken = valid.unflatten(2, (-1, group)).unsqueeze(-1)
+        low = grouped.masked_fill(~taken, float("inf")).amin(dim=3)
+        high = grouped.masked_fill(~taken, float("-inf")).amax(dim=3)
+        bounds = bounds or (low.amin(dim=2, keepdim=True), high.amax(dim=2, keepdim=True))
+        partial = ~taken.all(dim=3)
+        low = torch.where(partial, torch.minimum(low, bounds[0]), low)
+        high = torch.where(partial, torch.maximum(high, bounds[1]), high)
+        low, high = low.masked_fill(low.isinf(), 0.0), high.masked_fill(high.isinf(), 0.0)
     zero = _outward(low, up=False)
     scale = _outward((high - zero.float()) / layout.max_code, up=True).clamp_min(tiny)
     return scale, zero
-
-
-def _valid_ranges(grouped: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest and largest number of each channel of each group [B, H, n, g, D] over ``valid`` slots [B, H, n, g]."""
-    mask = valid.unsqueeze(-1)
-    low = grouped.masked_fill(~mask, float("inf")).amin(dim=3)
-    high = grouped.masked_fill(~mask, float("-inf")).amax(dim=3)
-    # A group without a token gets the range of its head, a head without one any range at all.
-    low = torch.where(low.isinf(), low.amin(dim=2, keepdim=True), low)
-    high = torch.where(high.isinf(), high.amax(dim=2, keepdim=True), high)
-    return low.masked_fill(low.isinf(), 0.0), high.masked_fill(high.isinf(), 0.0)

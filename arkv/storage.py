@@ -114,13 +114,29 @@ class QuantizedPool:
     Args:
         number_format: how keys and values are stored.
         tokens: what the pool begins with, empty slots included; as many as it will have slots.
+        like: tokens that those which come later will resemble; groups with free slots cover their ranges.
     """
 
-    def __init__(self, number_format: Format, tokens: Tokens) -> None:
+    def __init__(self, number_format: Format, tokens: Tokens, like: Tokens) -> None:
         self.format = number_format
-        taken = tokens.position >= 0
-        self.key = QuantizedTensor.quantize(number_format.key, tokens.key, taken)
-        self.value = QuantizedTensor.quantize(number_format.value, tokens.value, taken)
+        taken, known = tokens.position >= 0, (like.position >= 0).unsqueeze(-1)
+        self.key, self.value = (
+            QuantizedTensor.quantize(
+                layout,
+                x,
+                taken,
+                (
+                    other.float().masked_fill(~known, float("inf")).amin(dim=2, keepdim=True),
+                    other.float().masked_fill(~known, float("-inf")).amax(dim=2, keepdim=True),
+                )
+                if layout.axis == "channel"
+                else None,
+            )
+            for layout, x, other in (
+                (number_format.key, tokens.key, like.key),
+                (number_format.value, tokens.value, like.value),
+            )
+        )
         self.position = tokens.position
         self.score = tokens.score
         self.full = False
@@ -144,9 +160,17 @@ class QuantizedPool:
         self.value.map(function)
         self.position, self.score = function(self.position), function(self.score)
 
-    def append(self, tokens: Tokens) -> None:
+    def replace_samples(self, samples: torch.Tensor, other: QuantizedPool) -> None:
+        """Take everything of ``samples`` [n] from ``other``, a pool of the same size."""
+        for mine, theirs in ((self.key, other.key), (self.value, other.value)):
+            mine.codes[samples], mine.scale[samples] = theirs.codes[samples], theirs.scale[samples]
+            if mine.zero is not None and theirs.zero is not None:
+                mine.zero[samples] = theirs.zero[samples]
+        self.position[samples], self.score[samples] = other.position[samples], other.score[samples]
+
+    def append(self, tokens: Tokens, like: Tokens) -> None:
         """Add slots with ``tokens``, which may be empty."""
-        more = QuantizedPool(self.format, tokens)
+        more = QuantizedPool(self.format, tokens, like)
         self.key.append(more.key)
         self.value.append(more.value)
         self.position = torch.cat([self.position, more.position], dim=2)

@@ -14,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from arkv import FORMATS, CacheConfig, PrefillCache, TriStateCache, attach, storage_bytes
-from tests.arkv.conftest import PUBLISHED, SHAPE, feed, forward, held_sets, left_padded, prompt, spread
+from tests.arkv.conftest import PUBLISHED, SHAPE, feed, forward, prompt, spread
 
 W = 8
 METADATA = 8
@@ -163,17 +163,6 @@ def test_a_ratio_is_a_share_of_each_samples_full_bytes(half: Any) -> None:
         with attach(half):
             forward(half, cache, ids)
         assert 0.23 <= cache.nbytes() / stock_bytes(full) <= 0.25
-
-
-def test_budgets_in_bytes_of_a_padded_batch(half: Any) -> None:
-    """Samples that have outgrown the cache share storage with samples that have not."""
-    ids, mask = left_padded([prompt(length, seed=length) for length in (500, 100, 20)])
-    cache = TriStateCache(half, CacheConfig.for_method("mix", cache_size=64, budget_unit="bytes", window_size=W))
-    with attach(half):
-        forward(half, cache, ids, attention_mask=mask)
-        assert cache.nbytes() <= 3 * 64 * (2 * 64 * 2) * 2 * 2
-        for layer in cache.layers:
-            assert all(len(high) + len(low) == 20 for high, low in held_sets(layer, 2))
 
 
 # -- what a prefill holds ----------------------------------------------------------------------------------------------
