@@ -68,14 +68,14 @@ def attention_forward(
     Returns:
         ``(output [B, T, Hq, D], None)``.
     """
+    if kwargs.get("s_aux") is not None:
+        raise ConfigError(f"{type(module).__name__} has learned attention sinks, which a compressed cache cannot serve")
     if isinstance(key, torch.Tensor):
         dense = attention_mask.dense if isinstance(attention_mask, LazyMask) else attention_mask
         output: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, dense, dropout=dropout, scaling=scaling, **kwargs
         )
         return output
-    if kwargs.get("s_aux") is not None:
-        raise ConfigError(f"{type(module).__name__} has learned attention sinks, which a compressed cache cannot serve")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     return key.attend(module, query, attention_mask, scaling, **kwargs), None

@@ -202,7 +202,7 @@ def test_models_whose_layers_hold_no_keys_and_values_are_refused_by_name(cache: 
         cache(hybrid, *argument)
 
 
-@pytest.mark.parametrize("head_dim", [80, 81])
+@pytest.mark.parametrize("head_dim", [80, 82])
 def test_a_head_dim_that_a_format_cannot_store_is_refused_with_a_format_that_can(head_dim: int) -> None:
     config = LlamaConfig(num_hidden_layers=2, head_dim=head_dim)
     with pytest.raises(ConfigError) as error:
