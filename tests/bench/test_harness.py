@@ -396,10 +396,12 @@ def test_offline_without_rows(tokenizer: Any, tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("chat", [False, True])
 def test_scores_equal_lm_evals_own_run(shared_data: Path, chat: bool) -> None:
     import lm_eval
-    import torch
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    from arkv import CacheConfig
+    from bench.engine import Engine
+    from bench.methods import Cell
     from bench.models import load as load_model
 
     loaded = load_model("smollm2-135m")
@@ -418,22 +420,14 @@ def test_scores_equal_lm_evals_own_run(shared_data: Path, chat: bool) -> None:
         )
     )
     assert any(document.truncated for document in documents)
+    cells = [Cell("full"), Cell("mix", CacheConfig.for_method("mix", cache_size=512))]
+    engine = Engine(model, tokenizer, cells)
     answers, ours = {}, []
     for document in documents:
-        ids = torch.tensor([document.request.prompt_ids])
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=document.request.max_new_tokens,
-            stop_strings=list(document.request.stop),
-            tokenizer=tokenizer,
-            do_sample=False,
-        )
-        text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        for stop in document.request.stop:
-            text = text.split(stop)[0]
-        ours.append(text)
-        answers[document.id] = Generated(text=text)
+        full, mix = engine.answer(document, cells)
+        answers[document.id] = full.answer
+        ours.append(full.answer.text)
+        assert mix.tokens_evicted > 0
     files = {"train": "train_first200.jsonl", "test": "test.jsonl"}
     manager = TaskManager(include_defaults=False, include_path=str(Path(lm_eval.__file__).parent / "tasks" / "gsm8k"))
     reference = lm_eval.simple_evaluate(
