@@ -333,7 +333,12 @@ def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def _unpack(packed: torch.Tensor, bits: int) -> list[torch.Tensor]:
     """The runs of channels that :func:`_pack` put into each byte."""
-    return [(packed >> (part * bits)) & (2**bits - 1) for part in range(8 // bits)]
+    mask = 2**bits - 1
+    if packed.shape[-1] % 8:
+        return [(packed >> (part * bits)) & mask for part in range(8 // bits)]
+    # Eight bytes at a time; what a shift carries over from the next byte falls to the mask.
+    words, mask = packed.contiguous().view(torch.int64), int.from_bytes(bytes([mask]) * 8, "little")
+    return [((words >> (part * bits)) & mask).view(torch.uint8) for part in range(8 // bits)]
 
 
 def _ranges(
