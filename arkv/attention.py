@@ -29,7 +29,11 @@ class LazyMask:
     """
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        self._arguments = arguments
+        # A static cache counts its tokens in a tensor that it changes before the mask is made.
+        self._arguments = {
+            name: value.clone() if isinstance(value, torch.Tensor) and value.ndim == 0 else value
+            for name, value in arguments.items()
+        }
 
     @cached_property
     def dense(self) -> torch.Tensor | None:

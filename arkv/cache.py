@@ -863,6 +863,8 @@ def _layers(model: PreTrainedModel | PreTrainedConfig, make: Callable[[], CacheL
         raise ConfigError(
             f"model {config.model_type!r} has layers of type {min(strange)!r}, which cannot be compressed"
         )
+    if getattr(config, "kv_lora_rank", None):
+        raise ConfigError(f"model {config.model_type!r} caches latents instead of keys and values, not supported")
     if getattr(config, "num_kv_shared_layers", 0):
         raise ConfigError(f"model {config.model_type!r} has layers that share keys and values, which is not supported")
     stock = DynamicCache(config=config).layers
