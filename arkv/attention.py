@@ -30,7 +30,7 @@ class LazyMask:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         # A static cache counts its tokens in a tensor that it changes before the mask is made.
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             name: value.clone() if isinstance(value, torch.Tensor) and value.ndim == 0 else value
             for name, value in arguments.items()
         }
