@@ -93,7 +93,8 @@ class ByteBudget:
 
     A layer gets the share of what is left that its OQ score has among the layers to come, which are expected to be like
     the mean of those seen. So each layer is compressed once, right after it was computed, and never again, and the sum
-    is what was asked for.
+    is what was asked for. The price is that equal scores get unequal shares where the layers before them differ: the
+    first layer always gets the mean, the last one what is left.
 
     Args:
         config: settings; ``layer_budgets`` says whether the OQ scores count at all.

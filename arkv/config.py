@@ -43,7 +43,8 @@ class CacheConfig:
     metadata included, so that what quantization saves buys more tokens."""
 
     layer_budgets: Literal["equal", "oq"] = "equal"
-    """Byte units: every layer has the same bytes, or bytes in proportion to its OQ score."""
+    """Byte units: every layer has the same bytes, or more bytes the higher its OQ score is
+    among those of the layers before it."""
 
     window_size: int = 32
     """W: the newest tokens, always Original; also the queries that the prefill statistics are taken from."""

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""KL divergence of caches to the full cache on the next tokens of real text; this is how defaults were chosen.
+"""KL divergence of caches to the full cache on the next tokens of real text, to compare settings.
 
 A context is prefilled once, every variant compresses its own copy, and the tokens that follow are fed through its
 cache: one at a time (``--feed step``, so that decoding-time compression takes part) or all at once (``--feed block``).
