@@ -272,7 +272,9 @@ class TriStateLayer(CacheLayerMixin):
         stored, order = (None, None) if self.tokens is None else self.reconstruct()
         if config.ranking == "heavy_hitter":
             keys = key if stored is None else torch.cat([stored.key, key], dim=2)
-            visible = self._visible(stored, length, window, padding)
+            # Without padding and stored tokens, queries see all keys before the window.
+            alone = stored is None and padding is None
+            visible = self._visible(stored, window if alone else length, window, padding)
             attention = window_attention(query[:, :, -window:], keys, scaling, visible)
             statistics = prefill_statistics(attention, heads, config, visible)
             if not self.oq:
