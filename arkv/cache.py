@@ -3,20 +3,20 @@
 Letters: ``B`` batch, ``Hq`` query heads, ``H`` KV heads, ``G = Hq / H``, ``T`` tokens of one forward, ``S`` slots,
 ``D`` head dim, ``W`` window, ``C`` cache size.
 
-A layer stores two pools of slots. The Original pool begins with the window, a ring in which the token at position ``p``
-sits in slot ``p mod W``; the other slots hold past tokens in no order. Slots are allocated once; a decoding step writes
-only the entries that change: the new token takes the slot of the one that leaves the window, that one takes the place
-of the least important Original token, which is quantized into the place of the least important Quantized token, which
-is gone. Attention does not depend on the order of keys, so no entry ever moves; :meth:`TriStateLayer.reconstruct` gives
-the contiguous cache in sequence order.
+A layer stores two pools of slots, each in no order. Slots are allocated once; a decoding step writes only the entries
+that change: of the Original tokens outside the window, the least important is quantized into the place of the least
+important Quantized token, which is gone, and the new token takes its slot. Attention does not depend on the order of
+keys, so no entry ever moves; :meth:`TriStateLayer.reconstruct` gives the contiguous cache in sequence order.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -65,9 +65,9 @@ class TriStateLayer(CacheLayerMixin):
         super().__init__()  # type: ignore[no-untyped-call]
         self.config = config
         self.context_length = context_length
-        # Where bytes count, positions take as few as do their work.
+        # Positions take as few bytes as do their work; short ones also sort faster.
         short = context_length is not None and context_length <= torch.iinfo(torch.int16).max
-        self.position_dtype = torch.int16 if short and config.budget_unit == "bytes" else torch.int32
+        self.position_dtype = torch.int16 if short else torch.int32
         self.seen = 0
         self.padded: list[int] = []
         """Padding tokens before each sample."""
@@ -81,9 +81,11 @@ class TriStateLayer(CacheLayerMixin):
         self.tokens: Tokens | None = None
         self.quantized: QuantizedPool | None = None
         self.used = 0
-        """Slots of the past in use, counted from the end of the window."""
+        """Original slots in use, counted from the first."""
         self.gaps = False
         """Some slots in use may be without a token, so that attention needs a mask."""
+        self.order: torch.Tensor | None = None
+        """[B, H, S] all slots in sequence order, Quantized ones numbered after the Original ones; None: not known."""
         self.incoming: tuple[torch.Tensor, torch.Tensor] | None = None
         """Keys and values that wait for their queries."""
 
@@ -165,23 +167,26 @@ class TriStateLayer(CacheLayerMixin):
         self.tokens = self.tokens.map(function)
         if self.quantized is not None:
             self.quantized.map(function)
+        if self.order is not None:
+            self.order = function(self.order)
 
     def fork(self) -> TriStateLayer:
         """A copy that can go its own way."""
         twin = TriStateLayer(self.config, self.context_length)
         twin.__dict__.update({key: list(v) if isinstance(v, list) else v for key, v in self.__dict__.items()})
-        if self.quantized is not None:
-            twin.quantized = self.quantized.fork()
-        if self.tokens is not None:
-            twin.tokens = self.tokens.map(torch.clone)
+        if twin.quantized is not None:
+            twin.quantized = copy.copy(twin.quantized)
+            twin.quantized.key, twin.quantized.value = copy.copy(twin.quantized.key), copy.copy(twin.quantized.value)
+        if twin.tokens is not None:
+            twin._map(torch.clone)
         return twin
 
     # -- what is held --------------------------------------------------------------------------------------------------
 
     def held(self) -> Tokens:
-        """Slots of the Original pool in use: the window, then the past."""
+        """Slots of the Original pool in use."""
         assert self.tokens is not None
-        return self.tokens.part(slice(min(self.seen, self.config.window_size) + self.used))
+        return self.tokens.part(slice(self.used))
 
     def reconstruct(self) -> tuple[Tokens, torch.Tensor]:
         """The contiguous cache in sequence order, and where its tokens are stored.
@@ -207,7 +212,7 @@ class TriStateLayer(CacheLayerMixin):
         if self.quantized is not None:
             parts.append(self.quantized.position[sample])
         position, order = torch.cat(parts, dim=-1).sort(dim=-1, stable=True)
-        return States(position, (order >= original.shape[-1]) & (position >= 0))
+        return States(position.int(), (order >= original.shape[-1]) & (position >= 0))
 
     # -- a forward of several tokens -----------------------------------------------------------------------------------
 
@@ -309,25 +314,16 @@ class TriStateLayer(CacheLayerMixin):
 
     def absorb(self, new: Tokens) -> None:
         """Fit the new tokens into the window and the budget."""
-        length = new.slots
-        ring = self.config.window_size
         self.is_initialized = True
-        before, self.seen = self.seen, self.seen + length
-        first_in_window = max(self.seen - ring, 0)
-        if self.tokens is None:
-            self.tokens = new.empty(ring)
-        # Positions that leave the window: of the old ring, and of the new tokens themselves.
-        leaving = [place % ring for place in range(max(before - ring, 0), min(before, first_in_window))]
-        overflow = max(first_in_window - before, 0)
-        past = Tokens.concat(
-            self.tokens.part(slice(ring, ring + self.used)),
-            self.tokens.part(torch.tensor(leaving, dtype=torch.long, device=new.key.device)),
-            new.part(slice(overflow)),
-        )
-        window = Tokens.concat(self.tokens.part(slice(ring)))
-        places = torch.arange(before + overflow, self.seen, device=new.key.device) % ring
-        window.set_part(places, new.part(slice(overflow, None)))
-        self._assign(window, past)
+        self.seen += new.slots
+        self._assign(*self._split(new if self.tokens is None else Tokens.concat(self.held(), new)))
+
+    def _split(self, tokens: Tokens) -> tuple[Tokens, Tokens]:
+        """The window and what is outside of it."""
+        if self.tokens is not None:
+            tokens = tokens.take(tokens.position.argsort(dim=-1, stable=True))
+        past = tokens.slots - min(self.seen, self.config.window_size)
+        return tokens.part(slice(past, None)), tokens.part(slice(past))
 
     def _assign(self, window: Tokens, past: Tokens) -> None:
         """Choose the state of every past token: the most important stay Original, the next ones are quantized.
@@ -335,6 +331,7 @@ class TriStateLayer(CacheLayerMixin):
         Tokens that are Quantized already stay so or are evicted.
         """
         device = past.key.device
+        self.order = None
         for sample, padded in enumerate(self.padded):
             self.outgrown[sample] |= self.seen - padded > self.limits[sample]
         slots = self._slots_now()
@@ -353,12 +350,12 @@ class TriStateLayer(CacheLayerMixin):
 
         size = min(most_original, count)
         is_original = kept[..., :size] & (rank[:size] < originals)
-        room = past.empty(min(most_original - size, GROWTH))
+        self.used = window.slots + size
+        room = past.empty(min(self.config.window_size + most_original - self.used, GROWTH))
         self.tokens = Tokens.concat(window, past.take(order[..., :size]).only(is_original), room)
-        places = torch.arange(size + room.slots, device=device)
-        self.tokens.score[:, :, self.config.window_size :].masked_fill_(places >= originals, CLOSED)
+        places = torch.arange(self.tokens.slots, device=device) - self.config.window_size
+        self.tokens.score.masked_fill_(places >= originals, CLOSED)
         self.gaps = any(self.padded) or not bool(is_original.all())
-        self.used = size
 
         if most_quantized:
             # The tokens that follow the Original ones in rank, up to as many as there can be slots.
@@ -428,62 +425,82 @@ class TriStateLayer(CacheLayerMixin):
 
     def reassign(self) -> None:
         """Choose states anew after a change of budget."""
-        assert self.tokens is not None
-        ring = self.config.window_size
-        self._assign(self.tokens.part(slice(ring)), self.tokens.part(slice(ring, ring + self.used)))
+        self._assign(*self._split(self.held()))
 
     # -- a decoding step -----------------------------------------------------------------------------------------------
 
     def _join(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write one new token [B, H, 1, D] into the window, after the token whose slot it takes has found its place."""
-        ring = self.config.window_size
-        slot = self.seen % ring
-        if self.seen >= ring:
-            grown = [
-                was or self.seen - padded >= limit
-                for was, padded, limit in zip(self.outgrown, self.padded, self.limits, strict=True)
-            ]
-            if grown != self.outgrown:
-                self.outgrown = grown
-                self.reassign()
-            self._leave(slot)
+        """Write one new token [B, H, 1, D] into a slot that is free or that another token has to leave."""
+        grown = [
+            was or self.seen - padded >= limit
+            for was, padded, limit in zip(self.outgrown, self.padded, self.limits, strict=True)
+        ]
+        if grown != self.outgrown:
+            self.outgrown = grown
+            self.reassign()
         self._check_positions(1)
         assert self.tokens is not None
-        position = self.tokens.position.new_full((key.shape[0], key.shape[1], 1), self.seen)
-        recency = self.config.ranking == "recency"
-        score = position.float() if recency else torch.zeros_like(position, dtype=torch.float32)
-        self.tokens.set_part(slice(slot, slot + 1), Tokens(key, value, position, self._pin(score, position)))
+        position = torch.full_like(self.tokens.position[:, :, :1], self.seen)
+        score = position.float() if self.config.ranking == "recency" else torch.zeros_like(position, dtype=torch.float32)
+        new = Tokens(key, value, position, self._pin(score, position))
+        if self._grow():
+            self.tokens.set_part(slice(self.used - 1, self.used), new)
+        else:
+            place = self._vacate()
+            self.tokens.put(place, new)
         self.seen += 1
 
-    def _leave(self, slot: int) -> None:
-        """Find a place for the token in window slot ``slot``: Original, Quantized or none."""
+    def _grow(self) -> bool:
+        """Take one more slot into use; returns whether it is free for the new token in all samples."""
         assert self.tokens is not None
-        ring = self.config.window_size
-        leaving = self.tokens.part(slice(slot, slot + 1))
-        limits = [slots.original for slots in self._slots_now()]
-        if self.used < max(limits):
-            if ring + self.used == self.tokens.slots:
-                self.tokens = Tokens.concat(self.tokens, self.tokens.empty(min(GROWTH, max(limits) - self.used)))
-            free = ring + self.used
-            self.used += 1
-            if min(limits) == max(limits) and not self.gaps:
-                self.tokens.set_part(slice(free, free + 1), leaving)
-                return
-            closed = torch.tensor([limit < self.used for limit in limits], device=self.tokens.score.device)
-            self.tokens.score[:, :, free].masked_fill_(closed[:, None], CLOSED)
-            self.gaps = True
-        if self.used:
-            least, index = self.tokens.score[:, :, ring : ring + self.used].min(dim=-1, keepdim=True)
-            index = index + ring
-            stays = leaving.score > least
-            displaced = self.tokens.take(index)
-            demoted = displaced.where(stays, leaving)
-            self.tokens.put(index, leaving.where(stays, displaced))
-        else:
-            demoted = leaving
+        sizes = [self.config.window_size + slots.original for slots in self._slots_now()]
+        if self.used >= max(sizes):
+            return False
+        if self.used == self.tokens.slots:
+            self.tokens = Tokens.concat(self.tokens, self.tokens.empty(min(GROWTH, max(sizes) - self.used)))
+        self.used += 1
+        self.order = None
+        if min(sizes) == max(sizes) and not self.gaps:
+            return True
+        closed = torch.tensor([size < self.used for size in sizes], device=self.tokens.score.device)
+        self.tokens.score[:, :, self.used - 1].masked_fill_(closed[:, None], CLOSED)
+        self.gaps = True
+        return False
+
+    def _vacate(self) -> torch.Tensor:
+        """Find the Original slot for the new token, [B, H, 1]: quantize or evict the least important token outside the
+        window, unless there is a slot without one."""
+        assert self.tokens is not None
+        score, position = self.tokens.score[:, :, : self.used], self.tokens.position[:, :, : self.used]
+        inside = position > self.seen - self.config.window_size
+        place = score.masked_fill(inside, CLOSED).argmin(dim=-1, keepdim=True)
+        target = None
         if self.quantized is not None:
-            least, index = self.quantized.score.min(dim=-1, keepdim=True)
-            self.quantized.write(index, demoted, (demoted.score > least) & (demoted.position >= 0))
+            demoted = self.tokens.take(place)
+            least, target = self.quantized.score.min(dim=-1, keepdim=True)
+            valid = demoted.score > least
+            self.quantized.write(target, demoted, valid & (demoted.position >= 0) if self.gaps else valid)
+            target = torch.where(valid, target + self.used, -1)
+        if self.order is not None:
+            self._reorder(place, target)
+        return place
+
+    def _reorder(self, place: torch.Tensor, target: torch.Tensor | None) -> None:
+        """Keep :attr:`order` up to date when the new token takes an Original slot.
+
+        Args:
+            place: that slot, [B, H, 1].
+            target: number of the Quantized slot that its former token takes, -1 if it is evicted; None: there are none.
+        """
+        assert self.order is not None
+        order = self.order
+        if target is None:
+            gone = order == place
+        else:
+            gone = order == torch.where(target >= 0, target, place)
+            order = torch.where((order == place) & (target >= 0), target.to(order.dtype), order)
+        shift = gone.cumsum(dim=-1) + torch.arange(order.shape[-1], device=order.device)
+        self.order = torch.cat([order, place.to(order.dtype)], dim=-1).gather(2, shift)
 
     def attend_step(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Attention of one new token [B, Hq, 1, D] over all that is held; its probabilities are the new scores.
@@ -493,7 +510,8 @@ class TriStateLayer(CacheLayerMixin):
         """
         attend = self._attend_fused if self.config.attention == "fused" else self._attend_reconstructed
         batch, query_heads, _, dim = query.shape
-        heads = self.held().key.shape[1]
+        assert self.tokens is not None
+        heads = self.tokens.key.shape[1]
         grouped = query.view(batch, heads, query_heads // heads, dim)
         output, probabilities = attend(grouped, scaling)
         if self.config.ranking == "heavy_hitter":
@@ -505,20 +523,26 @@ class TriStateLayer(CacheLayerMixin):
 
         Products are taken in float32: a bfloat16 product would round the logits to 8 bits.
         """
-        held, stored = self.held(), self.quantized
-        query = query.float() * scaling
-        logits = query @ held.key.float().transpose(-1, -2)
+        assert self.tokens is not None
+        batch, heads, group, _ = query.shape
+        count = self.used
+        query = (query.float() * scaling).flatten(0, 1)
+        key, value = (tensor.flatten(0, 1)[:, :count].float() for tensor in (self.tokens.key, self.tokens.value))
+        logits = torch.bmm(query, key.transpose(1, 2))
         if self.gaps:
-            logits = logits.masked_fill((held.position < 0).unsqueeze(2), EMPTY)
+            missing = self.tokens.position[:, :, :count].flatten(0, 1) < 0
+            logits = logits.masked_fill(missing.unsqueeze(1), EMPTY)
+        stored = self.quantized
         if stored is None:
             probabilities = logits.softmax(dim=-1)
-            return probabilities @ held.value.float(), probabilities
-        low = stored.key.dot(query)
-        if not stored.full:
-            low = low.masked_fill((stored.position < 0).unsqueeze(2), EMPTY)
-        probabilities = torch.cat([logits, low], dim=-1).softmax(dim=-1)
-        high_part, low_part = probabilities.split([logits.shape[-1], low.shape[-1]], dim=-1)
-        return high_part @ held.value.float() + stored.value.weigh(low_part), probabilities
+            output = torch.bmm(probabilities, value)
+        else:
+            low = stored.key.dot(query)
+            if not stored.full:
+                low = low.masked_fill((stored.position < 0).flatten(0, 1).unsqueeze(1), EMPTY)
+            probabilities = torch.cat([logits, low], dim=-1).softmax(dim=-1)
+            output = torch.bmm(probabilities[..., :count], value) + stored.value.weigh(probabilities[..., count:])
+        return output.view(batch, heads, group, -1), probabilities.view(batch, heads, group, -1)
 
     def _attend_reconstructed(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The same as :meth:`_attend_fused` on the reconstructed contiguous cache: slower, and easy to believe."""
@@ -530,39 +554,43 @@ class TriStateLayer(CacheLayerMixin):
         return output, torch.empty_like(probabilities).scatter_(3, order, probabilities)
 
     def _pooled(self, importance: torch.Tensor) -> torch.Tensor:
-        """Pool the newest attention [B, H, S] over neighbouring tokens of the evictable region, as at prefill.
+        """Pool the newest attention [B, H, S], in place, over neighbouring tokens of the evictable region, as at prefill.
 
         The region is what can leave at the next step: all but the window, and the token that leaves it next.
         """
         config = self.config
-        ring = config.window_size
-        if config.decode_importance != "latest" or config.pool_width == 1 or self.seen < ring:
+        inside = config.window_size - 1
+        if config.decode_importance != "latest" or config.pool_width == 1 or self.seen <= inside:
             return importance
-        position = self.held().position
-        if self.quantized is not None:
-            position = torch.cat([position, self.quantized.position], dim=-1)
-        following = self.seen % ring
-        region = torch.cat([position[..., following : following + 1], position[..., ring:]], dim=-1)
-        values = torch.cat([importance[..., following : following + 1], importance[..., ring:]], dim=-1)
-        order = region.argsort(dim=-1)
-        smooth = torch.empty_like(values).scatter_(2, order, pool(values.gather(2, order), config.pool_width))
-        importance = importance.clone()
-        importance[..., following : following + 1] = smooth[..., :1]
-        importance[..., ring:] = smooth[..., 1:]
-        return importance
+        order = self.order
+        if order is None:
+            assert self.tokens is not None
+            parts = [self.tokens.position[:, :, : self.used]]
+            if self.quantized is not None:
+                parts.append(self.quantized.position)
+            order = (torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]).argsort(dim=-1)
+            full = self.used == max(config.window_size + slots.original for slots in self._slots_now())
+            if full and not self.gaps and (self.quantized is None or self.quantized.full):
+                # From now on every slot is taken, and a step changes the order by one token.
+                self.order = order.to(self.position_dtype)
+        region = order[..., : order.shape[-1] - inside].long()
+        return importance.scatter_(2, region, pool(importance.gather(2, region), config.pool_width))
 
     def _update_scores(self, importance: torch.Tensor, steps: int) -> None:
         """Bring the scores of all stored tokens up to date with ``importance`` [B, H, S] of ``steps`` new queries."""
-        held = self.held()
-        stores = [(held.score, importance[..., : held.slots])]
+        assert self.tokens is not None
+        count = importance.shape[-1] - (0 if self.quantized is None else self.quantized.slots)
+        stores = [(self.tokens.score[:, :, :count], importance[..., :count])]
         if self.quantized is not None:
-            stores.append((self.quantized.score, importance[..., held.slots :]))
-        weight = 1.0 - (1.0 - self.config.decode_rate) ** steps
+            stores.append((self.quantized.score, importance[..., count:]))
+        keep = (1.0 - self.config.decode_rate) ** steps
+        # Infinite scores mark sinks, empty and closed slots, and stay.
+        finite = not (self.gaps or self.config.n_sink) and (self.quantized is None or self.quantized.full)
         for score, new in stores:
             if self.config.decode_importance == "mean":
-                new = torch.lerp(score, new, weight)
-            # Infinite scores mark sinks, empty and closed slots, and stay.
-            score.copy_(torch.where(score.isinf(), score, new))
+                score.mul_(keep).add_(new, alpha=1.0 - keep)
+            else:
+                score.copy_(new if finite else torch.where(score.isinf(), score, new))
 
 
 class TriStateCache(Cache):

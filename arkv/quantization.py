@@ -241,26 +241,25 @@ class QuantizedTensor:
         low, high = self.codes.split([self.head_dim // 4, self.head_dim // 8], dim=-1)
         return [(torch.cat(_unpack(low, 2), dim=-1) | torch.cat(_unpack(high, 1), dim=-1) << 2).float()]
 
-    def write(self, index: torch.Tensor, x: torch.Tensor, valid: torch.Tensor) -> None:
-        """Quantize ``x`` [B, H, n, D] into slots ``index`` [B, H, n] where ``valid`` [B, H, n]; distinct slots."""
+    def write(self, index: torch.Tensor, rows: torch.Tensor, x: torch.Tensor, valid: torch.Tensor) -> None:
+        """Quantize ``x`` [B, H, n, D] into slots ``index`` [B, H, n] where ``valid`` [B * H * n, 1]; distinct slots.
+
+        Args:
+            rows: [B * H * n], the same slots in the storage seen as [B * H * S, ...].
+        """
         x = x.float()
         if self.layout.axis == "channel":
             place = (index // self.group).unsqueeze(-1).expand(-1, -1, -1, self.head_dim)
             scale = self.scale.gather(2, place).float()
             zero = None if self.zero is None else self.zero.gather(2, place).float()
-            self._put(self.codes, index, self._encode(x, scale, zero), valid)
+            put_rows(self.codes, rows, self._encode(x, scale, zero), valid)
             return
         scale, zero = _ranges(self.layout, x)
         codes = self._encode(x, self._per_element(scale, self.head_dim), self._per_element(zero, self.head_dim))
-        self._put(self.codes, index, codes, valid)
-        self._put(self.scale, index, scale, valid)
+        put_rows(self.codes, rows, codes, valid)
+        put_rows(self.scale, rows, scale, valid)
         if self.zero is not None and zero is not None:
-            self._put(self.zero, index, zero, valid)
-
-    @staticmethod
-    def _put(store: torch.Tensor, index: torch.Tensor, new: torch.Tensor, valid: torch.Tensor) -> None:
-        place = index.unsqueeze(-1).expand(-1, -1, -1, store.shape[-1])
-        store.scatter_(2, place, torch.where(valid.unsqueeze(-1), new, store.gather(2, place)))
+            put_rows(self.zero, rows, zero, valid)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The values that the codes stand for, [B, H, S, D] in ``dtype``."""
@@ -273,53 +272,57 @@ class QuantizedTensor:
         return values.to(dtype)
 
     def dot(self, query: torch.Tensor) -> torch.Tensor:
-        """``query`` [B, H, G, D] (float32) times the keys: [B, H, G, S]."""
-        batch, heads, queries, _ = query.shape
-        parts = self._parts()
-        if self.layout.axis == "token" and self.scale.shape[-1] == 1:
-            scores = query @ parts[0].transpose(-1, -2) if len(parts) == 1 else self._dot_parts(query, parts)
-            scores = scores * self.scale.float().transpose(-1, -2)
-            if self.zero is not None:
-                scores = scores + query.sum(dim=-1, keepdim=True) * self.zero.float().transpose(-1, -2)
-            return scores
+        """``query`` [B * H, G, D] (float32) times the keys: [B * H, G, S]."""
         if self.layout.axis == "token":
-            return query @ self.dequantize(torch.float32).transpose(-1, -2)
-        # Per channel: the group's scales go onto the query, [B, H, S / g, G, D], its zero points become one number.
+            if self.scale.shape[-1] > 1:
+                return torch.bmm(query, self.dequantize(torch.float32).flatten(0, 1).transpose(1, 2))
+            scores = self._dot_parts(query)
+            scores *= self.scale.flatten(0, 1).transpose(1, 2)
+            if self.zero is not None:
+                scores += query.sum(dim=-1, keepdim=True) * self.zero.flatten(0, 1).transpose(1, 2)
+            return scores
+        # Per channel: the group's scales go onto the query, [B * H * S / g, G, D], its zero points become one number.
+        heads, queries, dim = query.shape
         groups = self.scale.shape[2]
-        scaled = query.unsqueeze(2) * self.scale.float().unsqueeze(3)
-        scores = self._dot_parts(scaled, [part.view(batch, heads, groups, self.group, -1) for part in parts])
+        scaled = (query.unsqueeze(1) * self.scale.flatten(0, 1).unsqueeze(2)).view(heads * groups, queries, dim)
+        scores = self._dot_parts(scaled).view(heads, groups, queries, self.group)
         if self.zero is not None:
-            scores = scores + query.unsqueeze(2) @ self.zero.float().unsqueeze(-1)
-        return scores.transpose(2, 3).reshape(batch, heads, queries, groups * self.group)
+            zero = torch.bmm(query, self.zero.float().flatten(0, 1).transpose(1, 2))
+            scores += zero.transpose(1, 2).unsqueeze(-1)
+        return scores.transpose(1, 2).reshape(heads, queries, groups * self.group)
 
-    @staticmethod
-    def _dot_parts(query: torch.Tensor, parts: list[torch.Tensor]) -> torch.Tensor:
+    def _dot_parts(self, query: torch.Tensor) -> torch.Tensor:
+        """``query`` [n, G, D] times the codes, which are as many runs of slots: [n, G, slots / n]."""
+        parts = self._parts()
         pieces = query.chunk(len(parts), dim=-1)
-        scores = pieces[0] @ parts[0].transpose(-1, -2)
-        for piece, part in zip(pieces[1:], parts[1:], strict=True):
-            scores = scores + piece @ part.transpose(-1, -2)
+        runs = [part.view(query.shape[0], -1, part.shape[-1]).transpose(1, 2) for part in parts]
+        scores = torch.bmm(pieces[0], runs[0])
+        for piece, run in zip(pieces[1:], runs[1:], strict=True):
+            scores.baddbmm_(piece, run)
         return scores
 
     def weigh(self, weights: torch.Tensor) -> torch.Tensor:
-        """``weights`` [B, H, G, S] (float32) times the values: [B, H, G, D]."""
+        """``weights`` [B * H, G, S] (float32) times the values: [B * H, G, D]."""
         if self.layout.axis == "channel":
-            return weights @ self.dequantize(torch.float32)
-        parts = self._parts()
+            return torch.bmm(weights, self.dequantize(torch.float32).flatten(0, 1))
+        heads, queries, slots = weights.shape
         groups = self.scale.shape[-1]
-        if groups == 1:
-            scaled = weights * self.scale.float().transpose(-1, -2)
-            output = torch.cat([scaled @ part for part in parts], dim=-1)
-            if self.zero is not None:
-                output = output + weights @ self.zero.float()
-            return output
-        # Per group of channels its own weights, [B, H, D / g, G, S].
-        batch, heads, queries, slots = weights.shape
-        scaled = weights.unsqueeze(2) * self.scale.float().transpose(-1, -2).unsqueeze(3)
-        codes = torch.cat(parts, dim=-1).view(batch, heads, slots, groups, self.group).transpose(2, 3)
-        output = scaled @ codes
+        # Per group of channels its own weights, [B * H, g * G, S].
+        scale = self.scale.flatten(0, 1).transpose(1, 2).contiguous()
+        scaled = (weights.unsqueeze(1) * scale.unsqueeze(2)).reshape(heads, groups * queries, slots)
+        products = [torch.bmm(scaled, part.flatten(0, 1)) for part in self._parts()]
+        output = (torch.cat(products, dim=-1) if len(products) > 1 else products[0]).view(heads, groups, queries, -1)
+        # All groups' weights met all channels; each keeps its own.
+        output = output.unflatten(-1, (groups, -1)).diagonal(dim1=1, dim2=3)
         if self.zero is not None:
-            output = output + (weights @ self.zero.float()).transpose(-1, -2).unsqueeze(-1)
-        return output.transpose(2, 3).reshape(batch, heads, queries, self.head_dim)
+            output = output + torch.bmm(weights, self.zero.float().flatten(0, 1)).unsqueeze(2)
+        return output.transpose(2, 3).reshape(heads, queries, self.head_dim)
+
+
+def put_rows(store: torch.Tensor, rows: torch.Tensor, new: torch.Tensor, valid: torch.Tensor) -> None:
+    """Write ``new`` into ``rows`` [n] of ``store`` [..., D], seen as [-1, D], where ``valid`` [n, 1]; in place."""
+    flat = store.view(-1, store.shape[-1])
+    flat.index_copy_(0, rows, torch.where(valid, new.view(-1, new.shape[-1]), flat.index_select(0, rows)))
 
 
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
