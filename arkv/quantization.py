@@ -241,25 +241,30 @@ class QuantizedTensor:
         low, high = self.codes.split([self.head_dim // 4, self.head_dim // 8], dim=-1)
         return [(torch.cat(_unpack(low, 2), dim=-1) | torch.cat(_unpack(high, 1), dim=-1) << 2).float()]
 
-    def write(self, index: torch.Tensor, rows: torch.Tensor, x: torch.Tensor, valid: torch.Tensor) -> None:
-        """Quantize ``x`` [B, H, n, D] into slots ``index`` [B, H, n] where ``valid`` [B * H * n, 1]; distinct slots.
-
-        Args:
-            rows: [B * H * n], the same slots in the storage seen as [B * H * S, ...].
-        """
+    def write(self, rows: torch.Tensor, x: torch.Tensor) -> None:
+        """Quantize ``x`` [n, D] into the distinct slots ``rows`` [n] of the storage seen as [B * H * S, ...]."""
         x = x.float()
         if self.layout.axis == "channel":
-            place = (index // self.group).unsqueeze(-1).expand(-1, -1, -1, self.head_dim)
-            scale = self.scale.gather(2, place).float()
-            zero = None if self.zero is None else self.zero.gather(2, place).float()
-            put_rows(self.codes, rows, self._encode(x, scale, zero), valid)
+            group = rows // self.group
+            scale, zero = (
+                None if ranges is None else ranges.view(-1, self.head_dim).index_select(0, group).float()
+                for ranges in (self.scale, self.zero)
+            )
+            self._put(self.codes, rows, self._encode(x, scale, zero))
             return
         scale, zero = _ranges(self.layout, x)
-        codes = self._encode(x, self._per_element(scale, self.head_dim), self._per_element(zero, self.head_dim))
-        put_rows(self.codes, rows, codes, valid)
-        put_rows(self.scale, rows, scale, valid)
+        self._put(
+            self.codes,
+            rows,
+            self._encode(x, self._per_element(scale, self.head_dim), self._per_element(zero, self.head_dim)),
+        )
+        self._put(self.scale, rows, scale)
         if self.zero is not None and zero is not None:
-            put_rows(self.zero, rows, zero, valid)
+            self._put(self.zero, rows, zero)
+
+    @staticmethod
+    def _put(store: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> None:
+        store.view(-1, store.shape[-1]).index_copy_(0, rows, new)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The values that the codes stand for, [B, H, S, D] in ``dtype``."""
@@ -317,12 +322,6 @@ class QuantizedTensor:
         if self.zero is not None:
             output = output + torch.bmm(weights, self.zero.float().flatten(0, 1)).unsqueeze(2)
         return output.transpose(2, 3).reshape(heads, queries, self.head_dim)
-
-
-def put_rows(store: torch.Tensor, rows: torch.Tensor, new: torch.Tensor, valid: torch.Tensor) -> None:
-    """Write ``new`` into ``rows`` [n] of ``store`` [..., D], seen as [-1, D], where ``valid`` [n, 1]; in place."""
-    flat = store.view(-1, store.shape[-1])
-    flat.index_copy_(0, rows, torch.where(valid, new.view(-1, new.shape[-1]), flat.index_select(0, rows)))
 
 
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -92,12 +92,8 @@ def pool(scores: torch.Tensor, width: int) -> torch.Tensor:
     """Average pooling over neighbouring tokens, [..., S]; beyond the ends counts as zero."""
     if width == 1 or scores.shape[-1] == 0:
         return scores
-    # A sum of shifted views is some four times faster on CPU than avg_pool1d.
-    padded = F.pad(scores, (width // 2, width // 2))
-    total = padded[..., : scores.shape[-1]] + padded[..., 1 : 1 + scores.shape[-1]]
-    for shift in range(2, width):
-        total += padded[..., shift : shift + scores.shape[-1]]
-    return total.mul_(1.0 / width)
+    flat = scores.reshape(-1, 1, scores.shape[-1])
+    return F.avg_pool1d(flat, width, stride=1, padding=width // 2).view(scores.shape)
 
 
 def max_pool(scores: torch.Tensor, width: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from arkv.quantization import Format, QuantizedTensor, put_rows
+from arkv.quantization import Format, QuantizedTensor
 
 EMPTY, CLOSED = float("-inf"), float("inf")
 
@@ -170,12 +170,17 @@ class QuantizedPool:
 
     def write(self, index: torch.Tensor, tokens: Tokens, valid: torch.Tensor) -> None:
         """Quantize ``tokens`` into slots ``index`` where ``valid``; both [B, H, n], distinct slots per head."""
-        rows = flat_rows(self.position, index)
-        valid = valid.view(-1, 1)
-        self.key.write(index, rows, tokens.key, valid)
-        self.value.write(index, rows, tokens.value, valid)
-        put_rows(self.position.unsqueeze(-1), rows, tokens.position.view(-1, 1), valid)
-        put_rows(self.score.unsqueeze(-1), rows, tokens.score.view(-1, 1), valid)
+        chosen = valid.view(-1).nonzero().squeeze(1)
+        if not chosen.numel():
+            return
+        rows = flat_rows(self.position, index).index_select(0, chosen)
+        key, value, position, score = (
+            tensor.reshape(-1, *tensor.shape[3:]).index_select(0, chosen) for tensor in tokens.tensors()
+        )
+        self.key.write(rows, key)
+        self.value.write(rows, value)
+        self.position.view(-1).index_copy_(0, rows, position)
+        self.score.view(-1).index_copy_(0, rows, score)
 
     def dequantized(self, dtype: torch.dtype) -> Tokens:
         """All slots as they would stand in a cache of ``dtype``."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from arkv.quantization import FORMATS, Format, Layout, QuantizedTensor, _e4m3_to_float
+from arkv.storage import flat_rows
 from tests.arkv.conftest import storages_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -208,25 +209,24 @@ def test_a_token_written_later_is_about_as_exact(layout: Layout, taken: int) -> 
     valid = (torch.arange(SLOTS) < taken).expand(1, 2, SLOTS)
     store = QuantizedTensor.quantize(layout, x.masked_fill(~valid.unsqueeze(-1), 0.0), valid, bounds)
     index = torch.arange(taken, SLOTS).expand(1, 2, -1)
-    store.write(index, x[:, :, taken:], torch.ones_like(index, dtype=torch.bool))
+    store.write(flat_rows(valid, index), x[:, :, taken:].reshape(-1, DIM))
     back = store.dequantize(torch.float32)
     relative = (back - x)[:, :, taken:].norm() / x[:, :, taken:].norm()
     assert relative < {8: 0.05, 4: 0.25, 3: 0.4, 2: 0.8}[layout.bits]
 
 
 def test_written_slots_replace_and_others_keep_their_codes(layout: Layout) -> None:
-    x, new = random(2, 2, SLOTS, DIM, seed=9), random(2, 2, 3, DIM, seed=10)
+    x, new = random(2, 2, SLOTS, DIM, seed=9), random(2, 2, 2, DIM, seed=10)
     store = QuantizedTensor.quantize(layout, x)
     before = store.dequantize(torch.float32)
-    index = torch.tensor([5, 70, 9]).expand(2, 2, 3)
-    valid = torch.tensor([True, True, False]).expand(2, 2, 3)
-    store.write(index, new, valid)
+    rows = flat_rows(x[..., 0], torch.tensor([5, 70]).expand(2, 2, 2))
+    store.write(rows, new[:, :, :2].reshape(-1, DIM))
     after = store.dequantize(torch.float32)
     written = torch.zeros(SLOTS, dtype=torch.bool)
     written[[5, 70]] = True
     assert torch.equal(after[:, :, ~written], before[:, :, ~written])
     # Per channel a new token is held within the range that its group has.
-    inside = new[:, :, :2].clamp(-2, 2)
+    inside = new.clamp(-2, 2)
     error = (after[:, :, [5, 70]].clamp(-2, 2) - inside).norm() / inside.norm()
     assert error < {8: 0.05, 4: 0.2, 3: 0.35, 2: 0.7}[layout.bits]
 
@@ -243,8 +243,8 @@ def test_products_with_the_codes_are_products_with_the_values(layout: Layout) ->
     x, query, weights = random(2, 2, SLOTS, DIM, seed=7), random(2, 2, 3, DIM, seed=8), random(2, 2, 3, SLOTS, seed=9)
     quantized = QuantizedTensor.quantize(layout, x + 1)
     values = quantized.dequantize(torch.float32)
-    assert torch.allclose(quantized.dot(query), query @ values.mT, atol=1e-4)
-    assert torch.allclose(quantized.weigh(weights), weights @ values, atol=1e-4)
+    assert torch.allclose(quantized.dot(query.flatten(0, 1)).view(2, 2, 3, SLOTS), query @ values.mT, atol=1e-4)
+    assert torch.allclose(quantized.weigh(weights.flatten(0, 1)), (weights @ values).flatten(0, 1), atol=1e-4)
 
 
 @pytest.mark.parametrize("dim", [32, 64, 96, 128])
