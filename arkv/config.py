@@ -189,6 +189,11 @@ class CacheConfig:
         by_layer = self.budget_unit == "bytes" and self.layer_budgets == "oq"
         return self.original_share is None or by_layer
 
+    @property
+    def pools_steps(self) -> bool:
+        """Whether the attention of every decoding step is pooled over neighbouring tokens, which needs their order."""
+        return self.ranking == "heavy_hitter" and self.decode_importance == "latest" and self.pool_width > 1
+
     @classmethod
     def for_method(cls, method: str, **settings: Any) -> CacheConfig:
         """The settings of a method by name, the published ones unless overridden.

@@ -321,7 +321,8 @@ class QuantizedTensor:
         output = output.unflatten(-1, (groups, -1)).diagonal(dim1=1, dim2=3)
         if self.zero is not None:
             output = output + torch.bmm(weights, self.zero.float().flatten(0, 1)).unsqueeze(2)
-        return output.transpose(2, 3).reshape(heads, queries, self.head_dim)
+        flat: torch.Tensor = output.transpose(2, 3).reshape(heads, queries, self.head_dim)
+        return flat
 
 
 def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -179,3 +179,22 @@ def _pool_parts(
 ) -> torch.Tensor:
     """Pool the evictable region and the window each for itself: the window's scores count once its tokens leave it."""
     return torch.cat([function(scores[..., :past], width), function(scores[..., past:], width)], dim=-1)
+
+
+def update_scores(
+    scores: list[torch.Tensor], newest: list[torch.Tensor], config: CacheConfig, steps: int, finite: bool
+) -> None:
+    """Bring stored scores up to date, in place, with the attention that ``steps`` new queries gave.
+
+    Args:
+        scores, newest: lists of tensors of the same shapes.
+        finite: no score is infinite. Infinite ones mark sinks, empty and closed slots, and stay.
+    """
+    if config.decode_importance == "mean":
+        keep = (1.0 - config.decode_rate) ** steps
+        torch._foreach_mul_(scores, keep)
+        torch._foreach_add_(scores, newest, alpha=1.0 - keep)
+        return
+    if not finite:
+        newest = [torch.where(score.isinf(), score, new) for score, new in zip(scores, newest, strict=True)]
+    torch._foreach_copy_(scores, newest)

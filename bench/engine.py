@@ -105,14 +105,14 @@ class Engine:
                 cache = prefill.to_dynamic()
             else:
                 cache = TriStateCache.from_prefill(prefill, cell.config)
-        after_compression = storage_bytes(cache.layers)
+        after_compression = storage_bytes(cache)
         if cell.config is None:
             tokens, first, decode = self._decode(cache, logits, request)
         else:
             with attach(self.model):
                 tokens, first, decode = self._decode(cache, logits, request)
         seen = cache.get_seq_length()
-        kv_bytes = storage_bytes(cache.layers)
+        kv_bytes = storage_bytes(cache)
         if isinstance(cache, TriStateCache):
             counts, ratios = cache.token_counts(), cache.oq_ratios() if cell.config and cell.config.uses_oq else []
         else:

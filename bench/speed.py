@@ -125,7 +125,7 @@ class SpeedBench:
             ttft_ms=1000.0 * (prefill.seconds + steps[0]),
             tpot_ms=1000.0 * step,
             decode_tokens_per_s=1.0 / step,
-            kv_bytes=storage_bytes(cache.layers),
+            kv_bytes=storage_bytes(cache),
             peak_memory_bytes=peak_memory_bytes(self.device),
             repetition=repetition,
         )

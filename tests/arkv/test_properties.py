@@ -94,8 +94,12 @@ def test_products_with_codes_are_products_with_values(seed: int, scale: float, n
     for layout in (FORMATS[name].key, FORMATS[name].value):
         quantized = QuantizedTensor.quantize(layout, x)
         values = quantized.dequantize(torch.float32)
-        assert torch.allclose(quantized.dot(query.flatten(0, 1)), (query @ values.mT).flatten(0, 1), rtol=1e-4, atol=1e-4 * scale)
-        assert torch.allclose(quantized.weigh(weights.flatten(0, 1)), (weights @ values).flatten(0, 1), rtol=1e-4, atol=1e-4 * scale)
+        assert torch.allclose(
+            quantized.dot(query.flatten(0, 1)), (query @ values.mT).flatten(0, 1), rtol=1e-4, atol=1e-4 * scale
+        )
+        assert torch.allclose(
+            quantized.weigh(weights.flatten(0, 1)), (weights @ values).flatten(0, 1), rtol=1e-4, atol=1e-4 * scale
+        )
 
 
 # -- scores and budgets ------------------------------------------------------------------------------------------------
