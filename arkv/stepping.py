@@ -36,7 +36,7 @@ class LayerGroup:
         """[L * B, H, S]: all slots in sequence order, Quantized ones numbered after the Original ones, as long as every
         slot is taken and all layers have as many."""
         self._rows: tuple[torch.Tensor, ...] = ()
-        self._importance: list[torch.Tensor] = []
+        self._probabilities: list[torch.Tensor] = []
 
     # -- a step, as the layers see it ----------------------------------------------------------------------------------
 
@@ -54,8 +54,8 @@ class LayerGroup:
         """Attention output [B, 1, Hq, D] of the new token; its probabilities are the new scores of what is held."""
         output, probabilities = self.layers[index].attend_step(query, scaling)
         if self.config.ranking == "heavy_hitter":
-            self._importance.append(probabilities.mean(dim=2))
-            if len(self._importance) == len(self.layers):
+            self._probabilities.append(probabilities)
+            if len(self._probabilities) == len(self.layers):
                 self._finish()
         return output
 
@@ -88,7 +88,7 @@ class LayerGroup:
         self._position.index_fill_(0, flat, seen)
         self._score.index_copy_(0, flat, self._new_scores(seen).to(flat.device))
         self._rows = rows.unbind(0)
-        self._importance = []
+        self._probabilities = []
 
     def _new_scores(self, seen: int) -> torch.Tensor:
         """Scores of the new token, [L * B * H]; attention sinks stand above all others."""
@@ -134,23 +134,35 @@ class LayerGroup:
         """
         assert self.order is not None
         order = self.order
-        place = place.view(*order.shape[:2], 1)
+        place = place.view(*order.shape[:2], 1).to(order.dtype)
         gone = place
         if target is not None:
-            target = target.view(place.shape)
+            target = target.view(place.shape).to(order.dtype)
             gone = torch.where(target >= 0, target, place)
         # Everything behind the slot that is gone moves up by one, and the new token is the last.
         shift = (order == gone).cumsum(dim=-1) + torch.arange(order.shape[-1], device=order.device)
         if target is not None:
-            order = torch.where((order == place) & (target >= 0), target.to(order.dtype), order)
-        self.order = torch.cat([order, place.to(order.dtype)], dim=-1).gather(2, shift)
+            order = torch.where((order == place) & (target >= 0), target, order)
+        self.order = torch.cat([order, place], dim=-1).gather(2, shift)
 
     def _finish(self) -> None:
         """Turn the attention of the step into scores."""
-        layers, importance = self.layers, self._importance
-        self._importance = []
-        if self.config.pools_steps and layers[0].seen >= self.config.window_size:
-            importance = self._pool(importance)
+        layers, probabilities = self.layers, self._probabilities
+        self._probabilities = []
+        if len({part.shape[-1] for part in probabilities}) == 1:
+            together = torch.cat(probabilities).mean(dim=2)
+            if self._pools:
+                order = self._sequence(layers) if self.order is None else self.order
+                if all(layer.holds_most for layer in layers):
+                    self.order = order
+                together = self._smooth(together, order)
+            importance = list(together.split(probabilities[0].shape[0]))
+        else:
+            # Layers of different size, as where they share bytes by their OQ ratios.
+            importance = [part.mean(dim=2) for part in probabilities]
+            if self._pools:
+                orders = [self._sequence([layer]) for layer in layers]
+                importance = [self._smooth(part, order) for part, order in zip(importance, orders, strict=True)]
         scores, newest = [], []
         for layer, numbers in zip(layers, importance, strict=True):
             scores += layer.scores()
@@ -158,20 +170,13 @@ class LayerGroup:
         finite = not self.config.n_sink and all(layer.holds_most for layer in layers)
         update_scores(scores, newest, self.config, 1, finite)
 
-    def _pool(self, importance: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Pool the newest attention of each layer, [B, H, S], over neighbouring tokens of the evictable region.
+    @property
+    def _pools(self) -> bool:
+        """Whether the newest attention is pooled over neighbouring tokens of the evictable region.
 
         The region is what can leave at the next step: all but the window, and the token that leaves it next.
         """
-        batch = importance[0].shape[0]
-        if len({numbers.shape[-1] for numbers in importance}) > 1:
-            # Layers of different size, as where they share bytes by their OQ ratios.
-            orders = [self._sequence([layer]) for layer in self.layers]
-            return [self._smooth(numbers, order) for numbers, order in zip(importance, orders, strict=True)]
-        order = self._sequence(self.layers) if self.order is None else self.order
-        if all(layer.holds_most for layer in self.layers):
-            self.order = order.to(self._position.dtype)
-        return list(self._smooth(torch.cat(list(importance)), order).split(batch))
+        return self.config.pools_steps and self.layers[0].seen >= self.config.window_size
 
     @staticmethod
     def _sequence(layers: Sequence[TriStateLayer]) -> torch.Tensor:
@@ -180,9 +185,11 @@ class LayerGroup:
             [layer.held().position, *([] if layer.quantized is None else [layer.quantized.position])]
             for layer in layers
         ]
-        return torch.cat([torch.cat(part, dim=-1) for part in parts]).argsort(dim=-1)
+        positions = torch.cat([torch.cat(part, dim=-1) for part in parts])
+        return positions.argsort(dim=-1).to(positions.dtype)
 
     def _smooth(self, importance: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """``importance`` [n, H, S], pooled in sequence order."""
         region = order[..., : order.shape[-1] - self.config.window_size + 1].long()
         return importance.scatter(2, region, pool(importance.gather(2, region), self.config.pool_width))
 
