@@ -1,4 +1,4 @@
-"""The two kernels of :func:`arkv.kernels.decode_attention`. This module alone imports Triton.
+"""The two kernels of :func:`arkv.kernels.decode.decode_attention`. This module alone imports Triton.
 
 A program of :func:`attend_splits` serves one KV head (``tl.program_id(0)``, of B * H) and one split of its slots. Tiles
 are float32: ``q`` [G, D], keys and values [N, D] of N = ``BLOCK`` slots, where G and D are padded to powers of two.

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from arkv import FORMATS, kernels
+from arkv import FORMATS
+from arkv.kernels import decode
 from arkv.quantization import Format, Layout
 from arkv.storage import QuantizedPool, Tokens
 
@@ -34,8 +35,8 @@ SERVED: dict[str, Any] = {
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an NVIDIA GPU of the Ampere generation with Triton."""
-    monkeypatch.setattr(kernels, "_has_triton", lambda: True)
-    monkeypatch.setattr(kernels, "_capability", lambda device: (8, 0))
+    monkeypatch.setattr(decode, "_has_triton", lambda: True)
+    monkeypatch.setattr(decode, "_capability", lambda device: (8, 0))
 
 
 # -- when it is chosen -------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("quant_format", [None, *FORMATS])
 def test_supported(quant_format: str | None, head_dim: int) -> None:
     number_format = None if quant_format is None else FORMATS[quant_format]
-    assert kernels.supported(**{**SERVED, "head_dim": head_dim, "number_format": number_format})
+    assert decode.supported(**{**SERVED, "head_dim": head_dim, "number_format": number_format})
 
 
 INT8 = FORMATS["int8"].key
@@ -70,24 +71,24 @@ GROUPS_OF_32_CHANNELS = Layout(8, "token", 32, symmetric=True)
     ],
 )
 def test_not_supported(different: dict[str, Any]) -> None:
-    assert not kernels.supported(**{**SERVED, **different})
+    assert not decode.supported(**{**SERVED, **different})
 
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize(("name", "found"), [("_has_triton", False), ("_capability", (7, 5))])
 def test_not_supported_here(name: str, found: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, name, lambda *_: found)
-    assert not kernels.supported(**SERVED)
+    monkeypatch.setattr(decode, name, lambda *_: found)
+    assert not decode.supported(**SERVED)
 
 
 def test_amd_is_not_supported(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert not kernels.supported(**SERVED)
+    assert not decode.supported(**SERVED)
 
 
 def test_the_library_does_not_need_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    spec = spec_from_file_location("kernels_without_triton", kernels.__file__)
+    spec = spec_from_file_location("kernels_without_triton", decode.__file__)
     assert spec is not None
     assert spec.loader is not None
     module = module_from_spec(spec)
@@ -102,8 +103,8 @@ def test_the_library_does_not_need_triton(monkeypatch: pytest.MonkeyPatch) -> No
 def test_slots_per_split(
     slots: int, rows: int, processors: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_processors", lambda device: processors)
-    assert kernels._slots_per_split(slots, rows, torch.device("cuda")) == expected
+    monkeypatch.setattr(decode, "_processors", lambda device: processors)
+    assert decode._slots_per_split(slots, rows, torch.device("cuda")) == expected
 
 
 # -- against its twin --------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compile:
             tokens = Tokens(zeros, zeros, torch.zeros(1, 2, 128, dtype=torch.int32), torch.zeros(1, 2, 128))
             # A new pool may have free slots: both pools are masked.
             pool = None if quant_format is None else QuantizedPool(FORMATS[quant_format], tokens, tokens)
-            kernels.decode_attention(zeros[:, :, :16], tokens, pool, 1.0, True)
+            decode.decode_attention(zeros[:, :, :16], tokens, pool, 1.0, True)
         return found
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
