@@ -66,4 +66,4 @@ lock: ## constraints.txt anew from pyproject.toml (needs uv)
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv"; exit 1; }
 	@head=$$(grep '^#' constraints.txt) && body=$$(mktemp) && cp constraints.txt "$$body" && \
 	uv pip compile -q --universal --python-version 3.10 --all-extras --no-annotate --no-header pyproject.toml -o "$$body" >/dev/null && \
-	{ echo "$$head"; grep -vE '^(nvidia-|cuda-|triton|setuptools)' "$$body"; } >constraints.txt && rm "$$body"
+	{ echo "$$head"; grep -vE '^(nvidia-|cuda-|setuptools)' "$$body"; } >constraints.txt && rm "$$body"

@@ -1,0 +1,327 @@
+"""The two kernels of :func:`arkv.kernels.decode.decode_attention`. This module alone imports Triton.
+
+A program of :func:`attend_splits` serves one KV head (``tl.program_id(0)``, of B * H) and one split of its slots. Tiles
+are float32: ``q`` [G, D], keys and values [N, D] of N = ``BLOCK`` slots, where G and D are padded to powers of two.
+"""
+
+import triton
+import triton.language as tl
+
+# Codes and numbers of half precision are exact in TF32; three products make up for what it cuts off the other factor.
+PRECISION = tl.constexpr("tf32x3")
+
+
+@triton.jit
+def _unpack(rows, channel, inside, WIDTH: tl.constexpr, BITS: tl.constexpr):
+    """Codes of ``BITS`` bits, packed as ``quantization._pack`` does. A byte is read once for each of its codes: from
+    the second time on it comes from the cache."""
+    BYTES: tl.constexpr = WIDTH * BITS // 8
+    packed = tl.load(rows + (channel % BYTES)[None, :], mask=inside, other=0).to(tl.int32)
+    return (packed >> (channel // BYTES * BITS)[None, :]) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _read(numbers, slot, channel, inside, WIDTH: tl.constexpr, BITS: tl.constexpr, FLOATING: tl.constexpr):
+    """Numbers or codes [N, D] as float32, 0 where not ``inside``. ``BITS`` 0 means numbers as they are."""
+    if BITS == 0:
+        result = tl.load(numbers + slot[:, None] * WIDTH + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    elif BITS == 8:
+        codes = tl.load(numbers + slot[:, None] * WIDTH + channel[None, :], mask=inside, other=0)
+        if FLOATING:
+            # e4m3 by way of float16, as ``quantization._e4m3_to_float``: only newer GPUs convert it themselves.
+            bits = codes.to(tl.uint16)
+            half = ((bits & 0x7F) << 7) | ((bits & 0x80) << 8)
+            result = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        else:
+            result = codes.to(tl.int8, bitcast=True).to(tl.float32)
+    elif BITS == 3:
+        rows = numbers + slot[:, None] * (WIDTH * 3 // 8)
+        low = _unpack(rows, channel, inside, WIDTH, 2)
+        high = _unpack(rows + WIDTH // 4, channel, inside, WIDTH, 1)
+        result = (low | (high << 2)).to(tl.float32)
+    else:
+        rows = numbers + slot[:, None] * (WIDTH * BITS // 8)
+        result = _unpack(rows, channel, inside, WIDTH, BITS).to(tl.float32)
+    return result
+
+
+@triton.jit
+def _ranges(ranges, slot, taken, WIDTH: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr):
+    """Scales or zero points of each slot's groups of channels, [N, D / g, 1]."""
+    group = tl.arange(0, PADDED // GROUP)
+    inside = taken[:, None] & (group < WIDTH // GROUP)[None, :]
+    numbers = tl.load(ranges + slot[:, None] * (WIDTH // GROUP) + group[None, :], mask=inside, other=0.0)
+    return numbers.to(tl.float32)[:, :, None]
+
+
+@triton.jit
+def _attend(
+    q,
+    key,
+    key_scale,
+    key_zero,
+    value,
+    value_scale,
+    value_zero,
+    position,
+    logits,
+    partial,
+    peak_out,
+    total_out,
+    start,
+    end,
+    slots,
+    logits_stride,
+    GROUP: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    PADDED_KEY_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    FLOATING: tl.constexpr,
+    KEY_PER_CHANNEL: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+):
+    """Slots ``start`` to ``end`` of one head in one pool of ``slots``; all pointers are those of the head."""
+    query_head = tl.arange(0, PADDED_GROUP)
+    key_channel = tl.arange(0, PADDED_KEY_DIM)
+    value_channel = tl.arange(0, PADDED_VALUE_DIM)
+    peak = tl.full((PADDED_GROUP,), float("-inf"), tl.float32)
+    total = tl.zeros((PADDED_GROUP,), tl.float32)
+    output = tl.zeros((PADDED_GROUP, PADDED_VALUE_DIM), tl.float32)
+    for block in range(start, end, BLOCK):
+        slot = block + tl.arange(0, BLOCK)
+        used = slot < slots
+        inside = used[:, None] & (key_channel < KEY_DIM)[None, :]
+        k = tl.trans(_read(key, slot, key_channel, inside, KEY_DIM, KEY_BITS, FLOATING))
+        if KEY_PER_CHANNEL:
+            # A block is a group of slots: its scales go onto the query, its zero points become one number.
+            place = block // BLOCK * KEY_DIM + key_channel
+            scale = tl.load(key_scale + place, mask=key_channel < KEY_DIM, other=0.0).to(tl.float32)
+            zero = tl.load(key_zero + place, mask=key_channel < KEY_DIM, other=0.0).to(tl.float32)
+            scores = tl.dot(q * scale[None, :], k, input_precision=PRECISION)
+            scores += tl.sum(q * zero[None, :], axis=1)[:, None]
+        else:
+            scores = tl.dot(q, k, input_precision=PRECISION)
+            if KEY_BITS > 0:
+                scores *= tl.load(key_scale + slot, mask=used, other=0.0)[None, :]
+        taken = used
+        if MASKED:
+            taken = used & (tl.load(position + slot, mask=used, other=-1) >= 0)
+        scores = tl.where(taken[None, :], scores, float("-inf"))
+        place = query_head[:, None] * logits_stride + slot[None, :]
+        tl.store(logits + place, scores, mask=(query_head < GROUP)[:, None] & used[None, :])
+
+        before = peak
+        peak = tl.maximum(before, tl.max(scores, axis=1))
+        # Until a slot holds a token the maximum is -inf, of which there is no difference.
+        finite = tl.where(peak == float("-inf"), 0.0, peak)
+        shrink = tl.exp(before - finite)
+        weights = tl.exp(scores - finite[:, None])
+        total = total * shrink + tl.sum(weights, axis=1)
+        output *= shrink[:, None]
+        inside = used[:, None] & (value_channel < VALUE_DIM)[None, :]
+        v = _read(value, slot, value_channel, inside, VALUE_DIM, VALUE_BITS, FLOATING)
+        if VALUE_BITS > 0:
+            if VALUE_GROUP == VALUE_DIM:
+                if value_zero is not None:
+                    zero = tl.load(value_zero + slot, mask=used, other=0.0).to(tl.float32)
+                    output += tl.sum(weights * zero[None, :], axis=1)[:, None]
+                weights *= tl.load(value_scale + slot, mask=used, other=0.0).to(tl.float32)[None, :]
+            else:
+                groups = tl.reshape(v, (BLOCK, PADDED_VALUE_DIM // VALUE_GROUP, VALUE_GROUP))
+                groups *= _ranges(value_scale, slot, used, VALUE_DIM, PADDED_VALUE_DIM, VALUE_GROUP)
+                if value_zero is not None:
+                    groups += _ranges(value_zero, slot, used, VALUE_DIM, PADDED_VALUE_DIM, VALUE_GROUP)
+                v = tl.reshape(groups, (BLOCK, PADDED_VALUE_DIM))
+        output += tl.dot(weights, v, input_precision=PRECISION)
+
+    tl.store(peak_out + query_head, peak, mask=query_head < GROUP)
+    tl.store(total_out + query_head, total, mask=query_head < GROUP)
+    place = query_head[:, None] * VALUE_DIM + value_channel[None, :]
+    inside = (query_head < GROUP)[:, None] & (value_channel < VALUE_DIM)[None, :]
+    tl.store(partial + place, output, mask=inside)
+
+
+# Slots in use grow step by step: specialised on them, the kernel would be compiled anew on the way.
+@triton.jit(do_not_specialize=["original", "quantized", "original_splits", "slots_per_split"])
+def attend_splits(
+    query,
+    scaling,
+    key,
+    value,
+    position,
+    key_stride,
+    value_stride,
+    position_stride,
+    key_codes,
+    key_scale,
+    key_zero,
+    value_codes,
+    value_scale,
+    value_zero,
+    stored_position,
+    logits,
+    partial,
+    peak,
+    total,
+    original,
+    quantized,
+    original_splits,
+    slots_per_split,
+    GROUP: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    PADDED_KEY_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASK_ORIGINAL: tl.constexpr,
+    MASK_QUANTIZED: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    FLOATING: tl.constexpr,
+    KEY_PER_CHANNEL: tl.constexpr,
+    VALUE_GROUP: tl.constexpr,
+):
+    """Logits [B * H, G, S], outputs [B * H, splits, G, D], maxima and sums [B * H, splits, G] of all splits."""
+    head = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    query_head = tl.arange(0, PADDED_GROUP)
+    channel = tl.arange(0, PADDED_KEY_DIM)
+    inside = (query_head < GROUP)[:, None] & (channel < KEY_DIM)[None, :]
+    q = tl.load(query + head * GROUP * KEY_DIM + query_head[:, None] * KEY_DIM + channel[None, :], inside, other=0.0)
+    q = q.to(tl.float32) * scaling
+    slots = original + quantized
+    logits += head * GROUP * slots
+    place = head * splits + split
+    partial += place * GROUP * VALUE_DIM
+    peak += place * GROUP
+    total += place * GROUP
+    if split < original_splits:
+        start = split * slots_per_split
+        _attend(
+            q,
+            key + head * key_stride,
+            None,
+            None,
+            value + head * value_stride,
+            None,
+            None,
+            position + head * position_stride,
+            logits,
+            partial,
+            peak,
+            total,
+            start,
+            tl.minimum(start + slots_per_split, original),
+            original,
+            slots,
+            GROUP,
+            KEY_DIM,
+            VALUE_DIM,
+            PADDED_GROUP,
+            PADDED_KEY_DIM,
+            PADDED_VALUE_DIM,
+            BLOCK,
+            MASK_ORIGINAL,
+            KEY_BITS=0,
+            VALUE_BITS=0,
+            FLOATING=False,
+            KEY_PER_CHANNEL=False,
+            VALUE_GROUP=VALUE_DIM,
+        )
+    elif key_codes is not None:
+        start = (split - original_splits) * slots_per_split
+        key_ranges = head * quantized
+        if KEY_PER_CHANNEL:
+            key_ranges = head * (quantized // BLOCK) * KEY_DIM
+            key_zero += key_ranges
+        value_ranges = head * quantized * (VALUE_DIM // VALUE_GROUP)
+        if value_zero is not None:
+            value_zero += value_ranges
+        _attend(
+            q,
+            key_codes + head * quantized * (KEY_DIM * KEY_BITS // 8),
+            key_scale + key_ranges,
+            key_zero,
+            value_codes + head * quantized * (VALUE_DIM * VALUE_BITS // 8),
+            value_scale + value_ranges,
+            value_zero,
+            stored_position + head * quantized,
+            logits + original,
+            partial,
+            peak,
+            total,
+            start,
+            tl.minimum(start + slots_per_split, quantized),
+            quantized,
+            slots,
+            GROUP,
+            KEY_DIM,
+            VALUE_DIM,
+            PADDED_GROUP,
+            PADDED_KEY_DIM,
+            PADDED_VALUE_DIM,
+            BLOCK,
+            MASK_QUANTIZED,
+            KEY_BITS,
+            VALUE_BITS,
+            FLOATING,
+            KEY_PER_CHANNEL,
+            VALUE_GROUP,
+        )
+
+
+@triton.jit(do_not_specialize=["slots", "splits"])
+def combine_splits(
+    probabilities,
+    output,
+    partial,
+    peak,
+    total,
+    slots,
+    splits,
+    GROUP: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_GROUP: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
+    PADDED_SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Turn the logits in ``probabilities`` [B * H, G, S] into what its name says, ``BLOCK`` slots to a program; the
+    first program of a head also writes its output [B * H, G, D]."""
+    head = tl.program_id(0).to(tl.int64)
+    query_head = tl.arange(0, PADDED_GROUP)
+    split = tl.arange(0, PADDED_SPLITS)
+    peak += head * splits * GROUP
+    place = split[None, :] * GROUP + query_head[:, None]
+    inside = (query_head < GROUP)[:, None] & (split < splits)[None, :]
+    peaks = tl.load(peak + place, mask=inside, other=float("-inf"))
+    totals = tl.load(total + head * splits * GROUP + place, mask=inside, other=0.0)
+    # Rows of padding have no maximum: 0 keeps them free of -inf - -inf.
+    highest = tl.where(query_head < GROUP, tl.max(peaks, axis=1), 0.0)
+    whole = tl.sum(totals * tl.exp(peaks - highest[:, None]), axis=1)
+    whole = tl.where(query_head < GROUP, whole, 1.0)
+
+    slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = head * GROUP * slots + query_head[:, None] * slots + slot[None, :]
+    inside = (query_head < GROUP)[:, None] & (slot < slots)[None, :]
+    logits = tl.load(probabilities + place, mask=inside, other=float("-inf"))
+    tl.store(probabilities + place, tl.exp(logits - highest[:, None]) / whole[:, None], mask=inside)
+
+    if tl.program_id(1) == 0:
+        channel = tl.arange(0, PADDED_VALUE_DIM)
+        own = query_head[:, None] * VALUE_DIM + channel[None, :]
+        wanted = (query_head < GROUP)[:, None] & (channel < VALUE_DIM)[None, :]
+        result = tl.zeros((PADDED_GROUP, PADDED_VALUE_DIM), tl.float32)
+        for index in range(splits):
+            share = tl.exp(tl.load(peak + index * GROUP + query_head, mask=query_head < GROUP, other=0.0) - highest)
+            part = tl.load(partial + (head * splits + index) * GROUP * VALUE_DIM + own, mask=wanted, other=0.0)
+            result += part * share[:, None]
+        tl.store(output + head * GROUP * VALUE_DIM + own, result / whole[:, None], mask=wanted)
