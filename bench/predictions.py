@@ -15,8 +15,17 @@ from typing import Any
 from bench.methods import Cell
 from bench.records import write_atomic
 from tasks.base import Document, Generated, Task
-from tasks.longbench.predictions import FOLDER, FOLDER_E
+from tasks.longbench.datasets import DATASETS
+from tasks.longbench.predictions import FOLDER, FOLDER_E, dataset_of
 from tasks.longbench.task import LongBenchTask
+
+
+def clear_predictions(run: Path) -> None:
+    """Remove the predictions of an earlier run, and nothing else."""
+    for name in (FOLDER, FOLDER_E):
+        for path in (run / name).rglob("*.jsonl"):
+            if dataset_of(path) in DATASETS:
+                path.unlink()
 
 
 def write_predictions(

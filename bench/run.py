@@ -18,7 +18,7 @@ from bench.errors import UserError
 from bench.harness import HarnessTasks
 from bench.methods import Cell, grid
 from bench.models import LoadedModel, load
-from bench.predictions import write_predictions
+from bench.predictions import clear_predictions, write_predictions
 from bench.progress import ProgressReporter
 from bench.results import rows, to_sample
 from tasks.base import Document, Task, TaskError, TaskGroup, TaskSettings
@@ -123,6 +123,8 @@ def execute(
         loaded[model.name] = model
     models = {model.name: model.fingerprint for model in loaded.values()}
     with records.RunFolder(path, fingerprint(config, models), fresh=fresh) as folder:
+        if fresh:
+            clear_predictions(path)
         record = {
             "started": started,
             "finished": None,

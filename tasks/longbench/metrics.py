@@ -24,7 +24,10 @@ from tasks.longbench.datasets import Dataset
 Metric = Callable[[str, str, Sequence[str]], float]
 """Score of a prediction for one answer; the third argument holds the classes of a classification."""
 
-_CHINESE_PUNCTUATION = "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+_CHINESE_PUNCTUATION = (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』"
+    "【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."
+)
 """The official list. It has 》 and not 《, which therefore counts as a token of its own."""
 
 _PUNCTUATION = frozenset(string.punctuation)
@@ -90,6 +93,12 @@ def rouge(prediction: str, answer: str, all_classes: Sequence[str] = ()) -> floa
     and for two long texts without full stops, such as Chinese ones: the package walks the longest common subsequence by
     recursion, and at about a thousand words Python's limit ends it.
     """
+    return _rouge_l(prediction, answer)
+
+
+# Long texts take tenths of a second, and a run asks for each score more than once.
+@functools.lru_cache(maxsize=16_384)
+def _rouge_l(prediction: str, answer: str) -> float:
     result = 0.0
 
     def measure() -> None:
