@@ -106,11 +106,11 @@ def _from_hub(name: str) -> tuple[str, bytes]:
 def _fetch() -> Path:
     """The official archive in the hub's cache, downloaded where it is not there yet."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError, RevisionResolutionError
+    from huggingface_hub.errors import HTTPError
 
     try:
         path = Path(hf_hub_download(REPOSITORY, ARCHIVE, repo_type="dataset", revision=REVISION))
-    except (OSError, HTTPError, EntryNotFoundError, RevisionResolutionError) as error:
+    except (OSError, HTTPError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise TaskError(
             f"longbench: cannot fetch {ARCHIVE} of {REPOSITORY} from the hub ({type(error).__name__}: {reason}); "
