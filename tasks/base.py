@@ -79,6 +79,9 @@ class Generate:
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these strings."""
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end the answer like the end-of-sequence token. Where there are any, the first token is none of them
+    nor that one: an answer has at least one token, as with ``min_new_tokens=1`` in transformers."""
 
 
 Request = Generate

@@ -41,8 +41,3 @@ def averages(scores: Mapping[str, float], known: tuple[str, ...] = tuple(DATASET
         if mine:
             found.append(Average(kind=kind, score=fmean(mine), datasets=len(mine), of=len(names)))
     return found
-
-
-def overall(scores: Mapping[str, float]) -> float | None:
-    """The mean over all datasets that have a score; None without any."""
-    return fmean(scores.values()) if scores else None

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tasks.base import Document, Evaluation, Generate, Generated, TaskError, TaskSettings
-from tasks.longbench.averages import averages, overall
+from tasks.base import Document, Generate, Generated, TaskError, TaskSettings
+from tasks.longbench.averages import averages
 from tasks.longbench.datasets import DATASETS, EXTENDED, bucket
 from tasks.longbench.task import LongBench, LongBenchE, LongBenchTask, mean_scores
 from tests.tasks.longbench.test_prompts import characters
@@ -61,12 +61,13 @@ def test_a_long_document_is_cut_and_says_so(tmp_path: Path) -> None:
     assert document.info["cut_tokens"] > 4_000
 
 
-def test_samsum_stops_at_a_newline(tmp_path: Path) -> None:
+def test_samsum_ends_at_a_newline(tmp_path: Path) -> None:
     write(tmp_path, "samsum", 1)
     write(tmp_path, "triviaqa", 1)
     (samsum,) = LongBenchTask(DATASETS["samsum"]).load(settings(tmp_path))
     (triviaqa,) = LongBenchTask(DATASETS["triviaqa"]).load(settings(tmp_path))
-    assert (samsum.request.stop, triviaqa.request.stop) == (("\n",), ())
+    assert [characters().decode([token]) for token in samsum.request.end_ids] == ["\n"]
+    assert (triviaqa.request.end_ids, samsum.request.stop) == ((), ())
 
 
 def test_scores_are_percent_and_count_empty_answers() -> None:
@@ -118,23 +119,12 @@ def test_groups() -> None:
         LongBenchE(("vcsum",))
 
 
-def test_the_score_of_a_group_is_the_mean_over_its_datasets() -> None:
-    group = LongBench(("trec", "lcc", "qasper"))
-    members = {
-        "longbench:trec": Evaluation(values={"classification": 60.0}),
-        "longbench:lcc": Evaluation(values={"code_sim": 20.0}),
-        "longbench:qasper": Evaluation(values={}),
-    }
-    assert group.evaluate(members, {"longbench:trec": 1, "longbench:lcc": 99}).values == {"score": 40.0}
-    assert group.evaluate({}, {}).values == {}
-
-
 def test_averages() -> None:
     found = {mean.kind: mean for mean in averages({"trec": 60.0, "lsht": 20.0, "lcc": 10.0})}
     assert list(found) == ["Few-shot", "Code", "English", "Chinese", "All"]
     assert (found["Few-shot"].score, found["Few-shot"].datasets, found["Few-shot"].of) == (40.0, 2, 4)
     assert (found["English"].of, found["Chinese"].of, found["Code"].of, found["All"].of) == (14, 5, 2, 21)
-    assert found["All"].score == overall({"trec": 60.0, "lsht": 20.0, "lcc": 10.0}) == 30.0
+    assert found["All"].score == 30.0
     extended = {mean.kind: mean.of for mean in averages({"trec": 60.0, "lcc": 1.0}, EXTENDED)}
     assert extended == {"Few-shot": 3, "Code": 2, "English": 11, "All": 13}
     assert averages({}) == []
