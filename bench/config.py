@@ -11,9 +11,10 @@ from typing import Any
 
 from bench.errors import UserError
 from tasks.base import nearest
+from tasks.registry import split_specs
 
 
-def _parse_list(value: Any, kind: type, name: str) -> tuple[Any, ...]:
+def _parse_list(value: Any, kind: type, name: str, *, unique: bool = True) -> tuple[Any, ...]:
     items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
     parsed = []
     for item in items:
@@ -26,7 +27,7 @@ def _parse_list(value: Any, kind: type, name: str) -> tuple[Any, ...]:
             raise UserError(f"{name}: {item!r} is not {_KINDS[kind]}", exit_code=2) from None
     if not parsed:
         raise UserError(f"{name}: give at least one value", exit_code=2)
-    return tuple(dict.fromkeys(parsed))
+    return tuple(dict.fromkeys(parsed) if unique else parsed)
 
 
 _KINDS = {int: "a whole number", float: "a number", str: "a name"}
@@ -113,6 +114,10 @@ def parse_value(name: str, value: Any) -> Any:
         if "None" not in annotation:
             raise UserError(f"{option}: a value is needed", exit_code=2)
         return None
+    if name == "tasks":
+        # Commas also stand within a spec, and so within an item of a YAML list.
+        text = value if isinstance(value, str) else ",".join(map(str, value if isinstance(value, list) else [value]))
+        return split_specs(_parse_list(text, str, option, unique=False))
     for kind in (int, float, str):
         if annotation.startswith(f"tuple[{kind.__name__}"):
             return _parse_list(value, kind, option)

@@ -141,7 +141,7 @@ class Engine:
         """Greedy decoding. Returns the tokens, the clock of the first one and that of the others."""
         first, rest = Stopwatch(self.device), Stopwatch(self.device)
         with first:
-            tokens = [int(logits.argmax(dim=-1))]
+            tokens = [int(self._answerable(logits, request).argmax(dim=-1))]
         while not self._ended(tokens, request):
             with rest:
                 step = torch.tensor([tokens[-1:]], device=self.device)
@@ -149,8 +149,17 @@ class Engine:
                 tokens.append(int(logits.argmax(dim=-1)))
         return tokens, first, rest
 
+    def _answerable(self, logits: torch.Tensor, request: Generate) -> torch.Tensor:
+        """Logits [1, V] of the first token, of which some cannot begin an answer."""
+        if not request.end_ids:
+            return logits
+        ends = torch.tensor([*self.end_ids, *request.end_ids], device=logits.device)
+        return logits.index_fill(-1, ends, -torch.inf)
+
     def _ended(self, tokens: list[int], request: Generate) -> bool:
         if len(tokens) >= request.max_new_tokens or tokens[-1] in self.end_ids:
+            return True
+        if tokens[-1] in request.end_ids:
             return True
         if not request.stop:
             return False

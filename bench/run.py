@@ -18,10 +18,11 @@ from bench.errors import UserError
 from bench.harness import HarnessTasks
 from bench.methods import Cell, grid
 from bench.models import LoadedModel, load
+from bench.predictions import clear_predictions, write_predictions
 from bench.progress import ProgressReporter
 from bench.results import rows, to_sample
-from tasks.base import Document, Task, TaskError, TaskSettings
-from tasks.registry import get_task
+from tasks.base import Document, Task, TaskError, TaskGroup, TaskSettings
+from tasks.registry import flatten, get_task
 
 
 @dataclass
@@ -71,6 +72,8 @@ def _settings(config: RunConfig, model: LoadedModel, task: Task) -> TaskSettings
     return TaskSettings(
         tokenizer=model.tokenizer,
         max_length=longest,
+        model_type=model.model.config.model_type,
+        context_length=model.context_length,
         seed=config.seed,
         limit=config.limit,
         sampling_ratio=config.sampling_ratio,
@@ -79,8 +82,11 @@ def _settings(config: RunConfig, model: LoadedModel, task: Task) -> TaskSettings
     )
 
 
-def make_task(name: str) -> Task:
-    """A task of the suite, or of lm-eval. Raises :class:`TaskError` for an unknown name, with the nearest ones."""
+def make_task(name: str) -> Task | TaskGroup:
+    """A task or group of tasks of the suite, or of lm-eval.
+
+    Raises :class:`TaskError` for an unknown name, with the nearest ones.
+    """
     return get_task(name, fallback=HarnessTasks())
 
 
@@ -105,7 +111,7 @@ def execute(
         UserError, arkv.ConfigError, TaskError: what was asked for makes no sense; nothing has been measured.
     """
     cells = grid(config.quant_type, config.budgets, config.window_size, config.quant_format, config.method_settings)
-    tasks = [make_task(name) for name in config.tasks]
+    tasks = flatten(make_task(name) for name in config.tasks)
     outcome = Outcome(path)
     started = records.now()
     loaded: dict[str, LoadedModel] = {}
@@ -117,6 +123,8 @@ def execute(
         loaded[model.name] = model
     models = {model.name: model.fingerprint for model in loaded.values()}
     with records.RunFolder(path, fingerprint(config, models), fresh=fresh) as folder:
+        if fresh:
+            clear_predictions(path)
         record = {
             "started": started,
             "finished": None,
@@ -166,6 +174,7 @@ def execute(
                     and wanted.get(sample["document"]) == sample["prompt_sha256"]
                 }
                 outcome.rows.extend(rows(name, task, documents, cells, mine))
+                write_predictions(path, task, documents, cells, mine, model=name if len(loaded) > 1 else None)
                 folder.write_results(outcome.rows)
         folder.write_results(outcome.rows)
         folder.write_record({**record, "finished": records.now()})

@@ -50,6 +50,10 @@ class TaskSettings:
     """A transformers tokenizer."""
     max_length: int
     """Longest prompt plus answer in tokens: the model's context, or the user's smaller limit."""
+    model_type: str | None = None
+    """The model's architecture as transformers calls it, such as ``llama``."""
+    context_length: int | None = None
+    """The model's context in tokens, where its config says it."""
     seed: int = 0
     limit: int | None = None
     """Use at most this many documents."""
@@ -75,6 +79,9 @@ class Generate:
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these strings."""
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end the answer like the end-of-sequence token. Where there are any, the first token is none of them
+    nor that one: an answer has at least one token, as with ``min_new_tokens=1`` in transformers."""
 
 
 Request = Generate
@@ -120,6 +127,29 @@ class Evaluation:
 
     values: Mapping[str, float]
     stderr: Mapping[str, float] = field(default_factory=dict)
+
+
+class TaskGroup(ABC):
+    """Tasks that are asked for under one name and have a score together, beside each one's own."""
+
+    name: str
+    members: tuple[Task | TaskGroup, ...]
+
+    def tasks(self) -> list[Task]:
+        """The tasks of the group and of the groups in it, each once."""
+        found: dict[str, Task] = {}
+        for member in self.members:
+            for task in member.tasks() if isinstance(member, TaskGroup) else [member]:
+                found.setdefault(task.name, task)
+        return list(found.values())
+
+    @abstractmethod
+    def metrics(self) -> tuple[Metric, ...]:
+        """What :meth:`evaluate` gives, the headline first; known when the tasks have been loaded."""
+
+    @abstractmethod
+    def evaluate(self, members: Mapping[str, Evaluation], counts: Mapping[str, int]) -> Evaluation:
+        """Aggregate the evaluations of the tasks of the group, by name, over ``counts[name]`` documents each."""
 
 
 class Task(ABC):

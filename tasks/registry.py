@@ -1,16 +1,18 @@
 """The tasks by name, loaded when they are asked for.
 
-A task spec is ``name`` or ``name:part,part``: some of a task's parts, such as ``longbench:trec,lcc``.
+A task spec is ``name`` or ``name:part,part``: some of a task's parts, such as ``longbench:trec,lcc``. In a list of
+specs a name behind a comma is one more part of the spec before it, if it can be.
 """
 
 from __future__ import annotations
 
+import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tasks.base import Task, TaskError, nearest
+from tasks.base import Task, TaskError, TaskGroup, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +24,14 @@ class TaskEntry:
     description: str
     """One line for a list of tasks."""
     has_parts: bool = False
-    """The class takes ``parts=("trec", "lcc")``."""
+    """The class takes ``parts=("trec", "lcc")`` and has ``part_names``."""
 
 
 class TaskSource(Protocol):
     """Where tasks that are not registered come from, such as an evaluation library."""
 
-    def get(self, name: str) -> Task | None:
-        """The task, or None if it is unknown here too."""
+    def get(self, name: str) -> Task | TaskGroup | None:
+        """The task or group of tasks, or None if it is unknown here too."""
 
     def names(self) -> Iterable[str]:
         """Every known name, to suggest one for a typing error."""
@@ -58,8 +60,29 @@ def split_spec(spec: str) -> tuple[str, tuple[str, ...]]:
     return name, parts
 
 
-def get_task(spec: str, *, fallback: TaskSource | None = None, **arguments: Any) -> Task:
-    """The task that ``spec`` names: registered, or known to ``fallback``.
+def split_specs(items: Iterable[str]) -> tuple[str, ...]:
+    """``["longbench:trec", "samsum", "gsm8k"]`` -> ``("longbench:trec,samsum", "gsm8k")``.
+
+    That is, put a list of specs together again that was split at all of its commas. Each spec stays once.
+    """
+    specs: list[str] = []
+    for item in items:
+        name, colon, _ = specs[-1].partition(":") if specs else ("", "", "")
+        if colon and item in part_names(name):
+            specs[-1] += f",{item}"
+        else:
+            specs.append(item)
+    return tuple(dict.fromkeys(specs))
+
+
+def part_names(name: str) -> Sequence[str]:
+    """The parts of a registered task that one may choose from; none for any other name."""
+    entry = TASKS.get(name)
+    return _load(entry).part_names if entry is not None and entry.has_parts else ()
+
+
+def get_task(spec: str, *, fallback: TaskSource | None = None, **arguments: Any) -> Task | TaskGroup:
+    """The task or group of tasks that ``spec`` names: registered, or known to ``fallback``.
 
     ``arguments`` go to the constructor of a registered task. Raises :class:`TaskError` (``usage``) for an unknown name,
     with the nearest known ones.
@@ -70,11 +93,13 @@ def get_task(spec: str, *, fallback: TaskSource | None = None, **arguments: Any)
             if not entry.has_parts:
                 raise TaskError(f"the task {name!r} has no parts to choose from: {spec!r}", usage=True)
             arguments["parts"] = parts
-        module, _, attribute = entry.loader.partition(":")
-        task: Task = getattr(importlib.import_module(module), attribute)(**arguments)
+        task: Task | TaskGroup = _load(entry)(**arguments)
         return task
     found = fallback.get(name) if fallback is not None else None
     if found is None:
+        for parent in TASKS:
+            if close := difflib.get_close_matches(name, part_names(parent), n=1, cutoff=0.8):
+                raise TaskError(f"unknown task {name!r}: did you mean {parent}:{close[0]}?", usage=True)
         known = {*TASKS, *(fallback.names() if fallback is not None else ())}
         raise TaskError(f"unknown task {name!r}: {nearest(name, known)}", usage=True)
     if parts:
@@ -82,8 +107,35 @@ def get_task(spec: str, *, fallback: TaskSource | None = None, **arguments: Any)
     return found
 
 
+def flatten(found: Iterable[Task | TaskGroup]) -> list[Task]:
+    """The tasks among ``found`` and in its groups, each once."""
+    tasks: dict[str, Task] = {}
+    for item in found:
+        for task in item.tasks() if isinstance(item, TaskGroup) else [item]:
+            tasks.setdefault(task.name, task)
+    return list(tasks.values())
+
+
+def _load(entry: TaskEntry) -> Any:
+    module, _, attribute = entry.loader.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 register(
     "needle",
     "tasks.needle:NeedleTask",
     "passkey retrieval over depth and length; generated, needs no download",
+)
+
+register(
+    "longbench",
+    "tasks.longbench.task:LongBench",
+    "21 datasets of long texts; longbench:trec,lcc chooses (rows from --data-dir or the hub)",
+    has_parts=True,
+)
+register(
+    "longbench-e",
+    "tasks.longbench.task:LongBenchE",
+    "LongBench-E: 13 of them, also scored by length (rows from --data-dir or the hub)",
+    has_parts=True,
 )

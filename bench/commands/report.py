@@ -20,6 +20,10 @@ class Format(str, Enum):
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...", show_default=False)],
     format: Annotated[Format, typer.Option(help="terminal, markdown or csv.")] = Format.TERMINAL,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="A CSV of published figures: show the runs beside them instead.", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Write to this file instead of the terminal.", show_default=False),
@@ -29,17 +33,33 @@ def report(
 
     [bold]arkv-bench report runs/demo[/bold]
     [bold]arkv-bench report runs/a runs/b --format markdown -o table.md[/bold]
+    [bold]arkv-bench report runs/a --against published.csv[/bold]
     """
     from bench.records import write_atomic
+    from bench.report import against as published
+    from bench.report import averages
     from bench.report.tables import print_comparison, read_results, to_csv, to_markdown
 
     tables = [read_results(path) for path in runs]
+    rows = [row for table in tables for row in table]
+    pairs = published.pair(rows, published.read_published(against)) if against is not None else None
     if format is Format.TERMINAL and output is None:
         from rich.console import Console
 
-        print_comparison(tables, Console())
+        console = Console()
+        if pairs is not None:
+            published.print_against(pairs, console)
+            return
+        print_comparison(tables, console)
+        for table in tables:
+            averages.print_averages(table, console)
         return
-    text = to_csv(tables) if format is Format.CSV else to_markdown(tables)
+    if pairs is not None:
+        text = published.to_csv(pairs) if format is Format.CSV else published.to_markdown(pairs)
+    elif format is Format.CSV:
+        text = to_csv(tables)
+    else:
+        text = to_markdown(tables) + "".join(f"\n{averages.to_markdown(table)}" for table in tables)
     if output is None:
         typer.echo(text, nl=False)
     else:

@@ -70,7 +70,11 @@ def run(
     device: Annotated[str | None, _option("auto, cpu, cuda, cuda:1, mps.", DATA)] = None,
     dtype: Annotated[str | None, _option("auto (bfloat16), float32, bfloat16, float16.", DATA)] = None,
     max_length: Annotated[
-        int | None, _option("Longest prompt plus answer in tokens. Default: the model's context.", DATA)
+        int | None,
+        _option(
+            "Longest prompt plus answer in tokens (longbench: what prompts are cut to). Default: the model's context.",
+            DATA,
+        ),
     ] = None,
     trust_remote_code: Annotated[
         bool, _option("Run code that comes with a hub model. Only if you trust it.", DATA, "--trust-remote-code")
@@ -111,6 +115,7 @@ def run(
 
     from rich.console import Console
 
+    from bench.report.averages import print_averages
     from bench.report.tables import print_comparison
     from bench.run import execute
 
@@ -123,6 +128,7 @@ def run(
         raise UserError(message, exit_code=130) from None
     if outcome.rows:
         print_comparison([outcome.rows], console)
+        print_averages(outcome.rows, console)
     console.print(f"Run folder: {path}", markup=False, highlight=False, soft_wrap=True)
     if outcome.failures:
         typer.echo(f"arkv-bench: {len(outcome.failures)} of the tasks failed:", err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -139,6 +140,26 @@ def test_the_end_token_ends_the_answer(tiny: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tiny.model.generation_config, "eos_token_id", [tokens[5], 399])
     (measured,) = answer(tiny, cells("full"), document(new=24))
     assert list(measured.answer.token_ids) == tokens[: tokens.index(tokens[5]) + 1]
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_further_ends_are_those_of_generate(tiny: Any, place: int) -> None:
+    question = document()
+    end = generated(tiny, question)[place]
+    question = replace(question, request=replace(question.request, end_ids=(end,)))
+    (measured,) = answer(tiny, cells("full"), question)
+    ids = torch.tensor([question.request.prompt_ids])
+    expected = tiny.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=question.request.max_new_tokens,
+        min_new_tokens=1,
+        eos_token_id=[tiny.tokenizer.eos_token_id, end],
+        do_sample=False,
+    )[0, ids.shape[1] :].tolist()
+    assert list(measured.answer.token_ids) == expected
+    assert expected[0] != end
+    assert (end in expected) == (place > 0)
 
 
 def test_times_are_those_of_the_parts(tiny: Any) -> None:

@@ -6,10 +6,12 @@ import pytest
 
 from tasks.base import Task, TaskError
 from tasks.needle import NeedleTask
-from tasks.registry import TASKS, get_task, register, split_spec
+from tasks.registry import TASKS, flatten, get_task, register, split_spec, split_specs
 
 
 class Parted(NeedleTask):
+    part_names = ("a", "b", "samsum")
+
     def __init__(self, parts: tuple[str, ...] = (), size: int = 1) -> None:
         super().__init__()
         self.parts = parts
@@ -37,6 +39,31 @@ def test_entries_are_described_and_load() -> None:
         assert entry.description
         assert "\n" not in entry.description
         assert get_task(name).name == name
+
+
+def test_a_list_is_put_together_again() -> None:
+    assert split_specs(["parted:a", "b", "gsm8k", "parted:b", "samsum", "a", "needle", "a"]) == (
+        "parted:a,b",
+        "gsm8k",
+        "parted:b,samsum,a",
+        "needle",
+        "a",
+    )
+    assert split_specs(["parted", "a"]) == ("parted", "a"), "without a colon no part follows"
+    assert split_specs(["needle:a", "b"]) == ("needle:a", "b"), "needle has no parts"
+    assert split_specs(["needle", "gsm8k", "needle"]) == ("needle", "gsm8k")
+    assert split_specs([]) == ()
+
+
+def test_a_misspelt_part_is_recognised() -> None:
+    with pytest.raises(TaskError, match="unknown task 'samsun': did you mean longbench:samsum") as caught:
+        get_task("samsun", fallback=Elsewhere())
+    assert caught.value.usage
+
+
+def test_groups_become_their_tasks() -> None:
+    tasks = flatten([get_task("longbench:trec,lcc"), get_task("needle"), get_task("longbench:lcc,qasper")])
+    assert [task.name for task in tasks] == ["longbench:trec", "longbench:lcc", "needle", "longbench:qasper"]
 
 
 def test_parts_and_arguments_reach_the_class() -> None:

@@ -1,0 +1,91 @@
+"""LongBench's averages over the datasets of a run: a table for each model, with the cells of the grid as rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bench.report.tables import BUDGET, METHOD, Row
+from tasks.longbench.averages import averages
+from tasks.longbench.datasets import DATASETS, EXTENDED
+
+BENCHMARKS: Mapping[str, tuple[str, ...]] = {"longbench": tuple(DATASETS), "longbench-e": EXTENDED}
+"""What precedes the colon in the names of the tasks, and the datasets that may follow it."""
+
+
+def run_averages(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
+    """The tables: a title, and lines of cells, of which the first line are the headers. None without LongBench rows."""
+    groups: dict[tuple[str, str], dict[str, list[tuple[Row, str]]]] = {}
+    for row in rows:
+        benchmark, _, name = row["task"].partition(":")
+        if name in BENCHMARKS.get(benchmark, ()) and row["metric"] == DATASETS[name].metric:
+            groups.setdefault((benchmark, row["model"]), {}).setdefault(row["cell"], []).append((row, name))
+    return [
+        (f"{benchmark}, averages, {model}", _lines(benchmark, cells)) for (benchmark, model), cells in groups.items()
+    ]
+
+
+def _lines(benchmark: str, cells: Mapping[str, Sequence[tuple[Row, str]]]) -> list[list[str]]:
+    means = {
+        key: {mean.kind: mean for mean in averages({name: row["score"] for row, name in mine}, BENCHMARKS[benchmark])}
+        for key, mine in cells.items()
+    }
+    kinds = max(means.values(), key=len)
+    lines = [["budget", "method", *kinds]]
+    for key, mine in cells.items():
+        first = mine[0][0]
+        method = " ".join(filter(None, (METHOD.cell(first), first["quant_format"])))
+        scores = []
+        for kind in kinds:
+            mean = means[key].get(kind)
+            part = "" if mean is None or mean.datasets == mean.of else f" ({mean.datasets}/{mean.of})"
+            scores.append("" if mean is None else f"{mean.score:.2f}{part}")
+        lines.append([BUDGET.cell(first), method, *scores])
+    return lines
+
+
+_BROKEN = {
+    "Single-doc QA": "Single-\ndoc QA",
+    "Multi-doc QA": "Multi-\ndoc QA",
+    "Summarization": "Summa-\nrization",
+    "Few-shot": "Few-\nshot",
+    "Synthetic": "Syn-\nthetic",
+}
+"""Headers on two lines, so that all columns fit a terminal of 80."""
+
+LEGEND = "Averages give each dataset the same weight; (2/4) marks one over 2 of 4 datasets."
+
+
+def print_averages(rows: Sequence[Row], console: Console) -> None:
+    """Print the averages of a run, if it has LongBench tasks."""
+    tables = run_averages(rows)
+    for title, lines in tables:
+        table = Table(
+            title=Text(title, style="bold"),
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        for header in lines[0]:
+            table.add_column(Text(_BROKEN.get(header, header)), justify="left" if header == "method" else "right")
+        for line in lines[1:]:
+            table.add_row(*map(Text, line))
+        console.print()
+        console.print(table)
+    if tables:
+        console.print(LEGEND, markup=False, highlight=False, style="dim")
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """The averages of a run as Markdown; nothing without LongBench tasks."""
+    parts: list[str] = []
+    for title, lines in run_averages(rows):
+        header: list[Any] = ["---" if name == "method" else "---:" for name in lines[0]]
+        parts += [f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in (lines[0], header, *lines[1:])), ""]
+    return "\n".join([*parts, LEGEND, ""]) if parts else ""
