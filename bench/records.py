@@ -226,7 +226,17 @@ def environment() -> dict[str, Any]:
     import torch
 
     packages = {}
-    for name in ("arkv-bench", "torch", "transformers", "lm-eval", "datasets", "numpy", "kvpress", "optimum-quanto"):
+    for name in (
+        "arkv-bench",
+        "torch",
+        "transformers",
+        "lm-eval",
+        "datasets",
+        "numpy",
+        "kvpress",
+        "optimum-quanto",
+        "hqq",
+    ):
         try:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -52,6 +52,9 @@ def speed(
         parse_value("quant_format", quant_format),
         {"budget_unit": budget_unit},
     )
+    others = [cell.method for cell in cells if cell.peer is not None]
+    if others:
+        raise UserError(f"--quant-type={others[0]}: methods of others are timed by arkv-bench run only", exit_code=2)
     small = [cell.cache_size for cell in cells if cell.cache_size is not None and cell.cache_size <= new_tokens]
     if small:
         raise UserError(f"--cache-size={small[0]}: give more than --new-tokens={new_tokens}", exit_code=2)

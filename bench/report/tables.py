@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench import peers
 from bench.comparison import by_budget, not_exercised
 from bench.errors import UserError
 from bench.methods import FULL
@@ -299,6 +300,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     ]
     if fixed:
         notes.append(f"of one size, whatever the budget: {', '.join(fixed)}")
+    if any(off_budget(row) and row["method"].startswith(peers.KVPRESS) for row in rows):
+        notes.append(f"{peers.KVPRESS} {peers.LIMITS[peers.KVPRESS]}")
     truncated = max((row["truncated_documents"] or 0) for row in rows)
     if truncated:
         notes.append(f"{truncated:.0f} prompts were longer than the model's context and were cut")
