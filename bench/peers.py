@@ -300,7 +300,15 @@ def _quantized(model: PreTrainedModel, peer: Peer, stock: Cache) -> QuantizedCac
     backend, bits = BACKENDS[peer.name.partition(":")[2]]
     # The axes that transformers' documentation recommends for each backend.
     axis = 1 if backend == "hqq" else 0
-    cache = QuantizedCache(backend, model.config, bits, axis, axis, GROUP_SIZE, RESIDUAL_LENGTH)
+    cache = QuantizedCache(
+        backend,
+        model.config,
+        nbits=bits,
+        axis_key=axis,
+        axis_value=axis,
+        q_group_size=GROUP_SIZE,
+        residual_length=RESIDUAL_LENGTH,
+    )
     for layer_idx, layer in enumerate(stock.layers):
         assert layer.keys is not None
         assert layer.values is not None

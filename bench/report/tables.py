@@ -47,7 +47,7 @@ def read_results(path: Path) -> list[Row]:
             reader = csv.DictReader(handle)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
             if missing:
-                raise UserError(f"{file}: no column {missing[0]!r}")
+                raise UserError(f"{file}: no column {missing[0]!r}; the run's own command writes the file anew")
             rows = [_parse(row, file, reader.line_num) for row in reader]
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
