@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from arkv import PrefillCache, TriStateCache, attach, storage_bytes
+from bench import peers
 from bench.methods import Cell
 from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
 from tasks.base import Document, Generate, Generated
@@ -39,8 +40,9 @@ class Measurement:
     full_kv_bytes: int
     """Keys and values of the same tokens at model precision."""
     prefill_s: float
-    """The document's one prefill, shared by all cells."""
-    compress_s: float
+    """The document's one prefill, shared by all cells but presses."""
+    compress_s: float | None
+    """None for a press, which compresses during a prefill of its own."""
     ttft_ms: float
     """Prefill, compression and the choice of the first token."""
     decode_s: float
@@ -78,7 +80,7 @@ class Engine:
 
     def warm_up(self) -> None:
         """Run a few tokens through every cell, so that one-time costs do not count for the first document."""
-        request = Generate(prompt_ids=(0,) * 2 * self.window_size, max_new_tokens=3)
+        request = Generate(prompt_ids=(0,) * max(2 * self.window_size, 64), max_new_tokens=3)
         for _ in self.answer(Document(id="warm-up", request=request), self.cells):
             pass
 
@@ -101,13 +103,20 @@ class Engine:
         compress = Stopwatch(self.device)
         with compress:
             cache: Cache
-            if cell.config is None:
+            if cell.peer is not None:
+                shared = peers.Shared(prefill, logits, prefill_s)
+                prompt = torch.tensor([request.prompt_ids], device=self.device)
+                prefilled = peers.prefill(self.model, prompt, cell.peer, shared)
+                cache, logits, prefill_s = prefilled.cache, prefilled.logits, prefilled.prefill_s
+            elif cell.config is None:
                 cache = prefill.to_dynamic()
             else:
                 cache = TriStateCache.from_prefill(prefill, cell.config)
+        compress_s = compress.seconds if cell.peer is None else prefilled.compress_s
         after_compression = storage_bytes(cache)
         if cell.config is None:
-            tokens, first, decode = self._decode(cache, logits, request)
+            with peers.decoding(self.model, cache):
+                tokens, first, decode = self._decode(cache, logits, request)
         else:
             with attach(self.model):
                 tokens, first, decode = self._decode(cache, logits, request)
@@ -115,6 +124,8 @@ class Engine:
         kv_bytes = storage_bytes(cache)
         if isinstance(cache, TriStateCache):
             counts, ratios = cache.token_counts(), cache.oq_ratios() if cell.config and cell.config.uses_oq else []
+        elif cell.peer is not None:
+            counts, ratios = peers.token_counts(cache), []
         else:
             counts, ratios = {"original": float(seen), "quantized": 0.0, "evicted": 0.0}, []
         return Measurement(
@@ -129,8 +140,8 @@ class Engine:
             kv_bytes_peak=max(after_compression, kv_bytes),
             full_kv_bytes=prefill.full_bytes(seen),
             prefill_s=prefill_s,
-            compress_s=compress.seconds,
-            ttft_ms=1000.0 * (prefill_s + compress.seconds + first.seconds),
+            compress_s=compress_s,
+            ttft_ms=1000.0 * (prefill_s + (compress_s or 0.0) + first.seconds),
             decode_s=decode.seconds,
             tpot_ms=1000.0 * decode.seconds / (len(tokens) - 1) if len(tokens) > 1 else None,
             peak_memory_bytes=peak_memory_bytes(self.device),

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from arkv import FORMATS, METHODS, CacheConfig
+from bench import peers
 from bench.errors import UserError
 from tasks.base import nearest
 
@@ -29,42 +30,51 @@ class Cell:
 
     method: str
     config: CacheConfig | None = None
-    """None for the stock full cache."""
+    """Settings of the tri-state cache; None for the stock full cache and for methods of others."""
+    peer: peers.Peer | None = None
+    """A method of others, or None."""
 
     @property
     def quantizes(self) -> bool:
         """Whether any token can become Quantized."""
+        if self.peer is not None:
+            return self.peer.quant_format is not None
         return self.config is not None and self.config.original_share != 1.0
 
     @property
     def quant_format(self) -> str | None:
         """Number format of Quantized tokens, None where nothing is quantized."""
+        if self.peer is not None:
+            return self.peer.quant_format
         return self.config.quant_format if self.config is not None and self.quantizes else None
 
     @property
     def budget_unit(self) -> str | None:
         """What the budget counts."""
-        return None if self.config is None else self.config.budget_unit
+        settings = self.config or self.peer
+        return None if settings is None else settings.budget_unit
 
     @property
     def cache_size(self) -> int | None:
         """C, tokens per layer, or their worth in bytes; None where the budget is a share of each prompt."""
-        return None if self.config is None else self.config.cache_size
+        settings = self.config or self.peer
+        return None if settings is None else settings.cache_size
 
     @property
     def cache_ratio(self) -> float | None:
         """The budget as a share of each prompt, or None."""
-        return None if self.config is None else self.config.cache_ratio
+        settings = self.config or self.peer
+        return None if settings is None else settings.cache_ratio
 
     @property
     def budget(self) -> str:
         """The budget for a person."""
-        if self.config is None:
+        if self.cache_ratio is not None:
+            return f"{100 * self.cache_ratio:g} % of each prompt's {self.budget_unit}"
+        if self.cache_size is None:
             return ""
-        if self.config.cache_ratio is not None:
-            return f"{100 * self.config.cache_ratio:g} % of each prompt's {self.config.budget_unit}"
-        unit = "tokens per layer" if self.config.budget_unit == "tokens" else "tokens' worth of bytes per layer"
-        return f"C={self.config.cache_size} {unit}"
+        unit = "tokens per layer" if self.budget_unit == "tokens" else "tokens' worth of bytes per layer"
+        return f"C={self.cache_size} {unit}"
 
     @property
     def window_size(self) -> int | None:
@@ -74,25 +84,29 @@ class Cell:
     @property
     def key(self) -> str:
         """Short and unique for the settings; equal settings have equal keys across runs."""
-        if self.config is None:
+        found = self.config or self.peer
+        if found is None:
             return self.method
-        settings = json.dumps(asdict(self.config), sort_keys=True)
-        size = f"R{self.cache_ratio:g}" if self.cache_ratio is not None else f"C{self.cache_size}"
-        parts = [self.method, size + self.config.budget_unit[0], f"W{self.window_size}", self.quant_format or ""]
+        settings = json.dumps(asdict(found), sort_keys=True)
+        parts = [self.method]
+        if found.budget_unit is not None:
+            size = f"R{self.cache_ratio:g}" if self.cache_ratio is not None else f"C{self.cache_size}"
+            parts.append(size + found.budget_unit[0])
+        if self.config is not None:
+            parts += [f"W{self.window_size}", self.quant_format or ""]
         return "-".join(part for part in parts if part) + "-" + hashlib.sha256(settings.encode()).hexdigest()[:8]
 
     @property
     def label(self) -> str:
         """For a person: the method, its budget and format."""
-        if self.config is None:
-            return self.method
-        return f"{self.method} {self.budget}" + (f" {self.quant_format}" if self.quant_format else "")
+        quant_format = self.quant_format if self.config is not None else None
+        return " ".join(part for part in (self.method, self.budget, quant_format) if part)
 
 
 def check_names(methods: Iterable[str], formats: Iterable[str]) -> None:
     """Raises :class:`UserError` (exit code 2) for the first unknown method or format, naming the nearest known one."""
     for method in methods:
-        if method != FULL and method not in METHODS:
+        if method != FULL and method not in METHODS and not peers.is_peer(method):
             raise UserError(f"unknown method {method!r}: {nearest(method, [FULL, *METHODS])}", exit_code=2)
     for name in formats:
         if name not in FORMATS:
@@ -114,7 +128,7 @@ def grid(
         settings: further settings of the cache, the same for all.
 
     Raises:
-        UserError: unknown method or format.
+        UserError: unknown method or format, or a method of others that is not installed.
         arkv.ConfigError: settings that make no sense together.
     """
     check_names(methods, formats or ())
@@ -122,6 +136,12 @@ def grid(
     for method in methods:
         if method == FULL:
             cells[FULL] = Cell(FULL)
+            continue
+        if peers.is_peer(method):
+            unit = settings.get("budget_unit", "tokens")
+            for budget in budgets:
+                cell = Cell(method, peer=peers.make_peer(method, budget_unit=unit, **budget))
+                cells[cell.key] = cell
             continue
         quantizes = METHODS[method].get("original_share") != 1.0
         for budget in budgets:

@@ -31,6 +31,14 @@ from bench.errors import UserError
 SAMPLES, RECORD, RESULTS = "samples.jsonl", "record.json", "results.csv"
 FORMAT_VERSION = 1
 
+STATISTICS = [
+    *["score_low", "score_high", "difference", "difference_low", "difference_high"],
+    *["p_value", "p_holm", "p_bh", "detectable_difference", "leading"],
+]
+"""Columns of ``results.csv`` about how sure a score is: 95 % intervals over documents, the paired difference to
+``full`` with its p-value, plain and adjusted over the table, the smallest difference that so many documents would have
+shown, and whether the row is the best of its budget or cannot be told from it."""
+
 COLUMNS = [
     *[
         "model",
@@ -44,7 +52,7 @@ COLUMNS = [
         "cache_ratio",
         "n",
     ],
-    *["score", "score_full", "retention", "kv_bytes_mean", "kv_bytes_peak", "kv_share"],
+    *["score", "score_full", "retention", *STATISTICS, "kv_bytes_mean", "kv_bytes_peak", "kv_share"],
     *["original_share", "quantized_share", "evicted_share", "compressed_documents"],
     *["prefill_s", "compress_s", "ttft_ms", "decode_tokens_per_s", "tpot_ms", "peak_memory_bytes"],
     *["prompt_tokens", "generated_tokens", "truncated_documents", "higher_is_better", "cell"],
@@ -218,7 +226,17 @@ def environment() -> dict[str, Any]:
     import torch
 
     packages = {}
-    for name in ("arkv-bench", "torch", "transformers", "lm-eval", "datasets", "numpy", "kvpress", "optimum-quanto"):
+    for name in (
+        "arkv-bench",
+        "torch",
+        "transformers",
+        "lm-eval",
+        "datasets",
+        "numpy",
+        "kvpress",
+        "optimum-quanto",
+        "hqq",
+    ):
         try:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
+from bench.comparison import add_statistics
 from bench.engine import Measurement
 from bench.methods import FULL, Cell
 from tasks.base import Document, Generated, Task
@@ -132,4 +133,6 @@ def rows(
                     "cell": cell.key,
                 }
             )
+    wanted = {document.id for document in documents}
+    add_statistics(table, [sample for (document, _), sample in samples.items() if document in wanted])
     return table

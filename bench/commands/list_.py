@@ -26,9 +26,10 @@ def list_things(
 
     rows: list[tuple[str, ...]]
     if what is What.METHODS:
+        from bench import peers
         from bench.methods import DESCRIPTIONS
 
-        rows = list(DESCRIPTIONS.items())
+        rows = [*DESCRIPTIONS.items(), *peers.descriptions()]
     elif what is What.TASKS:
         from bench import harness
         from tasks.registry import TASKS

@@ -25,7 +25,7 @@ def run(
     ] = None,
     tasks: Annotated[str | None, _option("Tasks, see list tasks. Default: needle.", DATA)] = None,
     quant_type: Annotated[
-        str | None, _option("Methods: full, window, origin, quant, mix. Default: all five.", GRID)
+        str | None, _option("Methods, those of others too: see list methods. Default: all five of arkv.", GRID)
     ] = None,
     cache_size: Annotated[str | None, _option("Budgets: tokens held per layer. Default: 512.", GRID)] = None,
     cache_ratio: Annotated[

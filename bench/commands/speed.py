@@ -34,7 +34,6 @@ def speed(
     [bold]arkv-bench speed --context-lengths 2048,7900 --cache-size 1024[/bold]
     """
     from rich.console import Console
-    from rich.table import Table
 
     from bench import records
     from bench.config import parse_value
@@ -42,6 +41,7 @@ def speed(
     from bench.methods import grid
     from bench.models import load
     from bench.progress import ProgressReporter
+    from bench.report.speed import LEGEND, speed_table
     from bench.speed import SpeedBench, summarize, to_csv
 
     lengths = parse_value("lengths", context_lengths)
@@ -52,6 +52,9 @@ def speed(
         parse_value("quant_format", quant_format),
         {"budget_unit": budget_unit},
     )
+    others = [cell.method for cell in cells if cell.peer is not None]
+    if others:
+        raise UserError(f"--quant-type={others[0]}: methods of others are timed by arkv-bench run only", exit_code=2)
     small = [cell.cache_size for cell in cells if cell.cache_size is not None and cell.cache_size <= new_tokens]
     if small:
         raise UserError(f"--cache-size={small[0]}: give more than --new-tokens={new_tokens}", exit_code=2)
@@ -77,36 +80,10 @@ def speed(
             for length in lengths:
                 timings += list(bench.measure(length, repetition))
                 progress.advance(f"context {length}")
-    table = Table(title=f"{loaded.name}, {loaded.dtype}, {loaded.device}: medians of {repetitions} repetitions")
-    for name in ("context", "C", "method", "format", "prefill s", "x full", "compress s", "ms/token", "min-max"):
-        table.add_column(name, justify="left" if name in ("method", "format") else "right", no_wrap=True)
-    for name in ("x full", "x ceiling", "KV MB"):
-        table.add_column(name, justify="right", no_wrap=True)
-
-    def number(value: float | None, digits: int) -> str:
-        return "" if value is None else f"{value:.{digits}f}"
-
-    for row in summarize(timings):
-        table.add_row(
-            str(row["context_length"]),
-            str(row["cache_size"] or ""),
-            row["method"],
-            row["quant_format"] or "",
-            number(row["prefill_s"], 2),
-            number(row["prefill_vs_full"], 2),
-            number(row["compress_s"], 3),
-            number(row["tpot_ms"], 1),
-            f"{row['tpot_min']:.0f}-{row['tpot_max']:.0f}",
-            number(row["vs_full"], 2),
-            number(row["vs_ceiling"], 2),
-            number(row["kv_bytes"] / 1e6, 2),
-        )
-    console.print(table)
-    console.print(
-        "x full beside prefill: times the stock prefill; beside ms/token: how many times faster than the stock full "
-        "cache and than a stock cache of only C tokens (ceiling).",
-        highlight=False,
-    )
+    title = f"{loaded.name}, {loaded.dtype}, {loaded.device}: medians of {repetitions} repetitions"
+    console.print(speed_table(summarize(timings), title, console.width))
+    for line in LEGEND:
+        console.print(line, markup=False, highlight=False)
     if outdir is not None:
         import json
 

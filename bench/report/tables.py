@@ -1,9 +1,10 @@
-"""The comparison of a task: methods as rows, budgets grouped, the best of each budget in bold, ``full`` on top."""
+"""The comparison of a task: ``full`` on top, methods as rows by true bytes, budgets grouped, leaders in bold."""
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,15 +16,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench import peers
+from bench.comparison import by_budget, not_exercised
 from bench.errors import UserError
 from bench.methods import FULL
 from bench.records import COLUMNS, RESULTS
+from bench.stats import ALPHA, p_text, verdict
 
 Row = dict[str, Any]
 
 INTEGERS = ("cache_size", "window_size", "n", "kv_bytes_peak", "peak_memory_bytes", "compressed_documents")
 TEXTS = ("model", "task", "metric", "method", "quant_format", "budget_unit", "cell")
-NEEDED = ("model", "task", "metric", "method", "n", "score", "cell")
+TRUTHS = {"True": True, "False": False}
+NEEDED = ("model", "task", "metric", "method", "n", "score", "higher_is_better", "cell")
 
 # --- Reading ---
 
@@ -42,7 +47,7 @@ def read_results(path: Path) -> list[Row]:
             reader = csv.DictReader(handle)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
             if missing:
-                raise UserError(f"{file}: no column {missing[0]!r}")
+                raise UserError(f"{file}: no column {missing[0]!r}; the run's own command writes the file anew")
             rows = [_parse(row, file, reader.line_num) for row in reader]
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
@@ -68,10 +73,10 @@ def _parse(raw: dict[str, str], file: Path, line: int) -> Row:
             row[name] = printable(text) or None
             if name == "budget_unit" and text and text not in BUDGET_UNITS:
                 raise wrong(name, f"{text!r} is neither tokens nor bytes")
-        elif name == "higher_is_better":
-            if text not in ("True", "False"):
+        elif name in ("higher_is_better", "leading"):
+            if text and text not in TRUTHS:
                 raise wrong(name, f"{text!r} is neither True nor False")
-            row[name] = text == "True"
+            row[name] = TRUTHS.get(text)
         else:
             try:
                 row[name] = None if not text else int(text) if name in INTEGERS else float(text)
@@ -90,8 +95,27 @@ def printable(text: str) -> str:
 # --- Columns ---
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
+
+
+def _score(value: float | None, digits: int = 3, sign: str = "") -> str:
+    """So many decimals; more for a small number, which else would lose its second digit, fewer for percentages."""
+    if value is None:
+        return ""
+    if value and abs(value) < 10.0 ** (1 - digits):
+        digits = min(1 - math.floor(math.log10(abs(value))), 6)
+    elif abs(value) >= 10:
+        digits -= 2
+    return f"{value:{sign}.{digits}f}"
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    """Both ends with the decimals that the larger one needs."""
+    if low is None or high is None:
+        return ""
+    digits = len(_score(max(abs(low), abs(high)), 2).partition(".")[2])
+    return f"[{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _percent(value: float | None) -> str:
@@ -119,14 +143,32 @@ def _states(row: Row) -> str:
     return "" if None in shares else "/".join(f"{100 * share:.0f}" for share in shares)
 
 
-def not_exercised(row: Row) -> bool:
-    """Nothing was compressed: the row says nothing about its method."""
-    return row["method"] != FULL and row["compressed_documents"] == 0
+def _share(row: Row) -> str:
+    return _percent(row["kv_share"]) + ("*" if off_budget(row) else "")
+
+
+def off_budget(row: Row) -> bool:
+    """The bytes are more than 2 % away from the share of bytes that was asked for."""
+    if row["budget_unit"] != "bytes" or not row["cache_ratio"] or row["kv_share"] is None or not_exercised(row):
+        return False
+    return bool(abs(row["kv_share"] / row["cache_ratio"] - 1) > TOLERANCE)
+
+
+def _against_full(row: Row) -> str:
+    if not_exercised(row):
+        return "not exercised"
+    if row["difference"] is None:
+        return ""
+    return verdict(row["difference"], row["p_holm"], higher_is_better=row["higher_is_better"])
+
+
+TOLERANCE = 0.02
+"""Relative distance from the bytes asked for up to which a row stands at them."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table that a person reads."""
+    """A column of the table that a person reads. Headers and cells may have two lines."""
 
     header: str
     cell: Callable[[Row], str]
@@ -136,43 +178,70 @@ class Column:
 
 
 BUDGET = Column("budget", _budget, needed=True)
-METHOD = Column("method", lambda row: str(row["method"]), left=True, needed=True)
-SCORE = Column("score", lambda row: _number(row["score"]), needed=True)
-RETENTION = Column("score of full", lambda row: _percent(row["retention"]))
-KV_BYTES = Column("KV bytes", lambda row: _bytes(row["kv_bytes_mean"]))
-KV_SHARE = Column("KV of full", lambda row: _percent(row["kv_share"]), needed=True)
-TTFT = Column("TTFT ms", lambda row: _number(row["ttft_ms"], 0))
-TTFT_S = Column("TTFT s", lambda row: "" if row["ttft_ms"] is None else _number(row["ttft_ms"] / 1000, 2))
-TPOT = Column("ms per token", lambda row: _number(row["tpot_ms"], 1))
+STATES = Column("O/Q/E %", _states)
+TTFT = Column("TTFT s", lambda row: "" if row["ttft_ms"] is None else _number(row["ttft_ms"] / 1000, 2))
+TPOT = Column("TPOT ms", lambda row: _number(row["tpot_ms"], 1))
 
 EVERYTHING = (
-    *(BUDGET, METHOD, Column("format", lambda row: row["quant_format"] or "", left=True)),
-    *(SCORE, RETENTION, KV_BYTES, KV_SHARE),
-    Column("orig.", lambda row: _percent(row["original_share"])),
-    Column("quant.", lambda row: _percent(row["quantized_share"])),
-    Column("evicted", lambda row: _percent(row["evicted_share"])),
-    *(TTFT, TPOT, Column("tokens per s", lambda row: _number(row["decode_tokens_per_s"], 1))),
+    *(
+        BUDGET,
+        Column("method", lambda row: row["method"], left=True),
+        Column("format", lambda row: row["quant_format"] or ""),
+    ),
+    Column("score", lambda row: _score(row["score"])),
+    Column("95 % interval", lambda row: _interval(row["score_low"], row["score_high"])),
+    Column("minus full", lambda row: _score(row["difference"], sign="+")),
+    Column("95 % interval", lambda row: _interval(row["difference_low"], row["difference_high"])),
+    Column("against full", _against_full, left=True),
+    Column("KV bytes", lambda row: _bytes(row["kv_bytes_mean"])),
+    *(Column("KV of full", _share), STATES, TTFT, TPOT),
 )
+"""One line per row, for Markdown and wide terminals."""
+
+
+def _two_lines(above: str, below: str) -> str:
+    return f"{above}\n{below}" if below else above
+
+
+def _method(row: Row) -> str:
+    """A peer's name stands before the library it comes from."""
+    library, _, name = row["method"].rpartition(":")
+    return _two_lines(name, "not exercised" if not_exercised(row) else library or row["quant_format"] or "")
+
+
 STACKED = (
-    BUDGET,
-    Column("method", lambda row: " ".join(filter(None, (row["method"], row["quant_format"]))), left=True, needed=True),
-    *(SCORE, RETENTION, KV_BYTES, KV_SHARE, Column("O/Q/E %", _states), TTFT_S, TPOT),
+    *(BUDGET, Column("method", _method, left=True, needed=True)),
+    Column(
+        "score",
+        lambda row: _two_lines(_score(row["score"]), _interval(row["score_low"], row["score_high"])),
+        needed=True,
+    ),
+    Column(
+        "minus full",
+        lambda row: _two_lines(
+            _score(row["difference"], sign="+"), _interval(row["difference_low"], row["difference_high"])
+        ),
+        needed=True,
+    ),
+    Column("p", lambda row: "" if row["p_holm"] is None else p_text(row["p_holm"])),
+    Column("KV\nof full", lambda row: _two_lines(_share(row), _bytes(row["kv_bytes_mean"])), needed=True),
+    STATES,
+    Column("TTFT s\nTPOT ms", lambda row: _two_lines(TTFT.cell(row), TPOT.cell(row))),
 )
-"""The same within 80 columns: format beside method, the three states in one cell, no tokens per s (1000 / ms)."""
+"""The same within 80 columns: intervals below their numbers, the format below the method, p in the place of words."""
 
 BUDGET_UNITS = {
-    "tokens": "so many tokens in every layer, however many bytes each takes",
-    "bytes": "the bytes of so many tokens at model precision, into which more quantized tokens fit",
+    "tokens": "tokens in every layer, however many bytes each takes",
+    "bytes": "bytes of so many tokens at model precision, into which more quantized tokens fit",
 }
 """What a budget counts."""
 
 LEGEND = (
-    "score of full: the score over that of the full cache on the same prompts.",
-    "KV bytes: everything the cache stores at the end of decoding, scales, positions and scores of tokens included; "
-    "KV of full: those bytes over what a full cache stores for the same tokens.",
-    "orig., quant., evicted (O/Q/E): share of the tokens that ended Original, Quantized and Evicted.",
-    "TTFT: time to the first token, that is prefill + compression + choosing it. ms per token: every later token. "
-    "Times are of the machine in record.json.",
+    "[ , ]: 95 % interval over documents. minus full: paired difference to the full cache on the same documents; its p "
+    f"is adjusted over all rows (Holm), and from {ALPHA:.2f} on the two are not distinguishable.",
+    "KV of full: all bytes that the cache stores, scales, positions and scores of tokens included, over the keys and "
+    "values of a full one. O/Q/E: tokens that ended Original, Quantized, Evicted.",
+    "TTFT: prefill, compression and the first token; TPOT: every later token. Times are of the machine in record.json.",
 )
 """What the columns mean."""
 
@@ -182,11 +251,10 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """One table: rows in groups, one group per budget; ``best`` holds the (group, row) of the winners."""
+    """One table: rows in groups, one group per budget, all by falling bytes."""
 
     title: str
     groups: list[list[Row]]
-    best: set[tuple[int, int]] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
 
 
@@ -196,53 +264,60 @@ def compare(rows: Sequence[Row]) -> list[Comparison]:
     comparisons = []
     for model, task, metric in keys:
         mine = [row for row in rows if (row["model"], row["task"], row["metric"]) == (model, task, metric)]
-        by_budget: dict[tuple[Any, ...], list[Row]] = {}
-        for row in sorted(mine, key=lambda row: row["method"] != FULL):
-            names = ("budget_unit", "cache_size", "cache_ratio", "window_size") if row["method"] != FULL else ()
-            budget = tuple(row[name] for name in names)
-            by_budget.setdefault(budget, []).append(row)
-        groups = list(by_budget.values())
-        first = mine[0]
+        groups = [sorted(group, key=_by_bytes) for group in by_budget(mine)]
+        groups.sort(key=lambda group: _by_bytes(group[0]))
         counts = sorted({row["n"] for row in mine})
-        direction = "higher" if first["higher_is_better"] else "lower"
+        direction = "higher" if mine[0]["higher_is_better"] else "lower"
         title = f"{task}, {metric} ({direction} is better), {model}, n={'-'.join(map(str, counts))}"
-        comparisons.append(Comparison(title, groups, _best(groups), _notes(mine)))
+        comparisons.append(Comparison(title, groups, _notes(mine)))
     return comparisons
 
 
-def _best(groups: Sequence[Sequence[Row]]) -> set[tuple[int, int]]:
-    """The winners of each budget; where all are equal nobody is best, and who was not exercised does not compete."""
-    best = set()
-    for index, group in enumerate(groups):
-        playing = [(place, row) for place, row in enumerate(group) if row["method"] != FULL and not not_exercised(row)]
-        if len(playing) < 2:
-            continue
-        sign = 1 if group[0]["higher_is_better"] else -1
-        top = max(sign * row["score"] for _, row in playing)
-        winners = [(index, place) for place, row in playing if sign * row["score"] == top]
-        if len(winners) < len(playing):
-            best |= set(winners)
-    return best
+def _by_bytes(row: Row) -> tuple[bool, float]:
+    """``full`` first, then most bytes first."""
+    return row["method"] != FULL, -(row["kv_bytes_mean"] or 0.0)
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     notes = []
     units = {row["budget_unit"] for row in rows if row["budget_unit"] is not None}
-    if units:
-        notes.append(
-            "budget, as tokens or as a share of the prompt: " + "; ".join(BUDGET_UNITS[unit] for unit in sorted(units))
-        )
     windows = sorted({row["window_size"] for row in rows if row["window_size"] is not None})
-    if windows:
-        notes.append(f"newest tokens always kept at model precision: {', '.join(map(str, windows))}")
+    window = f"; the newest {', '.join(map(str, windows))} tokens stay at model precision" if windows else ""
+    if units:
+        notes.append("budget: " + "; ".join(BUDGET_UNITS[unit] for unit in sorted(units)) + window)
+    if any(row["leading"] for row in rows):
+        notes.append("bold: the best of a budget, and what cannot be told from it")
+    notes += _detectable(rows)
     if any(map(not_exercised, rows)):
         notes.append("not exercised: every prompt and answer fits the budget, so that nothing was compressed")
+    off = [f"{row['method']} {_percent(row['kv_share'])} of {_budget(row)}" for row in rows if off_budget(row)]
+    if off:
+        notes.append(f"* more than {100 * TOLERANCE:.0f} % off the bytes asked for: {', '.join(off)}")
+    fixed = [
+        row["method"]
+        for row in rows
+        if row["method"] != FULL and row["cache_size"] is None and row["cache_ratio"] is None
+    ]
+    if fixed:
+        notes.append(f"of one size, whatever the budget: {', '.join(fixed)}")
+    if any(off_budget(row) and row["method"].startswith(peers.KVPRESS) for row in rows):
+        notes.append(f"{peers.KVPRESS} {peers.LIMITS[peers.KVPRESS]}")
     truncated = max((row["truncated_documents"] or 0) for row in rows)
     if truncated:
         notes.append(f"{truncated:.0f} prompts were longer than the model's context and were cut")
     if len({row["n"] for row in rows}) > 1:
         notes.append("the rows are over different numbers of documents: the run is not complete")
     return notes
+
+
+def _detectable(rows: Sequence[Row]) -> list[str]:
+    """What differences to ``full`` so many documents could have shown."""
+    compared = [row for row in rows if row["p_value"] is not None]
+    known = sorted({_score(row["detectable_difference"], 2) for row in compared} - {""}, key=float)
+    if known:
+        span = " to ".join(dict.fromkeys((known[0], known[-1])))
+        return [f"smallest difference to full that so many documents show in 4 of 5 cases: {span}"]
+    return ["so few documents cannot show a difference to full"] if compared else []
 
 
 # --- Writing ---
@@ -257,16 +332,13 @@ def _table(comparison: Comparison, columns: Sequence[Column]) -> Table:
         padding=(0, 1, 0, 0),
     )
     for column in columns:
-        header = Text(column.header.replace(" ", "\n", 1))
-        table.add_column(header, justify="left" if column.left else "right", no_wrap=True)
-    for index, group in enumerate(comparison.groups):
-        for place, row in enumerate(group):
-            cells = [column.cell(row) for column in columns]
-            if not_exercised(row):
-                cells[columns.index(METHOD) if METHOD in columns else 1] += "\nnot exercised"
-            style = "bold" if (index, place) in comparison.best else ""
-            last = place == len(group) - 1
-            table.add_row(*(Text(cell, style=style) for cell in cells), end_section=last)
+        header = column.header if "\n" in column.header else "\n".join(column.header.rsplit(" ", 1))
+        table.add_column(Text(header), justify="left" if column.left else "right", no_wrap=True)
+    for group in comparison.groups:
+        for row in group:
+            style = "bold" if row["leading"] else ""
+            cells = [Text(column.cell(row), style=style) for column in columns]
+            table.add_row(*cells, end_section=row is group[-1])
     return table
 
 
@@ -288,7 +360,7 @@ def _fitting(comparison: Comparison, console: Console) -> tuple[Table, list[str]
     left_out: list[str] = []
     while not fits(table) and (spare := [column for column in columns if not column.needed]):
         columns.remove(spare[-1])
-        left_out.insert(0, spare[-1].header)
+        left_out.insert(0, spare[-1].header.replace("\n", ", "))
         table = _table(comparison, columns)
     return table, left_out
 
@@ -318,13 +390,11 @@ def to_markdown(tables: Sequence[Sequence[Row]]) -> str:
             lines += [f"**{_in_cell(comparison.title)}**", ""]
             lines.append("| " + " | ".join(column.header for column in EVERYTHING) + " |")
             lines.append("|" + "".join("---|" if column.left else "---:|" for column in EVERYTHING))
-            for index, group in enumerate(comparison.groups):
-                for place, row in enumerate(group):
-                    cells = [_in_cell(column.cell(row)) for column in EVERYTHING]
-                    if not_exercised(row):
-                        cells[EVERYTHING.index(METHOD)] += " (not exercised)"
-                    bold = (index, place) in comparison.best
-                    lines.append("| " + " | ".join(f"**{cell}**" if bold and cell else cell for cell in cells) + " |")
+            for row in itertools.chain.from_iterable(comparison.groups):
+                cells = [_in_cell(column.cell(row)) for column in EVERYTHING]
+                lines.append(
+                    "| " + " | ".join(f"**{cell}**" if row["leading"] and cell else cell for cell in cells) + " |"
+                )
             lines += ["", *[f"- {note}" for note in comparison.notes], ""]
     return "\n".join([*lines, " ".join(LEGEND), ""])
 

@@ -48,6 +48,7 @@ def test_wrong_names_are_usage_errors() -> None:
     for arguments, said in (
         ((["mixx"], [C64], [8], ["int8"], {}), "unknown method 'mixx': did you mean mix"),
         ((["mix"], [C64], [8], ["int7"], {}), "unknown quant format 'int7': did you mean int"),
+        ((["kvpress:snapkw"], [C64], [8], None, {}), "unknown method 'kvpress:snapkw': did you mean kvpress:snapkv"),
         ((["full"], [C64], [8], ["zzz"], {}), "unknown quant format 'zzz': known: "),
     ):
         with pytest.raises(UserError, match=said) as caught:
