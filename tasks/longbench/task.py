@@ -152,7 +152,7 @@ class LongBench(TaskGroup):
         self.members = self._tasks
 
     def metrics(self) -> tuple[Metric, ...]:
-        """None: datasets have metrics of their own, and their averages, by category and language, stand in the report."""
+        """None: each dataset has its own metric. Averages by category and language stand in the report."""
         return ()
 
     def evaluate(self, members: Mapping[str, Evaluation], counts: Mapping[str, int]) -> Evaluation:
