@@ -20,11 +20,12 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from arkv import kernels
 from arkv.attention import LazyMask
 from arkv.budget import Slots
 from arkv.config import CacheConfig
 from arkv.scoring import causal_visibility, prefill_statistics, update_scores, window_attention
-from arkv.storage import CLOSED, EMPTY, QuantizedPool, Tokens
+from arkv.storage import CLOSED, EMPTY, QuantizedPool, Tokens, best
 
 GROWTH = 64
 """Slots that an Original pool below its budget grows by."""
@@ -255,7 +256,9 @@ class TriStateLayer(CacheLayerMixin):
         """
         assert self.incoming is not None
         config = self.config
-        key, value = self.incoming
+        # What is stored and scored takes no part in gradients.
+        key, value = (tensor.detach() for tensor in self.incoming)
+        query = query.detach()
         batch, heads, length, _ = key.shape
         device = key.device
         self._check_positions(length)
@@ -338,8 +341,8 @@ class TriStateLayer(CacheLayerMixin):
         most_original, most_quantized = max(s.original for s in slots), max(s.quantized for s in slots)
 
         # Everything below is in order of importance: rank 0 is the most important token outside the window.
-        count = past.slots
-        score, order = past.score.masked_fill(past.position < 0, EMPTY).sort(dim=-1, descending=True, stable=True)
+        count = min(past.slots, max(s.original + s.quantized for s in slots))
+        score, order = best(past.score.masked_fill(past.position < 0, EMPTY), count)
         rank = torch.arange(count, device=device)
         joint = rank.expand_as(order)
         if self.quantized is not None:
@@ -361,8 +364,12 @@ class TriStateLayer(CacheLayerMixin):
             nth = originals + rank[:steps]
             pick = nth.clamp(max=max(count - 1, 0)).expand(*order.shape[:2], steps)
             demoted = kept.gather(2, pick) & (nth < count)
-            chosen = past.take(order.gather(2, pick)).only(demoted)
-            self._demote(chosen, total - originals, most_quantized, Tokens.concat(window, past))
+            pick = order.gather(2, pick)
+            # In sequence order neighbours share a group, and neighbouring keys are alike.
+            position = past.position.gather(2, pick).masked_fill(~demoted, torch.iinfo(past.position.dtype).max)
+            sequence = position.argsort(dim=-1)
+            chosen = past.take(pick.gather(2, sequence)).only(demoted.gather(2, sequence))
+            self._demote(chosen, total - originals, most_quantized, [window, past])
 
     def _slots_now(self) -> list[Slots]:
         """Slots of each sample: its budget, or room for everything until it has outgrown its limit."""
@@ -389,8 +396,8 @@ class TriStateLayer(CacheLayerMixin):
         stored.position.masked_fill_(~stays, -1)
         return before
 
-    def _demote(self, tokens: Tokens, budget: torch.Tensor, slots: int, like: Tokens) -> None:
-        """Quantize ``tokens`` (position -1 is none) into free slots.
+    def _demote(self, tokens: Tokens, budget: torch.Tensor, slots: int, like: list[Tokens]) -> None:
+        """Quantize ``tokens`` (position -1 is none), which are in sequence order, into free slots.
 
         Args:
             budget: Quantized slots of each sample, [B, 1, 1].
@@ -400,10 +407,8 @@ class TriStateLayer(CacheLayerMixin):
         number_format = self.config.number_format
         slots = -(-slots // number_format.slot_multiple) * number_format.slot_multiple
         here = torch.arange(slots, device=budget.device)
-        # In sequence order neighbours share a group, and neighbouring keys are alike.
-        last = torch.iinfo(tokens.position.dtype).max
-        tokens = tokens.take(tokens.position.masked_fill(tokens.position < 0, last).argsort(dim=-1))
-        fresh = QuantizedPool(number_format, Tokens.concat(tokens, tokens.empty(slots - tokens.slots)), like)
+        filled = Tokens.concat(tokens, tokens.empty(slots - tokens.slots)) if slots > tokens.slots else tokens
+        fresh = QuantizedPool(number_format, filled, like)
         if self.quantized is None:
             self.quantized = fresh
         else:
@@ -464,11 +469,20 @@ class TriStateLayer(CacheLayerMixin):
         Returns:
             output [B, 1, Hq, D]; probabilities [B, H, G, S], the Original slots in use first.
         """
-        attend = self._attend_fused if self.config.attention == "fused" else self._attend_reconstructed
-        batch, query_heads, _, dim = query.shape
         assert self.tokens is not None
+        batch, query_heads, _, dim = query.shape
         heads = self.tokens.key.shape[1]
-        output, probabilities = attend(query.view(batch, heads, query_heads // heads, dim), scaling)
+        grouped = query.view(batch, heads, query_heads // heads, dim)
+        stored = self.quantized
+        widest = max(dim, self.tokens.value.shape[-1])
+        if self.config.attention == "reconstruct":
+            output, probabilities = self._attend_reconstructed(grouped, scaling)
+        elif query.is_cuda and kernels.supported(
+            query.device, self.tokens.key.dtype, widest, grouped.shape[2], stored.format if stored else None
+        ):
+            output, probabilities = kernels.decode_attention(grouped, self.held(), stored, scaling, self.gaps)
+        else:
+            output, probabilities = self._attend_fused(grouped, scaling)
         return output.to(query.dtype).view(batch, 1, query_heads, output.shape[-1]), probabilities
 
     def _attend_fused(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:

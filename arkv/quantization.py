@@ -185,7 +185,8 @@ class QuantizedTensor:
         x = x.float()
         scale, zero = _ranges(layout, x, valid, bounds)
         store = cls(layout, x.new_empty(*x.shape[:-1], x.shape[-1] * layout.bits // 8, dtype=torch.uint8), scale, zero)
-        store.codes = store._encode(x, store._per_element(scale, x.shape[-1]), store._per_element(zero, x.shape[-1]))
+        codes = store._encode(store._grouped(x), store._spread(scale), store._spread(zero))
+        store.codes = store._packed(codes.view(x.shape))
         return store
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -200,28 +201,37 @@ class QuantizedTensor:
         if self.zero is not None and other.zero is not None:
             self.zero = torch.cat([self.zero, other.zero], dim=2)
 
-    def _per_element(self, ranges: torch.Tensor | None, head_dim: int) -> torch.Tensor | None:
-        """Ranges brought to a shape that broadcasts with [B, H, S, D], float32."""
+    def _grouped(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` [B, H, S, D] or [n, D] with a dimension for the members of a group; a view."""
+        dim = 2 if self.layout.axis == "channel" else x.ndim - 1
+        return x.view(*x.shape[:dim], -1, self.group, *x.shape[dim + 1 :])
+
+    def _spread(self, ranges: torch.Tensor | None) -> torch.Tensor | None:
+        """Ranges, float32, in a shape that broadcasts with :meth:`_grouped`."""
         if ranges is None:
             return None
-        if self.layout.axis == "channel":
-            return ranges.float().repeat_interleave(self.group, dim=2)
-        if ranges.shape[-1] == 1:
-            return ranges.float()
-        return ranges.float().repeat_interleave(head_dim // ranges.shape[-1], dim=-1)
+        return ranges.float().unsqueeze(3 if self.layout.axis == "channel" else -1)
 
     def _encode(self, x: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None) -> torch.Tensor:
-        """Packed codes (uint8) of ``x`` under ranges that broadcast with it."""
+        """Codes (uint8, one per element) of ``x`` under ranges that broadcast with it."""
         assert scale is not None
         top = self.layout.max_code
+        if zero is not None:
+            return (x - zero).div_(scale).round_().clamp_(0, top).to(torch.uint8)
+        scaled = x / scale
         if self.layout.floating:
-            return (x / scale).clamp(-top, top).to(torch.float8_e4m3fn).view(torch.uint8)
-        if zero is None:
-            return (x / scale).round().clamp(-top, top).to(torch.int8).view(torch.uint8)
-        codes = ((x - zero) / scale).round().clamp(0, top).to(torch.uint8)
+            return scaled.clamp_(-top, top).to(torch.float8_e4m3fn).view(torch.uint8)
+        return scaled.round_().clamp_(-top, top).to(torch.int8).view(torch.uint8)
+
+    def _packed(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes [..., D] in as few bytes as they need."""
         if self.layout.bits == 8:
             return codes
-        return torch.cat([_pack((codes >> low) & (2**bits - 1), bits) for low, bits in self._planes()], dim=-1)
+        planes = [
+            _pack((codes >> low) & (2**bits - 1) if low else codes & (2**bits - 1), bits)
+            for low, bits in self._planes()
+        ]
+        return torch.cat(planes, dim=-1) if len(planes) > 1 else planes[0]
 
     def _planes(self) -> list[tuple[int, int]]:
         """Runs of bits that are packed together: the lowest bit and the number of each."""
@@ -250,14 +260,11 @@ class QuantizedTensor:
                 None if ranges is None else ranges.view(-1, self.head_dim).index_select(0, group).float()
                 for ranges in (self.scale, self.zero)
             )
-            self._put(self.codes, rows, self._encode(x, scale, zero))
+            self._put(self.codes, rows, self._packed(self._encode(x, scale, zero)))
             return
         scale, zero = _ranges(self.layout, x)
-        self._put(
-            self.codes,
-            rows,
-            self._encode(x, self._per_element(scale, self.head_dim), self._per_element(zero, self.head_dim)),
-        )
+        codes = self._encode(self._grouped(x), self._spread(scale), self._spread(zero))
+        self._put(self.codes, rows, self._packed(codes.view(x.shape)))
         self._put(self.scale, rows, scale)
         if self.zero is not None and zero is not None:
             self._put(self.zero, rows, zero)
@@ -268,13 +275,14 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The values that the codes stand for, [B, H, S, D] in ``dtype``."""
-        values = torch.cat(self._parts(), dim=-1)
-        scale, zero = self._per_element(self.scale, self.head_dim), self._per_element(self.zero, self.head_dim)
+        parts = self._parts()
+        values = self._grouped(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0])
+        scale, zero = self._spread(self.scale), self._spread(self.zero)
         assert scale is not None
         values *= scale
         if zero is not None:
             values += zero
-        return values.to(dtype)
+        return values.view(*self.codes.shape[:-1], self.head_dim).to(dtype)
 
     def dot(self, query: torch.Tensor) -> torch.Tensor:
         """``query`` [B * H, G, D] (float32) times the keys: [B * H, G, S]."""
@@ -330,7 +338,8 @@ def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     pieces = codes.chunk(8 // bits, dim=-1)
     packed = pieces[0].clone()
     for part, piece in enumerate(pieces[1:], start=1):
-        packed |= piece << (part * bits)
+        # Not `|= piece <<`: shifts of bytes are slow on CPU.
+        packed.add_(piece, alpha=1 << (part * bits))
     return packed
 
 
@@ -362,15 +371,16 @@ def _ranges(
     else:
         grouped = x.unflatten(2, (-1, group))
         if valid is None:
-            valid = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device)
-        taken = valid.unflatten(2, (-1, group)).unsqueeze(-1)
-        low = grouped.masked_fill(~taken, float("inf")).amin(dim=3)
-        high = grouped.masked_fill(~taken, float("-inf")).amax(dim=3)
-        bounds = bounds or (low.amin(dim=2, keepdim=True), high.amax(dim=2, keepdim=True))
-        partial = ~taken.all(dim=3)
-        low = torch.where(partial, torch.minimum(low, bounds[0]), low)
-        high = torch.where(partial, torch.maximum(high, bounds[1]), high)
-        low, high = low.masked_fill(low.isinf(), 0.0), high.masked_fill(high.isinf(), 0.0)
+            low, high = grouped.amin(dim=3), grouped.amax(dim=3)
+        else:
+            taken = valid.unflatten(2, (-1, group)).unsqueeze(-1)
+            low = grouped.masked_fill(~taken, float("inf")).amin(dim=3)
+            high = grouped.masked_fill(~taken, float("-inf")).amax(dim=3)
+            bounds = bounds or (low.amin(dim=2, keepdim=True), high.amax(dim=2, keepdim=True))
+            partial = ~taken.all(dim=3)
+            low = torch.where(partial, torch.minimum(low, bounds[0]), low)
+            high = torch.where(partial, torch.maximum(high, bounds[1]), high)
+            low, high = low.masked_fill(low.isinf(), 0.0), high.masked_fill(high.isinf(), 0.0)
     zero = _outward(low, up=False)
     scale = _outward((high - zero.float()) / layout.max_code, up=True).clamp_min(tiny)
     return scale, zero

@@ -83,7 +83,8 @@ def window_attention(query: torch.Tensor, key: torch.Tensor, scaling: float, vis
     hidden = ~visible.unsqueeze(2)
     # Lowest number instead of -inf: the softmax of a row that sees nothing must not become NaN.
     logits[..., newest].masked_fill_(hidden, torch.finfo(torch.float32).min)
-    probabilities = logits.softmax(dim=-1)
+    # In place: at long context a fresh tensor of this size costs more than the softmax itself.
+    probabilities = torch.softmax(logits, dim=-1, out=logits)
     probabilities[..., newest].masked_fill_(hidden, 0.0)
     return probabilities.view(batch, query_heads, window, length)
 
@@ -147,11 +148,11 @@ def _statistics(attention: torch.Tensor, heads: int, config: CacheConfig, visibl
         # A single query has no spread.
         variance = m2 * (window / max(window - 1, 1))
         if config.uses_oq:
-            evictable = attention[..., :past]
             m4 = deviation.square_()[..., :past].mean(dim=2)
             m2 = m2[..., :past].clamp_min(MIN_SECOND_MOMENT)
             # p log p by hand likewise; a probability of 0 gives 0 * log(tiny) = 0.
-            entropy = -(evictable * evictable.clamp_min(TINY).log_()).sum(dim=(1, 2, 3))
+            surprise = torch.clamp(attention, min=TINY, out=deviation).log_().mul_(attention)
+            entropy = -surprise[..., :past].sum(dim=(1, 2, 3))
             oq = torch.stack([entropy, variance[..., :past].sum(dim=(1, 2)), (m4 / (m2 * m2)).sum(dim=(1, 2))], dim=-1)
 
     grouped = (batch, heads, query_heads // heads, length)

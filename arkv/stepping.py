@@ -44,8 +44,9 @@ class LayerGroup:
         """Write one new token [B, H, 1, D] of layer ``index`` of the group into the slot that is made free for it."""
         if index == 0:
             self._begin()
-        self._key.index_copy_(0, self._rows[index], key.reshape(-1, key.shape[-1]))
-        self._value.index_copy_(0, self._rows[index], value.reshape(-1, value.shape[-1]))
+        # What is stored takes no part in gradients.
+        for store, new in ((self._key, key), (self._value, value)):
+            store.index_copy_(0, self._rows[index], new.detach().reshape(-1, new.shape[-1]))
         self.layers[index].seen += 1
         if index + 1 == len(self.layers):
             self._rows = ()
@@ -54,7 +55,7 @@ class LayerGroup:
         """Attention output [B, 1, Hq, D] of the new token; its probabilities are the new scores of what is held."""
         output, probabilities = self.layers[index].attend_step(query, scaling)
         if self.config.ranking == "heavy_hitter":
-            self._probabilities.append(probabilities)
+            self._probabilities.append(probabilities.detach())
             if len(self._probabilities) == len(self.layers):
                 self._finish()
         return output

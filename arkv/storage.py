@@ -8,12 +8,12 @@ another sample of the batch has the larger budget). Attention sinks have the sco
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from arkv.quantization import Format, QuantizedTensor
+from arkv.quantization import Format, Layout, QuantizedTensor
 
 EMPTY, CLOSED = float("-inf"), float("inf")
 
@@ -89,6 +89,17 @@ class Tokens:
         return Tokens(*(torch.cat(tensors, dim=2) for tensors in zip(*(part.tensors() for part in parts), strict=True)))
 
 
+def best(score: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ``count`` highest of ``score`` [..., n] (float32, none negative but -inf), best first, and their indices.
+
+    Of equal ones the first come first, whatever else is there: so a sample gets in a batch what it gets alone.
+    """
+    # The order of such numbers is that of their bits; the index below them makes each unique.
+    last = torch.arange(score.shape[-1] - 1, -1, -1, device=score.device)
+    index = ((score.view(torch.int32).long() << 32) | last).topk(count, dim=-1).indices
+    return score.gather(-1, index), index
+
+
 def flat_rows(slots: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows of slots ``index`` [B, H, n] in a tensor [B, H, S, ...] seen as [B * H * S, ...]; ``slots`` is [B, H, S].
 
@@ -101,10 +112,16 @@ def flat_rows(slots: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """``rows`` [B, H, S, D] at ``index`` [B, H, n]: [B, H, n, D]."""
-    if index.shape[-1] == 1:
-        return rows.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, rows.shape[-1]))
-    flat = rows.reshape(-1, rows.shape[-1]).index_select(0, flat_rows(rows[..., 0], index))
-    return flat.view(*index.shape, rows.shape[-1])
+    dim = rows.shape[-1]
+    if rows.stride(3) != 1 or any(stride % dim for stride in rows.stride()[:3]):
+        rows = rows.contiguous()
+    # As a list of rows, wherever they lie: the models' tensors are often transposed, and parts of longer ones.
+    batch, head, slot = (stride // dim for stride in rows.stride()[:3])
+    count = 1 + sum((size - 1) * step for size, step in zip(rows.shape[:3], (batch, head, slot), strict=True))
+    flat = rows.as_strided((count, dim), (dim, 1))
+    first = torch.arange(rows.shape[0], device=index.device)[:, None, None] * batch
+    first = first + torch.arange(rows.shape[1], device=index.device)[:, None] * head
+    return flat.index_select(0, (first + index * slot).view(-1)).view(*index.shape, dim)
 
 
 class QuantizedPool:
@@ -116,30 +133,32 @@ class QuantizedPool:
         like: tokens that those which come later will resemble; groups with free slots cover their ranges.
     """
 
-    def __init__(self, number_format: Format, tokens: Tokens, like: Tokens) -> None:
+    def __init__(self, number_format: Format, tokens: Tokens, like: Sequence[Tokens]) -> None:
         self.format = number_format
-        taken, known = tokens.position >= 0, (like.position >= 0).unsqueeze(-1)
-        self.key, self.value = (
-            QuantizedTensor.quantize(
-                layout,
-                x,
-                taken,
-                (
-                    other.float().masked_fill(~known, float("inf")).amin(dim=2, keepdim=True),
-                    other.float().masked_fill(~known, float("-inf")).amax(dim=2, keepdim=True),
-                )
-                if layout.axis == "channel"
-                else None,
-            )
-            for layout, x, other in (
-                (number_format.key, tokens.key, like.key),
-                (number_format.value, tokens.value, like.value),
-            )
+        taken = tokens.position >= 0
+        self.full = bool(taken.all())
+        """Every slot holds a token: then it stays so, and attention needs no mask."""
+        self.key = self._quantized(number_format.key, tokens.key, taken, [(part.key, part.position) for part in like])
+        self.value = self._quantized(
+            number_format.value, tokens.value, taken, [(part.value, part.position) for part in like]
         )
         self.position = tokens.position
         self.score = tokens.score
-        self.full = False
-        """Every slot holds a token: then it stays so, and attention needs no mask."""
+
+    def _quantized(
+        self, layout: Layout, x: torch.Tensor, taken: torch.Tensor, like: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    ) -> QuantizedTensor:
+        if self.full or layout.axis == "token":
+            return QuantizedTensor.quantize(layout, x)
+        bounds = []
+        for reduce, none in ((torch.amin, float("inf")), (torch.amax, float("-inf"))):
+            ends = [
+                reduce(other.float().masked_fill((position < 0).unsqueeze(-1), none), dim=2, keepdim=True)
+                for other, position in like
+                if other.shape[2]
+            ]
+            bounds.append(reduce(torch.cat(ends, dim=2), dim=2, keepdim=True))
+        return QuantizedTensor.quantize(layout, x, taken, (bounds[0], bounds[1]))
 
     @property
     def slots(self) -> int:
@@ -160,7 +179,7 @@ class QuantizedPool:
                 mine.zero[samples] = theirs.zero[samples]
         self.position[samples], self.score[samples] = other.position[samples], other.score[samples]
 
-    def append(self, tokens: Tokens, like: Tokens) -> None:
+    def append(self, tokens: Tokens, like: Sequence[Tokens]) -> None:
         """Add slots with ``tokens``, which may be empty."""
         more = QuantizedPool(self.format, tokens, like)
         self.key.append(more.key)

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
 from arkv import FORMATS, CacheConfig, kernels, storage_bytes
-from arkv.cache import TriStateLayer
+from arkv.layer import TriStateLayer
 from arkv.storage import QuantizedPool, Tokens
 from bench import records
 
@@ -75,9 +75,9 @@ def filled_layer(options: argparse.Namespace, quant_format: str, tokens: int) ->
     quantized = -(-(tokens - original) // number_format.slot_multiple) * number_format.slot_multiple
     layer = TriStateLayer(config)
     layer.tokens = random_tokens(options, original)
-    layer.seen, layer.used = tokens, original - config.window_size
+    layer.seen, layer.used = tokens, original
     low = random_tokens(options, quantized)
-    layer.quantized = QuantizedPool(number_format, low, low)
+    layer.quantized = QuantizedPool(number_format, low, [low])
     layer.quantized.full = True
     return layer
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from arkv import FORMATS, CacheConfig
-from arkv.cache import TriStateLayer
 from arkv.kernels import decode_attention
+from arkv.layer import TriStateLayer
 from arkv.storage import QuantizedPool, Tokens
 from tests.arkv.conftest import Driver
 
@@ -46,10 +46,10 @@ def layer_of(
     torch.manual_seed(0)
     layer = TriStateLayer(CacheConfig.for_method("mix", cache_size=64, window_size=WINDOW))
     layer.tokens = random_tokens((batch, 2, original + 5), dims, dtype, gaps)
-    layer.seen, layer.used, layer.gaps = WINDOW, original - WINDOW, gaps > 0
+    layer.seen, layer.used, layer.gaps = original, original, gaps > 0
     if quant_format is not None:
         tokens = random_tokens((batch, 2, quantized), dims, dtype, gaps)
-        layer.quantized = QuantizedPool(FORMATS[quant_format], tokens, tokens)
+        layer.quantized = QuantizedPool(FORMATS[quant_format], tokens, [tokens])
         layer.quantized.full = gaps == 0
     return layer
 

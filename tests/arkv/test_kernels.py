@@ -160,7 +160,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compile:
             zeros = torch.zeros(1, 2, 128, dim, dtype=torch.bfloat16)
             tokens = Tokens(zeros, zeros, torch.zeros(1, 2, 128, dtype=torch.int32), torch.zeros(1, 2, 128))
             # A new pool may have free slots: both pools are masked.
-            pool = None if quant_format is None else QuantizedPool(FORMATS[quant_format], tokens, tokens)
+            pool = None if quant_format is None else QuantizedPool(FORMATS[quant_format], tokens, [tokens])
             decode.decode_attention(zeros[:, :, :16], tokens, pool, 1.0, True)
         return found
 
