@@ -290,7 +290,7 @@ class QuantizedTensor:
             if self.scale.shape[-1] > 1:
                 return torch.bmm(query, self.dequantize(torch.float32).flatten(0, 1).transpose(1, 2))
             scores = self._dot_parts(query)
-            scores *= self.scale.flatten(0, 1).transpose(1, 2)
+            scores *= self.scale.view(query.shape[0], 1, -1)
             if self.zero is not None:
                 scores += query.sum(dim=-1, keepdim=True) * self.zero.flatten(0, 1).transpose(1, 2)
             return scores
@@ -320,6 +320,10 @@ class QuantizedTensor:
             return torch.bmm(weights, self.dequantize(torch.float32).flatten(0, 1))
         heads, queries, slots = weights.shape
         groups = self.scale.shape[-1]
+        if groups == 1 and self.zero is None:
+            scaled = weights * self.scale.view(heads, 1, slots)
+            products = [torch.bmm(scaled, part.flatten(0, 1)) for part in self._parts()]
+            return torch.cat(products, dim=-1) if len(products) > 1 else products[0]
         # Per group of channels its own weights, [B * H, g * G, S].
         scale = self.scale.flatten(0, 1).transpose(1, 2).contiguous()
         scaled = (weights.unsqueeze(1) * scale.unsqueeze(2)).reshape(heads, groups * queries, slots)

@@ -69,7 +69,7 @@ def speed(
     from pydoc_data.topics import topics
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
-    prompt_ids = loaded.tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt_ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     bench = SpeedBench(loaded.model, cells, prompt_ids, new_tokens)
     timings = []
     total = repetitions * len(lengths)

@@ -1,0 +1,58 @@
+"""Memory during prefill: the budget, and no more than two layers' keys and values beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from arkv import CacheConfig, TriStateCache, attach
+from tests.arkv.conftest import SHAPE, prompt, spread
+
+LAYERS, HEADS, DIM, TOKENS, BUDGET = 12, 4, 32, 1500, 160
+
+
+def peak_bytes(model: Any, ids: torch.Tensor, **settings: Any) -> int:
+    """The most that a prefill has allocated at a time, by the trace of all allocations and releases."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        model(ids, logits_to_keep=1, **settings)
+    changes = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.fixture(scope="module")
+def deep() -> Any:
+    """Many layers and a wide feed-forward part, as real models have them."""
+    shape = {
+        **SHAPE,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "head_dim": DIM,
+    }
+    return spread(LlamaForCausalLM(LlamaConfig(**shape)), seed=9, deviation=0.05).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("settings", [{}, {"budget_unit": "bytes"}], ids=["tokens", "bytes"])
+def test_each_layer_is_compressed_as_soon_as_it_is_computed(deep: Any, settings: dict[str, Any]) -> None:
+    ids = prompt(TOKENS, seed=1)
+    config = CacheConfig.for_method("mix", cache_size=BUDGET, window_size=16, **settings)
+    layer = 2 * TOKENS * HEADS * DIM * 2
+    budget = LAYERS * 2 * BUDGET * HEADS * DIM * 2
+    with attach(deep):
+        # Once for what is allocated for good at the first forward.
+        deep(ids[:, :8])
+        without = peak_bytes(deep, ids, use_cache=False)
+        full = peak_bytes(deep, ids, past_key_values=DynamicCache(config=deep.config))
+        compressed = peak_bytes(deep, ids, past_key_values=TriStateCache(deep, config))
+    assert full - without > (LAYERS - 2) * layer, "the trace must see a full cache"
+    assert compressed - without <= budget + 2 * layer
