@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import UserError
-from tasks.base import nearest
+from tasks.base import Rolling, nearest
 
 
 def _parse_list(value: Any, kind: type, name: str) -> tuple[Any, ...]:
@@ -60,6 +60,14 @@ class RunConfig:
     samples: int = 8
     haystack: Path | None = None
     num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    enable_thinking: bool | None = None
+    gen_kwargs: str | None = None
+    include_path: tuple[str, ...] | None = None
+    rolling_prefill: float = Rolling.prefill_share
+    rolling_chunk: int = Rolling.chunk
+    batch_size: int = 1
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -72,10 +80,21 @@ class RunConfig:
                 raise UserError(f"--cache-ratio={ratio}: give a share above 0 and up to 1", exit_code=2)
         if self.budget_unit not in ("tokens", "bytes"):
             raise UserError(f"--budget-unit={self.budget_unit}: use tokens or bytes", exit_code=2)
-        for name, low in (("limit", 1), ("samples", 1), ("max_length", 2), ("num_fewshot", 0)):
+        for name, low in (
+            ("limit", 1),
+            ("samples", 1),
+            ("max_length", 2),
+            ("num_fewshot", 0),
+            ("rolling_chunk", 1),
+            ("batch_size", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"--{name.replace('_', '-')}={value}: give {low} or more", exit_code=2)
+        if not 0.0 <= self.rolling_prefill < 1.0:
+            raise UserError(
+                f"--rolling-prefill={self.rolling_prefill}: give a share of 0 or more, below 1", exit_code=2
+            )
         if not 0.0 < self.sampling_ratio <= 1.0:
             raise UserError(f"--sampling-ratio={self.sampling_ratio}: give a share above 0 and up to 1", exit_code=2)
 

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class TaskError(ValueError):
@@ -75,9 +75,71 @@ class Generate:
     max_new_tokens: int
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these strings."""
+    think_end: str | None = None
+    """What ends the model's thinking: the answer, and the search for stop strings, begin behind it."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt_ids)
 
 
-Request = Generate
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """A text to be scored behind a context, as token ids; neither is empty."""
+
+    context_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.context_ids or not self.token_ids:
+            raise ValueError("a context and its continuation have at least one token each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogLikelihood:
+    """Log-likelihoods of continuations, such as the choices of a question.
+
+    Continuations with equal contexts are scored from one prefill. It ends before the last token of the context: that
+    token is read with the continuation, so that even a continuation of one token is predicted from the cache.
+    """
+
+    continuations: tuple[Continuation, ...]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the longest context."""
+        return max(len(item.context_ids) for item in self.continuations)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rolling:
+    """Log-likelihood of a whole text, in windows that each score their own part of it.
+
+    The first tokens of a window are a prompt: they are prefilled, and scored as they are, before anything is
+    compressed. The others are read through the cache.
+    """
+
+    windows: tuple[Continuation, ...]
+    prefill_share: float = 0.5
+    """Share of a window's tokens that are its prompt, in [0, 1)."""
+    chunk: int = 32
+    """Tokens read at once behind the prompt. 1 is decoding: the cache is compressed after every token. The tokens of a
+    chunk see each other whatever the budget, as those of the newest tokens' window always do."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prefill_share < 1:
+            raise ValueError(f"the prompt's share of a window lies in [0, 1), not {self.prefill_share}")
+        if self.chunk < 1:
+            raise ValueError(f"a chunk has at least one token, not {self.chunk}")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the text."""
+        return sum(len(window.token_ids) for window in self.windows)
+
+
+Request = Generate | LogLikelihood | Rolling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +161,26 @@ class Generated:
     """The answer to :class:`Generate`."""
 
     text: str
-    """Decoded without special tokens and cut at the first stop string."""
+    """Decoded without special tokens and cut at the first stop string; without the model's thinking."""
     token_ids: tuple[int, ...] = ()
+    """Everything that was generated."""
 
 
-Answer = Generated
+class Scored(NamedTuple):
+    """A continuation's log-likelihood, in nats, and whether greedy decoding would have written it."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogLikelihoods:
+    """The answer to :class:`LogLikelihood` or :class:`Rolling`: one for each continuation or window, in order."""
+
+    scored: tuple[Scored, ...]
+
+
+Answer = Generated | LogLikelihoods
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +197,29 @@ class Evaluation:
 
     values: Mapping[str, float]
     stderr: Mapping[str, float] = field(default_factory=dict)
+
+
+class TaskGroup(ABC):
+    """Tasks that are asked for under one name and have a score together, beside each one's own."""
+
+    name: str
+    members: tuple[Task | TaskGroup, ...]
+
+    def tasks(self) -> list[Task]:
+        """The tasks of the group and of the groups in it, each once."""
+        found: dict[str, Task] = {}
+        for member in self.members:
+            for task in member.tasks() if isinstance(member, TaskGroup) else [member]:
+                found.setdefault(task.name, task)
+        return list(found.values())
+
+    @abstractmethod
+    def metrics(self) -> tuple[Metric, ...]:
+        """What :meth:`evaluate` gives, the headline first; known when the tasks have been loaded."""
+
+    @abstractmethod
+    def evaluate(self, members: Mapping[str, Evaluation], counts: Mapping[str, int]) -> Evaluation:
+        """Aggregate the evaluations of the tasks of the group, by name, over ``counts[name]`` documents each."""
 
 
 class Task(ABC):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tasks.base import Task, TaskError, nearest
+from tasks.base import Task, TaskError, TaskGroup, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class TaskEntry:
 class TaskSource(Protocol):
     """Where tasks that are not registered come from, such as an evaluation library."""
 
-    def get(self, name: str) -> Task | None:
-        """The task, or None if it is unknown here too."""
+    def get(self, name: str) -> Task | TaskGroup | None:
+        """The task or group of tasks, or None if it is unknown here too."""
 
     def names(self) -> Iterable[str]:
         """Every known name, to suggest one for a typing error."""
@@ -58,8 +58,8 @@ def split_spec(spec: str) -> tuple[str, tuple[str, ...]]:
     return name, parts
 
 
-def get_task(spec: str, *, fallback: TaskSource | None = None, **arguments: Any) -> Task:
-    """The task that ``spec`` names: registered, or known to ``fallback``.
+def get_task(spec: str, *, fallback: TaskSource | None = None, **arguments: Any) -> Task | TaskGroup:
+    """The task or group of tasks that ``spec`` names: registered, or known to ``fallback``.
 
     ``arguments`` go to the constructor of a registered task. Raises :class:`TaskError` (``usage``) for an unknown name,
     with the nearest known ones.

@@ -64,6 +64,39 @@ def run(
     num_fewshot: Annotated[
         int | None, _option("lm-eval tasks: examples in the prompt. Default: the task's own.", DATA)
     ] = None,
+    apply_chat_template: Annotated[
+        bool | None,
+        _option(
+            "lm-eval tasks: prompts as the model's chat has them. Default: no.",
+            DATA,
+            "--apply-chat-template/--no-apply-chat-template",
+        ),
+    ] = None,
+    system_instruction: Annotated[str | None, _option("lm-eval tasks: a text before every prompt.", DATA)] = None,
+    enable_thinking: Annotated[
+        bool | None,
+        _option(
+            "lm-eval tasks, with --apply-chat-template: let the model think or not; its thoughts are not scored. "
+            "Default: as the chat template has it.",
+            DATA,
+            "--enable-thinking/--no-enable-thinking",
+        ),
+    ] = None,
+    gen_kwargs: Annotated[
+        str | None, _option("lm-eval tasks: generation settings, as max_gen_toks=512. Default: the task's own.", DATA)
+    ] = None,
+    include_path: Annotated[str | None, _option("Folders with lm-eval task files of your own.", DATA)] = None,
+    rolling_prefill: Annotated[
+        float | None,
+        _option("Perplexity tasks: share of a text's window that is prefilled, then compressed. Default: 0.5.", DATA),
+    ] = None,
+    rolling_chunk: Annotated[
+        int | None,
+        _option("Perplexity tasks: tokens read at once after that; 1 compresses after every one. Default: 32.", DATA),
+    ] = None,
+    batch_size: Annotated[
+        int | None, _option("Choices of a question that are read in one forward. Default: 1.", DATA)
+    ] = None,
     data_dir: Annotated[
         str | None, _option("Folder with local rows (gsm8k/test.jsonl, ...) instead of a download.", DATA)
     ] = None,
@@ -97,7 +130,8 @@ def run(
     flags: dict[str, Any] = {
         key: value
         for key, value in locals().items()
-        if key not in ("preset", "fresh", "print_config") and value is not False
+        # A switch without an opposite that was not given leaves the preset's value.
+        if key not in ("preset", "fresh", "print_config") and not (key == "trust_remote_code" and value is False)
     }
     from bench.config import FIELDS, resolve
 
@@ -121,8 +155,10 @@ def run(
     except KeyboardInterrupt:
         message = f"stopped; what was measured is in {path}: the same command with --outdir {path} continues"
         raise UserError(message, exit_code=130) from None
-    if outcome.rows:
-        print_comparison([outcome.rows], console)
+    if asked_for := [row for row in outcome.rows if row["part_of"] is None]:
+        print_comparison([asked_for], console)
+    if parts := len({row["task"] for row in outcome.rows} - {row["task"] for row in asked_for}):
+        console.print(f"{parts} tasks and groups that these consist of have rows of their own in results.csv.")
     console.print(f"Run folder: {path}", markup=False, highlight=False, soft_wrap=True)
     if outcome.failures:
         typer.echo(f"arkv-bench: {len(outcome.failures)} of the tasks failed:", err=True)

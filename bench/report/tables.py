@@ -22,7 +22,7 @@ from bench.records import COLUMNS, RESULTS
 Row = dict[str, Any]
 
 INTEGERS = ("cache_size", "window_size", "n", "kv_bytes_peak", "peak_memory_bytes", "compressed_documents")
-TEXTS = ("model", "task", "metric", "method", "quant_format", "budget_unit", "cell")
+TEXTS = ("model", "task", "metric", "method", "quant_format", "budget_unit", "cell", "part_of")
 NEEDED = ("model", "task", "metric", "method", "n", "score", "cell")
 
 # --- Reading ---

@@ -26,7 +26,7 @@ ONE, TWO = {"seed": 0}, {"seed": 1}
 
 
 def sample(document: str, cell: str = "full", **more: object) -> dict[str, object]:
-    return {"model": "m", "task": "t", "document": document, "cell": cell, **more}
+    return {"model": "m", "task": "t", "document": document, "prompt_sha256": "", "cell": cell, **more}
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
