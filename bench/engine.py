@@ -341,30 +341,37 @@ class Engine:
             yield reading.measurement(cell, request, scored_tokens, prefill_s)
 
     def _choices(self, cache: Cache, first: int, continuations: dict[int, tuple[int, ...]]) -> dict[int, Scored]:
-        """Score continuations behind the token ``first``, each from its own copy of ``cache``, which is used up.
+        """Score continuations behind the token ``first``. ``cache`` is used up.
 
-        Continuations that differ in their last token only, such as those of one token, share a forward.
+        ``first`` is read once for all of them and predicts their first tokens. The others are read in one forward from
+        copies of the cache; continuations that differ in their last token only share theirs.
         """
+        ((_, log_probabilities),) = self._read(cache, self._ids([[first]]), chunk=1)
+        parts = {place: [_score(log_probabilities[0], tokens[:1])] for place, tokens in continuations.items()}
         sharing: dict[tuple[int, ...], list[int]] = {}
         for place, tokens in continuations.items():
-            sharing.setdefault(tokens[:-1], []).append(place)
-        # Neighbours in length, for little padding.
-        inputs = sorted(sharing, key=len)
-        scored: dict[int, Scored] = {}
-        for start in range(0, len(inputs), self.batch_size):
-            batch = inputs[start : start + self.batch_size]
-            twin = self._fork(cache) if start + self.batch_size < len(inputs) else cache
+            if len(tokens) > 1:
+                sharing.setdefault(tokens[:-1], []).append(place)
+        for batch in self._batches(list(sharing)):
+            twin = self._fork(cache)
             if len(batch) > 1:
                 twin.batch_repeat_interleave(len(batch))
-            scores: dict[int, list[Scored]] = {}
-            for begin, log_probabilities in self._read(twin, self._ids([[first, *row] for row in batch]), _BLOCK):
+            for begin, log_probabilities in self._read(twin, self._ids(batch), _BLOCK):
                 for row, shared in zip(log_probabilities, batch, strict=True):
                     for place in sharing[shared]:
-                        targets = continuations[place][begin : begin + row.shape[0]]
-                        if targets:
-                            scores.setdefault(place, []).append(_score(row, targets))
-            scored |= {place: _sum(parts) for place, parts in scores.items()}
-        return scored
+                        if targets := continuations[place][1 + begin : 1 + begin + row.shape[0]]:
+                            parts[place].append(_score(row, targets))
+        return {place: _sum(scores) for place, scores in parts.items()}
+
+    def _batches(self, rows: Sequence[tuple[int, ...]]) -> Iterator[Sequence[tuple[int, ...]]]:
+        """Rows of ids that are read in one forward: neighbours in length, for little padding.
+
+        A single token is decoded, where several are read as a block: one must not stand beside the other.
+        """
+        for single in (True, False):
+            mine = sorted((row for row in rows if (len(row) == 1) == single), key=len)
+            for start in range(0, len(mine), self.batch_size):
+                yield mine[start : start + self.batch_size]
 
     # --- Whole texts ---
 
