@@ -321,7 +321,7 @@ class Engine:
         readings = [_Reading() for _ in cells]
         prefill_s = 0.0
         for context, places in by_context.items():
-            # The last token is read with the continuations, so that their first token is predicted from the cache.
+            # The last token is read from the cache, so that even the first one of a continuation is predicted from it.
             prefill = self._prefill(context[:-1])
             prefill_s += prefill.seconds
             continuations = {place: request.continuations[place].token_ids for place in places}

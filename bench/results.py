@@ -174,8 +174,11 @@ def group_rows(
         evaluation = group.evaluate({name: results[name].evaluations[cell.key] for name in names}, counts)
         baseline = {name: found for name in names if (found := results[name].full(cell)) is not None}
         full = group.evaluate(baseline, counts) if len(baseline) == len(names) else None
-        taken = [sample for samples in mine.values() for sample in samples.values()]
-        table += _cell_rows(model, group.name, group.metrics(), cell, taken, evaluation, full)
+        for metric in group.metrics():
+            # Tasks of other metrics do not count for this one.
+            having = [name for name in names if metric.name in results[name].evaluations[cell.key].values]
+            taken = [sample for name in having for sample in mine[name].values()]
+            table += _cell_rows(model, group.name, [metric], cell, taken, evaluation, full)
     table = [{**row, "part_of": part_of} for row in table]
     for member in group.members:
         if isinstance(member, TaskGroup):

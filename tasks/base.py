@@ -101,7 +101,7 @@ class LogLikelihood:
     """Log-likelihoods of continuations, such as the choices of a question.
 
     Continuations with equal contexts are scored from one prefill. It ends before the last token of the context: that
-    token is read with the continuation, so that even a continuation of one token is predicted from the cache.
+    token is read behind it, so that even a continuation of one token is predicted from the cache.
     """
 
     continuations: tuple[Continuation, ...]
