@@ -67,7 +67,7 @@ class RunConfig:
     include_path: tuple[str, ...] | None = None
     rolling_prefill: float = Rolling.prefill_share
     rolling_chunk: int = Rolling.chunk
-    batch_size: int = 1
+    batch_size: str = "1"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -86,11 +86,12 @@ class RunConfig:
             ("max_length", 2),
             ("num_fewshot", 0),
             ("rolling_chunk", 1),
-            ("batch_size", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"--{name.replace('_', '-')}={value}: give {low} or more", exit_code=2)
+        if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size)):
+            raise UserError(f"--batch-size={self.batch_size}: give a whole number of 1 or more, or auto", exit_code=2)
         if not 0.0 <= self.rolling_prefill < 1.0:
             raise UserError(
                 f"--rolling-prefill={self.rolling_prefill}: give a share of 0 or more, below 1", exit_code=2
@@ -104,6 +105,11 @@ class RunConfig:
         if self.cache_ratio is not None:
             return [{"cache_ratio": ratio} for ratio in self.cache_ratio]
         return [{"cache_size": size} for size in self.cache_size]
+
+    @property
+    def batch(self) -> int | None:
+        """Continuations that are read in one forward; None for as many as fit."""
+        return None if self.batch_size == "auto" else int(self.batch_size)
 
     @property
     def method_settings(self) -> dict[str, Any]:

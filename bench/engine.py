@@ -33,7 +33,10 @@ from tasks.base import (
 )
 
 _BLOCK = 512
-"""Most tokens whose logits over the whole vocabulary are held at once."""
+"""Most tokens of a row whose logits over the whole vocabulary are held at once."""
+
+_AUTO_BYTES = 1 << 30
+"""What the logits of an automatic batch, and its copies of the cache, take at most, if it has more than one row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +150,11 @@ class Engine:
         model: a transformers causal language model in eval mode.
         tokenizer: its tokenizer.
         cells: the grid.
-        batch_size: continuations of a context that are read in one forward, each from its own copy of the cache.
+        batch_size: continuations of a context that are read in one forward, each from its own copy of the cache; None
+            for as many as take a gibibyte.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, cells: Sequence[Cell], *, batch_size: int = 1) -> None:
+    def __init__(self, model: Any, tokenizer: Any, cells: Sequence[Cell], *, batch_size: int | None = 1) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.cells = list(cells)
@@ -352,7 +356,7 @@ class Engine:
         for place, tokens in continuations.items():
             if len(tokens) > 1:
                 sharing.setdefault(tokens[:-1], []).append(place)
-        for batch in self._batches(list(sharing)):
+        for batch in self._batches(list(sharing), storage_bytes(cache.layers)):
             twin = self._fork(cache)
             if len(batch) > 1:
                 twin.batch_repeat_interleave(len(batch))
@@ -363,15 +367,20 @@ class Engine:
                             parts[place].append(_score(row, targets))
         return {place: _sum(scores) for place, scores in parts.items()}
 
-    def _batches(self, rows: Sequence[tuple[int, ...]]) -> Iterator[Sequence[tuple[int, ...]]]:
+    def _batches(self, rows: Sequence[tuple[int, ...]], cache_bytes: int) -> Iterator[Sequence[tuple[int, ...]]]:
         """Rows of ids that are read in one forward: neighbours in length, for little padding.
 
         A single token is decoded, where several are read as a block: one must not stand beside the other.
         """
         for single in (True, False):
             mine = sorted((row for row in rows if (len(row) == 1) == single), key=len)
-            for start in range(0, len(mine), self.batch_size):
-                yield mine[start : start + self.batch_size]
+            size = self.batch_size
+            if size is None and mine:
+                vocabulary = self.model.get_output_embeddings().weight.shape[0]
+                logits_bytes = min(len(mine[-1]), _BLOCK) * vocabulary * torch.float32.itemsize
+                size = max(1, _AUTO_BYTES // (logits_bytes + cache_bytes))
+            for start in range(0, len(mine), size or 1):
+                yield mine[start : start + (size or 1)]
 
     # --- Whole texts ---
 

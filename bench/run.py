@@ -178,7 +178,7 @@ def execute(
         }
         folder.write_record(record)
         for name, model in loaded.items():
-            engine = Engine(model.model, model.tokenizer, cells, batch_size=config.batch_size)
+            engine = Engine(model.model, model.tokenizer, cells, batch_size=config.batch)
             engine.warm_up()
             results: dict[str, TaskResults] = {}
             for task, part_of in tasks:

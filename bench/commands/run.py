@@ -95,7 +95,7 @@ def run(
         _option("Perplexity tasks: tokens read at once after that; 1 compresses after every one. Default: 32.", DATA),
     ] = None,
     batch_size: Annotated[
-        int | None, _option("Choices of a question that are read in one forward. Default: 1.", DATA)
+        str | None, _option("Choices of a question that are read in one forward, or auto. Default: 1.", DATA)
     ] = None,
     data_dir: Annotated[
         str | None, _option("Folder with local rows (gsm8k/test.jsonl, ...) instead of a download.", DATA)

@@ -163,7 +163,7 @@ def choices(*pairs: tuple[tuple[int, ...], tuple[int, ...]]) -> Document:
     return Document(id="choices", request=request)
 
 
-def score(tiny: Any, grid_: list[Cell], question: Document, batch_size: int = 1) -> list[Measurement]:
+def score(tiny: Any, grid_: list[Cell], question: Document, batch_size: int | None = 1) -> list[Measurement]:
     return list(Engine(tiny.model, tiny.tokenizer, grid_, batch_size=batch_size).answer(question, grid_))
 
 
@@ -208,8 +208,8 @@ def test_a_four_choice_question_costs_one_prefill(tiny: Any) -> None:
     assert len({m.prefill_s for m in measured}) == 1
 
 
-@pytest.mark.parametrize(("batch_size", "reads"), [(1, 5), (2, 3), (8, 2)])
-def test_continuations_are_read_in_batches(tiny: Any, batch_size: int, reads: int) -> None:
+@pytest.mark.parametrize(("batch_size", "reads"), [(1, 5), (2, 3), (8, 2), (None, 2)])
+def test_continuations_are_read_in_batches(tiny: Any, batch_size: int | None, reads: int) -> None:
     shapes, handle = forwards(tiny)
     same = (
         *MIXED.request.continuations[:6],

@@ -707,7 +707,12 @@ def smollm2() -> Official:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "shots", "limit"), [("mmlu_anatomy", 5, 2), ("mmlu_world_religions", 5, 2), ("commonsense_qa", 0, 8)]
+    ("name", "shots", "limit"),
+    [
+        *[(f"mmlu_{subject}", 5, 2) for subject in ("anatomy", "global_facts", "sociology", "virology")],
+        ("mmlu_world_religions", 5, 8),
+        ("commonsense_qa", 0, 40),
+    ],
 )
 def test_the_default_model_scores_choices_as_under_lm_eval(
     smollm2: Official, shared_data: Path, name: str, shots: int, limit: int

@@ -180,10 +180,11 @@ def test_a_group_has_rows_for_its_tasks_and_itself(tiny_folder: Path, tmp_path: 
     assert all(other != full for other in others)
 
 
-def test_the_batch_size_changes_no_score(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_size", ["4", "auto"])
+def test_the_batch_size_changes_no_score(tiny_folder: Path, tmp_path: Path, batch_size: str) -> None:
     settings = toys(tmp_path / "toys")
     one, _ = go(tiny_folder, tmp_path / "one", **settings)
-    many, _ = go(tiny_folder, tmp_path / "many", **settings, batch_size=4)
+    many, _ = go(tiny_folder, tmp_path / "many", **settings, batch_size=batch_size)
     assert [row["score"] for row in one.rows] == pytest.approx([row["score"] for row in many.rows])
 
 
