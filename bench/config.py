@@ -59,6 +59,9 @@ class RunConfig:
     lengths: tuple[int, ...] = (2000,)
     samples: int = 8
     haystack: Path | None = None
+    text: Path | None = None
+    text_field: str = "text"
+    continuation: int = 64
     num_fewshot: int | None = None
     apply_chat_template: bool = False
     system_instruction: str | None = None
@@ -86,6 +89,7 @@ class RunConfig:
             ("max_length", 2),
             ("num_fewshot", 0),
             ("rolling_chunk", 1),
+            ("continuation", 1),
         ):
             value = getattr(self, name)
             if value is not None and value < low:

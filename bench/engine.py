@@ -18,10 +18,12 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from arkv import PrefillCache, TriStateCache, attach, storage_bytes
-from bench.methods import Cell
+from bench.methods import FULL, Cell
 from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
 from tasks.base import (
     Answer,
+    Compare,
+    Compared,
     Continuation,
     Document,
     Generate,
@@ -181,6 +183,8 @@ class Engine:
                 yield self._generate(cell, request, prefill)
         elif isinstance(request, LogLikelihood):
             yield from self._log_likelihoods(request, cells)
+        elif isinstance(request, Compare):
+            yield from self._compare(request, cells)
         else:
             yield from self._rolling(request, cells)
 
@@ -416,6 +420,53 @@ class Engine:
                 reading.peak_memory_bytes = _larger(reading.peak_memory_bytes, peak_memory_bytes(self.device))
         for cell, reading in zip(cells, readings, strict=True):
             yield reading.measurement(cell, request, request.prompt_tokens, prefill_s)
+
+    # --- Distributions ---
+
+    def _compare(self, request: Compare, cells: Sequence[Cell]) -> Iterator[Measurement]:
+        prefill = self._prefill(request.context_ids[:-1])
+        inputs = self._ids([request.context_ids[-1:] + request.continuation_ids[:-1]])
+        targets = torch.tensor(request.continuation_ids, device=self.device)
+        reference: list[torch.Tensor] = []
+        # The full cache is read first, whether it is asked for or not; every other cell is compared with it.
+        for cell in [Cell(FULL), *(cell for cell in cells if cell.config is not None)]:
+            cache, compress_s = self._compress(cell, prefill.cache)
+            after_compression = storage_bytes(cache.layers)
+            clock = Stopwatch(self.device)
+            steps: list[tuple[float, bool, float]] = []
+            with self._attention(cell), clock:
+                for place, log_probabilities in self._read(cache, inputs, chunk=1):
+                    mine = log_probabilities[0, 0]
+                    if cell.config is None:
+                        reference.append(mine)
+                    steps.append(_difference(reference[place], mine, targets[place]))
+            if cell not in cells:
+                continue
+            held = self._held(cell, cache, prefill.cache)
+            kl, agrees, delta_nll = zip(*steps, strict=True)
+            yield Measurement(
+                cell=cell,
+                answer=Compared(kl=kl, agrees=agrees, delta_nll=delta_nll),
+                prompt_tokens=request.prompt_tokens,
+                scored_tokens=len(request.continuation_ids),
+                tokens_original=held.original,
+                tokens_quantized=held.quantized,
+                tokens_evicted=held.evicted,
+                kv_bytes=held.kv_bytes,
+                kv_bytes_peak=max(after_compression, held.kv_bytes),
+                full_kv_bytes=held.full_kv_bytes,
+                prefill_s=prefill.seconds,
+                compress_s=compress_s,
+                decode_s=clock.seconds,
+                peak_memory_bytes=peak_memory_bytes(self.device),
+                oq_ratios=held.oq_ratios,
+            )
+
+
+def _difference(full: torch.Tensor, mine: torch.Tensor, target: torch.Tensor) -> tuple[float, bool, float]:
+    """KL full || mine of log-probabilities [V], whether they agree on the likeliest, and the change of NLL."""
+    kl = (full.exp() * (full - mine)).sum()
+    return float(kl), bool(full.argmax() == mine.argmax()), float(full[target] - mine[target])
 
 
 def _score(log_probabilities: torch.Tensor, targets: Sequence[int]) -> Scored:

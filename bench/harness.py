@@ -15,6 +15,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -29,6 +30,7 @@ from tasks.base import (
     Generate,
     Generated,
     LogLikelihood,
+    LogLikelihoods,
     Metric,
     Request,
     Rolling,
@@ -281,8 +283,12 @@ class HarnessTask(Task):
             filtered = [instance.filtered_resps[ensemble.name] for instance in instances]
             for metric, value in self._task.process_results(instances[0].doc, filtered).items():
                 aggregate = aggregations.get(metric)
-                with _overflowing(self.name, metric):
-                    scores[f"{metric},{ensemble.name}"] = float(aggregate([value]) if aggregate else value)
+                try:
+                    score = float(aggregate([value]) if aggregate else value)
+                except OverflowError:
+                    # The perplexity of few words of improbable text.
+                    score = math.inf
+                scores[f"{metric},{ensemble.name}"] = score
         return scores
 
     def evaluate(self, documents: Sequence[Document], answers: Mapping[str, Answer]) -> Evaluation:
@@ -301,13 +307,15 @@ class HarnessTask(Task):
         # evaluate() builds every prompt anew, and nobody reads them: leave the examples out, most of the work.
         self._task.set_config("num_fewshot", 0)
         try:
-            with _quiet(), _overflowing(self.name, "a metric"):
+            with _quiet():
                 results = evaluate(
                     lm=_replay([stored[row] for row in rows]),
                     task_dict={"tasks": {self.name: self._task}, "groups": {}, "group_map": {}},
                     log_samples=False,
                     **_selection(rows, name=self.name),
                 )
+        except OverflowError as error:
+            raise TaskError(f"{self.name}: a perplexity is too large for a number") from error
         finally:
             self._task.set_config("num_fewshot", shots)
         return _to_evaluation(results["results"][self.name])
@@ -396,15 +404,6 @@ def _to_results(evaluation: Evaluation) -> dict[str, Any]:
         metric, _, ensemble = key.partition(",")
         results[f"{metric}_stderr,{ensemble}"] = evaluation.stderr.get(key, "N/A")
     return results
-
-
-@contextlib.contextmanager
-def _overflowing(task: str, metric: str) -> Iterator[None]:
-    """A perplexity of few words of improbable text can be larger than any float."""
-    try:
-        yield
-    except OverflowError as error:
-        raise TaskError(f"{task}: {metric} is too large for a number") from error
 
 
 # --- Finding a task ---
@@ -757,6 +756,7 @@ def _responses(request: Request, answer: Answer) -> list[Any]:
     """An answer as lm-eval's models give it: one response for each instance of the document, in their order."""
     if isinstance(answer, Generated):
         return [answer.text]
+    assert isinstance(answer, LogLikelihoods)
     if isinstance(request, Rolling):
         return [sum(window.log_likelihood for window in answer.scored)]
     return [tuple(scored) for scored in answer.scored]

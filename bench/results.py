@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from statistics import fmean, median
 from typing import Any
 
@@ -11,6 +12,7 @@ from bench.engine import Measurement
 from bench.methods import FULL, Cell
 from tasks.base import (
     Answer,
+    Compared,
     Document,
     Evaluation,
     Generated,
@@ -30,6 +32,7 @@ def to_sample(model: str, task: Task, document: Document, prompt_hash: str, meas
     answer = measured.answer
     generated = answer if isinstance(answer, Generated) else None
     scored = answer.scored if isinstance(answer, LogLikelihoods) else None
+    compared = answer if isinstance(answer, Compared) else None
     scores = {name: value if math.isfinite(value) else None for name, value in task.score(document, answer).items()}
     seen = measured.tokens_original + measured.tokens_quantized + measured.tokens_evicted
     return {
@@ -49,6 +52,7 @@ def to_sample(model: str, task: Task, document: Document, prompt_hash: str, meas
         "text": None if generated is None else generated.text,
         "token_ids": None if generated is None else list(generated.token_ids),
         "log_likelihoods": None if scored is None else [list(item) for item in scored],
+        "compared": None if compared is None else asdict(compared),
         "reference": document.reference,
         "info": dict(document.info),
         "truncated": document.truncated,
@@ -76,6 +80,8 @@ def to_sample(model: str, task: Task, document: Document, prompt_hash: str, meas
 
 def to_answer(sample: Sample) -> Answer:
     """The answer that a line of ``samples.jsonl`` holds."""
+    if sample.get("compared") is not None:
+        return Compared(**{name: tuple(values) for name, values in sample["compared"].items()})
     if sample["text"] is None:
         return LogLikelihoods(scored=tuple(Scored(*item) for item in sample["log_likelihoods"]))
     return Generated(text=sample["text"], token_ids=tuple(sample["token_ids"]))

@@ -70,6 +70,8 @@ def fingerprint(config: RunConfig, models: dict[str, str]) -> dict[str, Any]:
         "rolling_prefill": config.rolling_prefill,
         "rolling_chunk": config.rolling_chunk,
         "haystack": _file_hash(config.haystack),
+        "text": _file_hash(config.text),
+        "continuation": config.continuation,
     }
 
 

@@ -139,7 +139,24 @@ class Rolling:
         return sum(len(window.token_ids) for window in self.windows)
 
 
-Request = Generate | LogLikelihood | Rolling
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """How far the next-token distributions are from those of the full cache, over a given continuation.
+
+    The context is prefilled without its last token and compressed; that token and the continuation are then read token
+    by token, so that what a method does while decoding takes part.
+    """
+
+    context_ids: tuple[int, ...]
+    continuation_ids: tuple[int, ...]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the context."""
+        return len(self.context_ids)
+
+
+Request = Generate | LogLikelihood | Rolling | Compare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +197,19 @@ class LogLikelihoods:
     scored: tuple[Scored, ...]
 
 
-Answer = Generated | LogLikelihoods
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The answer to :class:`Compare`, one number for each token of the continuation."""
+
+    kl: tuple[float, ...]
+    """KL divergence, full || method, over the whole vocabulary, in nats."""
+    agrees: tuple[bool, ...]
+    """Both find the same token most likely."""
+    delta_nll: tuple[float, ...]
+    """How much larger the negative log-likelihood of the token is than with the full cache, in nats."""
+
+
+Answer = Generated | LogLikelihoods | Compared
 
 
 @dataclass(frozen=True, kw_only=True)

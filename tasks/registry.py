@@ -87,3 +87,8 @@ register(
     "tasks.needle:NeedleTask",
     "passkey retrieval over depth and length; generated, needs no download",
 )
+register(
+    "fidelity",
+    "tasks.fidelity:FidelityTask",
+    "next-token distributions against those of the full cache, on any text; needs no download",
+)

@@ -54,12 +54,22 @@ def run(
         float | None, _option("Use this share of the documents, drawn with the seed. Default: 1.0.", DATA)
     ] = None,
     seed: Annotated[int | None, _option("Seed of everything that is drawn. Default: 0.", DATA)] = None,
-    lengths: Annotated[str | None, _option("needle: prompt lengths in tokens. Default: 2000.", DATA)] = None,
+    lengths: Annotated[str | None, _option("needle, fidelity: prompt lengths in tokens. Default: 2000.", DATA)] = None,
     samples: Annotated[
-        int | None, _option("needle: prompts per length, depths spread evenly. Default: 8.", DATA)
+        int | None, _option("needle, fidelity: prompts per length, spread evenly over depth or text. Default: 8.", DATA)
     ] = None,
     haystack: Annotated[
         str | None, _option("needle: a text file to hide the needle in. Default: generated sentences.", DATA)
+    ] = None,
+    text: Annotated[
+        str | None,
+        _option("fidelity: a text file, or JSON lines. Default: the reference texts that come with Python.", DATA),
+    ] = None,
+    text_field: Annotated[
+        str | None, _option("fidelity: field of the text in a file of JSON lines. Default: text.", DATA)
+    ] = None,
+    continuation: Annotated[
+        int | None, _option("fidelity: tokens that are read and compared behind a prompt. Default: 64.", DATA)
     ] = None,
     num_fewshot: Annotated[
         int | None, _option("lm-eval tasks: examples in the prompt. Default: the task's own.", DATA)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from arkv import TriStateCache
+from arkv import TriStateCache, attach
 from bench.engine import Engine, Measurement
 from bench.methods import Cell, grid
-from tasks.base import Continuation, Document, Generate, LogLikelihood, Rolling
+from tasks.base import Compare, Continuation, Document, Generate, LogLikelihood, Rolling
 
 METHODS = ["full", "window", "origin", "quant", "mix"]
 
@@ -316,3 +316,50 @@ def test_stop_strings_count_behind_the_thinking_only(tiny: Any) -> None:
     wanted = plain.answer.text.split(end)[-1].lstrip().split(stop)[0]
     assert thinking.answer.text == wanted
     assert thinking.generated_tokens > pieces.index(end)
+
+
+# --- Distributions ---
+
+
+def comparison(context: int = 150, continuation: int = 20) -> Document:
+    tokens = ids(context + continuation)
+    return Document(id="d", request=Compare(context_ids=tokens[:context], continuation_ids=tokens[context:]))
+
+
+def test_distributions_are_compared_token_by_token(tiny: Any) -> None:
+    question = comparison()
+    tokens = torch.tensor([question.request.context_ids + question.request.continuation_ids])
+    full, mix = score(tiny, cells("full", "mix"), question)
+    assert set(full.answer.kl) == set(full.answer.delta_nll) == {0.0}
+    assert all(full.answer.agrees)
+    # The same with the library alone.
+    cache = TriStateCache(tiny.model, mix.cell.config)
+    with torch.no_grad():
+        plain = tiny.model(tokens).logits[0, 149:-1].log_softmax(-1)
+        with attach(tiny.model):
+            tiny.model(tokens[:, :149], past_key_values=cache)
+            steps = [tiny.model(tokens[:, i : i + 1], past_key_values=cache).logits[0, 0] for i in range(149, 169)]
+    mine = torch.stack(steps).log_softmax(-1)
+    kl = torch.nn.functional.kl_div(mine, plain, log_target=True, reduction="none").sum(-1)
+    assert mix.answer.kl == pytest.approx(kl.tolist(), abs=1e-4)
+    assert min(mix.answer.kl) > 1e-3
+    assert mix.answer.agrees == tuple((plain.argmax(-1) == mine.argmax(-1)).tolist())
+    wanted = tokens[0, 150:, None]
+    assert mix.answer.delta_nll == pytest.approx((plain - mine).gather(1, wanted)[:, 0].tolist(), abs=1e-4)
+    assert mix.tokens_original + mix.tokens_quantized + mix.tokens_evicted == pytest.approx(169)
+
+
+def test_distributions_without_compression_are_those_of_the_full_cache(tiny: Any) -> None:
+    # `full` need not be asked for to be compared with.
+    for measured in score(tiny, cells("window", "origin", "quant", "mix", cache_size=256), comparison()):
+        assert max(map(abs, measured.answer.kl)) < 1e-6
+        assert all(measured.answer.agrees)
+
+
+def test_full_is_read_once_for_all_cells(tiny: Any) -> None:
+    shapes, handle = forwards(tiny)
+    try:
+        score(tiny, cells("origin", "full"), comparison(150, 20))
+    finally:
+        handle.remove()
+    assert shapes == [(1, 149)] + [(1, 1)] * 40

@@ -180,6 +180,20 @@ def test_a_group_has_rows_for_its_tasks_and_itself(tiny_folder: Path, tmp_path: 
     assert all(other != full for other in others)
 
 
+def test_fidelity_is_a_task_like_others(tiny_folder: Path, tmp_path: Path) -> None:
+    settings = {"tasks": ("fidelity",), "lengths": (120,), "continuation": 8, "samples": 2}
+    outcome, _ = go(tiny_folder, tmp_path, **settings)
+    scores = {(row["metric"], row["method"]): row["score"] for row in outcome.rows}
+    assert {metric for metric, _ in scores} == {"kl", "kl_p95", "top1_agreement", "delta_nll"}
+    assert scores["kl", "full"] == scores["kl_p95", "full"] == scores["delta_nll", "full"] == 0
+    assert scores["top1_agreement", "full"] == 1
+    assert 0 < scores["kl", "mix"] < scores["kl_p95", "mix"]
+    table = (tmp_path / RESULTS).read_bytes()
+    outcome, _ = go(tiny_folder, tmp_path, **settings)
+    assert outcome.measured == 0
+    assert (tmp_path / RESULTS).read_bytes() == table, "what the samples hold is enough"
+
+
 @pytest.mark.parametrize("batch_size", ["4", "auto"])
 def test_the_batch_size_changes_no_score(tiny_folder: Path, tmp_path: Path, batch_size: str) -> None:
     settings = toys(tmp_path / "toys")
