@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import isclose
+from operator import itemgetter
 from typing import Any
 
 from bench.methods import FULL
@@ -15,8 +16,8 @@ from bench.records import STATISTICS
 from bench.stats import ALPHA, benjamini_hochberg, compare, holm, mean_interval, p_value
 
 Row = dict[str, Any]
-Scores = Mapping[str, float]
-"""One score per document id."""
+Scores = Mapping[tuple[str, str], float]
+"""One score per document, whose key is its task and id: those of a group may share ids."""
 
 
 def not_exercised(row: Mapping[str, Any]) -> bool:
@@ -41,18 +42,27 @@ def by_budget(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def add_statistics(rows: Sequence[Row], samples: Iterable[Mapping[str, Any]], *, seed: int = 0) -> None:
-    """Fill the columns :data:`bench.records.STATISTICS` of the rows of one model and task; None is unknown.
+    """Fill the columns :data:`bench.records.STATISTICS` of the rows of one model and task or group; None is unknown.
+
+    A score that is no mean over documents, such as a perplexity, gets none.
 
     Args:
         rows: as :func:`bench.results.rows` makes them.
-        samples: those that the rows are made of, with ``document``, ``cell`` and ``scores``.
+        samples: those that the rows are made of, with ``task``, ``document``, ``cell`` and ``scores``, where None is a
+            score that one document cannot have.
         seed: of the resamples.
     """
-    scores: dict[tuple[str, str], dict[str, float]] = {}
+    scores: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+    unknown = set()
     # Resamples are drawn by place: the order in which a run was continued must not matter.
-    for sample in sorted(samples, key=lambda sample: str(sample["document"])):
+    for document, sample in sorted(((_document(sample), sample) for sample in samples), key=itemgetter(0)):
         for metric, score in sample["scores"].items():
-            scores.setdefault((metric, sample["cell"]), {})[sample["document"]] = score
+            if score is None:
+                unknown.add((metric, sample["cell"]))
+            else:
+                scores.setdefault((metric, sample["cell"]), {})[document] = score
+    for key in unknown:
+        scores.pop(key, None)
     for row in rows:
         row.update(dict.fromkeys(STATISTICS))
     for metric in dict.fromkeys(row["metric"] for row in rows):
@@ -64,6 +74,10 @@ def add_statistics(rows: Sequence[Row], samples: Iterable[Mapping[str, Any]], *,
         _add_differences([row for row in mine if row["method"] != FULL], by_cell, seed)
         for group in by_budget(mine):
             _mark_leading(group, by_cell, seed)
+
+
+def _document(sample: Mapping[str, Any]) -> tuple[str, str]:
+    return str(sample["task"]), str(sample["document"])
 
 
 def _averages(row: Row, scores: Mapping[tuple[str, str], Scores]) -> bool:

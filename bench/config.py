@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import UserError
-from tasks.base import nearest
+from tasks.base import Rolling, nearest
 from tasks.registry import split_specs
 
 
@@ -60,7 +60,18 @@ class RunConfig:
     lengths: tuple[int, ...] = (2000,)
     samples: int = 8
     haystack: Path | None = None
+    text: Path | None = None
+    text_field: str = "text"
+    continuation: int = 64
     num_fewshot: int | None = None
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    enable_thinking: bool | None = None
+    gen_kwargs: str | None = None
+    include_path: tuple[str, ...] | None = None
+    rolling_prefill: float = Rolling.prefill_share
+    rolling_chunk: int = Rolling.chunk
+    batch_size: str = "1"
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -73,10 +84,23 @@ class RunConfig:
                 raise UserError(f"--cache-ratio={ratio}: give a share above 0 and up to 1", exit_code=2)
         if self.budget_unit not in ("tokens", "bytes"):
             raise UserError(f"--budget-unit={self.budget_unit}: use tokens or bytes", exit_code=2)
-        for name, low in (("limit", 1), ("samples", 1), ("max_length", 2), ("num_fewshot", 0)):
+        for name, low in (
+            ("limit", 1),
+            ("samples", 1),
+            ("max_length", 2),
+            ("num_fewshot", 0),
+            ("rolling_chunk", 1),
+            ("continuation", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"--{name.replace('_', '-')}={value}: give {low} or more", exit_code=2)
+        if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size)):
+            raise UserError(f"--batch-size={self.batch_size}: give a whole number of 1 or more, or auto", exit_code=2)
+        if not 0.0 <= self.rolling_prefill < 1.0:
+            raise UserError(
+                f"--rolling-prefill={self.rolling_prefill}: give a share of 0 or more, below 1", exit_code=2
+            )
         if not 0.0 < self.sampling_ratio <= 1.0:
             raise UserError(f"--sampling-ratio={self.sampling_ratio}: give a share above 0 and up to 1", exit_code=2)
 
@@ -86,6 +110,11 @@ class RunConfig:
         if self.cache_ratio is not None:
             return [{"cache_ratio": ratio} for ratio in self.cache_ratio]
         return [{"cache_size": size} for size in self.cache_size]
+
+    @property
+    def batch(self) -> int | None:
+        """Continuations that are read in one forward; None for as many as fit."""
+        return None if self.batch_size == "auto" else int(self.batch_size)
 
     @property
     def method_settings(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Any task of lm-eval: its prompts, filters and metrics, with inference arranged by us in between.
 
 This is the only importer of lm_eval, and it imports it late: the import takes a second. lm-eval's own code builds the
-prompts; they are tokenized, cut and stopped as its Hugging Face model class does it. The answers are scored by replay:
+requests; they are tokenized, cut and stopped as its Hugging Face model class does it. The answers are scored by replay:
 lm-eval evaluates a stand-in model that looks each stored answer up.
 """
 
@@ -15,6 +15,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -23,18 +24,29 @@ from typing import Any
 
 from tasks.base import (
     Answer,
+    Continuation,
     Document,
     Evaluation,
     Generate,
+    Generated,
+    LogLikelihood,
+    LogLikelihoods,
     Metric,
+    Request,
+    Rolling,
     Task,
     TaskError,
+    TaskGroup,
     TaskSettings,
     draw,
     nearest,
 )
 
-DESCRIPTIONS = {"gsm8k": "grade-school mathematics, 5 examples in the prompt, free-form answers"}
+DESCRIPTIONS = {
+    "gsm8k": "grade-school mathematics, 5 examples in the prompt, free-form answers",
+    "mmlu": "multiple-choice questions of 57 subjects, each with a score of its own",
+    "commonsense_qa": "multiple-choice questions of common sense",
+}
 """Tasks of lm-eval that a list of tasks shows, since all 13,000 are too many."""
 
 _FEWSHOT_SEED = 1234
@@ -42,6 +54,9 @@ _FEWSHOT_SEED = 1234
 
 _MAX_NEW_TOKENS = 256
 """lm-eval's ``max_gen_toks`` for Hugging Face models, where the task sets none."""
+
+_THINK_END = "</think>"
+"""What a thinking model writes between its thoughts and its answer."""
 
 _GREEDY_IRRELEVANT = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p"}
 """Generation settings that are honoured, or that change nothing when decoding greedily."""
@@ -56,6 +71,9 @@ class _Options:
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool = False
     system_instruction: str | None = None
+    enable_thinking: bool | None = None
+    rolling_prefill: float = Rolling.prefill_share
+    rolling_chunk: int = Rolling.chunk
 
     @classmethod
     def parse(cls, task: str, options: Mapping[str, Any]) -> _Options:
@@ -71,6 +89,8 @@ class _Options:
         chat = values.get("apply_chat_template", False)
         if values.setdefault("fewshot_as_multiturn", chat) and not chat:
             raise TaskError(f"{task}: fewshot_as_multiturn needs apply_chat_template", usage=True)
+        if "enable_thinking" in values and not chat:
+            raise TaskError(f"{task}: enable_thinking needs apply_chat_template", usage=True)
         if isinstance(gen_kwargs := values.get("gen_kwargs"), str):
             from lm_eval.utils import simple_parse_args_string
 
@@ -79,48 +99,141 @@ class _Options:
 
 
 class HarnessTasks:
-    """lm-eval's tasks by name: a fallback for :func:`tasks.registry.get_task`."""
+    """lm-eval's tasks and groups by name: a fallback for :func:`tasks.registry.get_task`."""
 
     def __init__(self, *, include_path: Sequence[Path] = ()) -> None:
         self._include_path = tuple(include_path)
 
-    def get(self, name: str) -> HarnessTask | None:
-        if name not in _find_all(self._include_path):
+    def get(self, name: str) -> HarnessTask | HarnessGroup | None:
+        found = _find_all(self._include_path).get(name)
+        if found is None:
             return None
-        return HarnessTask(name, include_path=self._include_path)
+        kind = HarnessGroup if found.is_group else HarnessTask
+        return kind(name, include_path=self._include_path)
 
     def names(self) -> Iterable[str]:
         return _find_all(self._include_path)
 
 
+class HarnessGroup(TaskGroup):
+    """A group of lm-eval, such as ``mmlu``: its tasks, and its score by lm-eval's own rule.
+
+    ``overrides`` are settings that an enclosing group gives its tasks, ``config`` is the definition of a group that
+    stands within another one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        include_path: Sequence[Path] = (),
+        overrides: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name = name
+        self._include_path = tuple(include_path)
+        self._overrides = dict(overrides or {})
+        self._config = config
+
+    @functools.cached_property
+    def members(self) -> tuple[HarnessTask | HarnessGroup, ...]:  # type: ignore[override]
+        """Raises :class:`TaskError` for a member that is defined nowhere."""
+        config = self._definition
+        overrides = {key: value for key, value in config.items() if key not in _group_fields()} | self._overrides
+        found = [member for item in config.get("task") or () for member in self._resolve(item, overrides)]
+        if not found:
+            raise TaskError(f"the group {self.name} names no tasks", usage=True)
+        return tuple(found)
+
+    @functools.cached_property
+    def _definition(self) -> Mapping[str, Any]:
+        if self._config is not None:
+            return self._config
+        return _index(_find_all(self._include_path)[self.name].path.parent)[self.name].cfg
+
+    def _resolve(self, item: str | Mapping[str, Any], overrides: Mapping[str, Any]) -> list[HarnessTask | HarnessGroup]:
+        if isinstance(item, str):
+            name, own = item, {}
+        elif "group" in item:
+            name = item["group"]
+            if name not in _find_all(self._include_path):
+                inline = f"{self.name}::{name}"
+                return [HarnessGroup(inline, include_path=self._include_path, overrides=overrides, config=item)]
+            own = {key: value for key, value in item.items() if key != "group"}
+        else:
+            name, own = str(item.get("task")), {key: value for key, value in item.items() if key != "task"}
+        overrides = {**overrides, **own}
+        known = _find_all(self._include_path)
+        if (found := known.get(name)) is not None:
+            kind = HarnessGroup if found.is_group else HarnessTask
+            return [kind(name, include_path=self._include_path, overrides=overrides)]
+        # A tag is known where its tasks are defined: beside the group.
+        home = next(known[part] for part in (self.name, *self.name.split("::")) if part in known)
+        tag = _index(home.path.parent).get(name)
+        if tag is None or not tag.tags:
+            raise TaskError(f"the group {self.name} names {name!r}, which lm-eval does not define", usage=True)
+        return [HarnessTask(task, include_path=self._include_path, overrides=overrides) for task in sorted(tag.tags)]
+
+    def metrics(self) -> tuple[Metric, ...]:
+        return tuple({metric.name: metric for task in self.tasks() for metric in task.metrics}.values())
+
+    def evaluate(self, members: Mapping[str, Evaluation], counts: Mapping[str, int]) -> Evaluation:
+        """lm-eval's own aggregate; without values where the group defines none."""
+        from lm_eval.api.group import Group
+
+        fields_ = {key: value for key, value in self._definition.items() if key in _group_fields()}
+        with _quiet():
+            group = Group.from_config({**fields_, "group": self.name})
+            for task in self.tasks():
+                assert isinstance(task, HarnessTask)
+                group.add(task.official)
+            metrics: dict[str, Any] = {
+                name: _to_results(evaluation) | {"sample_len": counts[name]} for name, evaluation in members.items()
+            }
+            return _to_evaluation(group.aggregate(metrics))
+
+
 class HarnessTask(Task):
-    """One task of lm-eval whose requests are all ``generate_until``.
+    """One task of lm-eval.
 
-    ``include_path`` are folders of further task files; they take precedence over lm-eval's own.
+    ``include_path`` are folders of further task files; they take precedence over lm-eval's own. ``overrides`` are
+    settings that a group gives its tasks.
 
-    Options, all as in lm-eval: ``num_fewshot`` (default: the task's own), ``gen_kwargs`` (a mapping or
+    Options, all but the last two as in lm-eval: ``num_fewshot`` (default: the task's own), ``gen_kwargs`` (a mapping or
     ``"key=value,key=value"``, laid over the task's generation settings), ``apply_chat_template`` (default False),
-    ``fewshot_as_multiturn`` (default True with a chat template), ``system_instruction``.
+    ``fewshot_as_multiturn`` (default True with a chat template), ``system_instruction``, ``enable_thinking`` (given to
+    the chat template; if True, what comes before ``</think>`` is not part of the answer, nor looked through for stop
+    strings), and ``rolling_prefill`` and ``rolling_chunk``, see :class:`tasks.base.Rolling`.
 
     ``limit`` takes the first documents, as lm-eval does. Prompts beyond the model's length lose their beginning.
     ``metrics`` are known after :meth:`load`; a metric is named ``metric,filter``, as lm-eval's tables have it.
 
     Local rows: with ``TaskSettings.data_dir``, nothing is downloaded. In it, the folder that has the name of the task,
     or else of its data set (``gsm8k`` for ``openai/gsm8k``), holds one JSON-lines file per split: ``test.jsonl``, or
-    else the one whose name goes on after an underscore, ``test_first100.jsonl``. Rows have the fields of the original
-    data set. They are held in memory; the cache of the datasets library is not touched.
+    else the one whose name goes on after an underscore, ``test_first100.jsonl``. Of a data set in several
+    configurations (``dataset_name``), a folder in that folder holds each one's files; or one file holds the rows of
+    all, told apart by their field ``subject``. Rows have the fields of the original data set. They are held in memory;
+    the cache of the datasets library is not touched.
     """
 
     option_names = tuple(field.name for field in fields(_Options))
 
-    def __init__(self, name: str, *, include_path: Sequence[Path] = ()) -> None:
+    def __init__(
+        self, name: str, *, include_path: Sequence[Path] = (), overrides: Mapping[str, Any] | None = None
+    ) -> None:
         self.name = name
         self.metrics = ()
         self._include_path = tuple(include_path)
+        self._overrides = dict(overrides or {})
         self._task: Any = None
         self._instances: dict[str, list[Any]] = {}
         self._rows: dict[str, int] = {}
         self._data_hash = ""
+
+    @property
+    def official(self) -> Any:
+        """lm-eval's task object, after :meth:`load`."""
+        return self._task
 
     def load(self, settings: TaskSettings) -> list[Document]:
         options = _Options.parse(self.name, settings.options)
@@ -134,16 +247,16 @@ class HarnessTask(Task):
                 system_instruction=options.system_instruction,
                 apply_chat_template=options.apply_chat_template,
                 fewshot_as_multiturn=options.fewshot_as_multiturn,
-                chat_template=functools.partial(_apply_chat_template, settings.tokenizer),
+                chat_template=functools.partial(_apply_chat_template, settings.tokenizer, options.enable_thinking),
             )
-        self._task = task
-        self._instances, self._rows = {}, {}
-        for instance in task.instances:
-            # lm-eval counts the selected documents; the row in the data set is what stays the same.
-            row = rows[instance.doc_id]
-            self._instances.setdefault(f"{self.name}-{row}", []).append(instance)
-            self._rows[f"{self.name}-{row}"] = row
-        documents = [self._document(identifier, settings) for identifier in self._instances]
+            self._task = task
+            self._instances, self._rows = {}, {}
+            for instance in task.instances:
+                # lm-eval counts the selected documents; the row in the data set is what stays the same.
+                row = rows[instance.doc_id]
+                self._instances.setdefault(f"{self.name}-{row}", []).append(instance)
+                self._rows[f"{self.name}-{row}"] = row
+            documents = [self._document(identifier, settings, options) for identifier in self._instances]
         directions = task.higher_is_better()
         self.metrics = tuple(
             Metric(name=f"{metric},{ensemble.name}", higher_is_better=directions[metric] is not False)
@@ -156,9 +269,10 @@ class HarnessTask(Task):
     def score(self, document: Document, answer: Answer) -> dict[str, float]:
         """Every metric of one answer. A metric that only a whole set defines is that of a set of one."""
         instances = []
-        for instance in self._instances[document.id]:
+        responses = _responses(document.request, answer)
+        for instance, response in zip(self._instances[document.id], responses, strict=True):
             instance = copy.copy(instance)
-            instance.resps, instance.filtered_resps = [answer.text] * instance.repeats, {}
+            instance.resps, instance.filtered_resps = [response] * instance.repeats, {}
             instances.append(instance)
         # Task.apply_filters would do, but only on the instances that the task itself holds.
         for ensemble in self._task._filters:
@@ -169,14 +283,23 @@ class HarnessTask(Task):
             filtered = [instance.filtered_resps[ensemble.name] for instance in instances]
             for metric, value in self._task.process_results(instances[0].doc, filtered).items():
                 aggregate = aggregations.get(metric)
-                scores[f"{metric},{ensemble.name}"] = float(aggregate([value]) if aggregate else value)
+                try:
+                    score = float(aggregate([value]) if aggregate else value)
+                except OverflowError:
+                    # The perplexity of few words of improbable text.
+                    score = math.inf
+                scores[f"{metric},{ensemble.name}"] = score
         return scores
 
     def evaluate(self, documents: Sequence[Document], answers: Mapping[str, Answer]) -> Evaluation:
         """lm-eval's own figures over the answered documents, with the standard errors it defines."""
         from lm_eval.evaluator import evaluate
 
-        stored = {self._rows[document.id]: answers[document.id] for document in documents if document.id in answers}
+        stored = {
+            self._rows[document.id]: _responses(document.request, answers[document.id])
+            for document in documents
+            if document.id in answers
+        }
         if not stored:
             return Evaluation(values={})
         rows = sorted(stored)
@@ -186,103 +309,115 @@ class HarnessTask(Task):
         try:
             with _quiet():
                 results = evaluate(
-                    lm=_replay(lambda instance: stored[rows[instance.doc_id]].text),
+                    lm=_replay([stored[row] for row in rows]),
                     task_dict={"tasks": {self.name: self._task}, "groups": {}, "group_map": {}},
                     log_samples=False,
                     **_selection(rows, name=self.name),
                 )
+        except OverflowError as error:
+            raise TaskError(f"{self.name}: a perplexity is too large for a number") from error
         finally:
             self._task.set_config("num_fewshot", shots)
-        values, stderr = {}, {}
-        for key, value in results["results"][self.name].items():
-            metric, comma, ensemble = key.partition(",")
-            if not comma or not isinstance(value, float | int):
-                continue
-            if metric.endswith("_stderr"):
-                stderr[f"{metric.removesuffix('_stderr')},{ensemble}"] = float(value)
-            else:
-                values[key] = float(value)
-        return Evaluation(values=values, stderr=stderr)
+        return _to_evaluation(results["results"][self.name])
 
     def data_hash(self) -> str:
         return self._data_hash
 
     def _build(self, settings: TaskSettings, options: _Options) -> Any:
         """lm-eval's task object, its rows loaded. Raises :class:`TaskError`."""
-        path = _find_all(self._include_path).get(self.name)
-        if path is None:
+        found = _find_all(self._include_path).get(self.name)
+        if found is None:
             raise TaskError(
                 f"lm-eval has no task {self.name!r}: {nearest(self.name, _find_all(self._include_path))}", usage=True
             )
-        from lm_eval.tasks import TaskManager
-
-        # The index of all of lm-eval takes ten seconds to read; that of one folder takes none.
-        manager = TaskManager(include_defaults=False, include_path=str(path.parent))
-        config = manager.task_index[self.name].cfg or {}
-        if "group" in config:
-            members = [m if isinstance(m, str) else m.get("task") or m.get("group") for m in config.get("task") or []]
-            names = ", ".join(map(str, members[:10]))
-            raise TaskError(f"{self.name} is a group of tasks; name one of them: {names}", usage=True)
-        _require_generation(self.name, config.get("output_type", "generate_until"))
+        if found.is_group:
+            raise TaskError(f"{self.name} is a group of tasks, not a task", usage=True)
+        manager = _manager(found.path.parent)
+        config = {**(manager.task_index[self.name].cfg or {}), **self._overrides}
+        if config.get("unsafe_code"):
+            raise TaskError(f"{self.name} runs code that the model writes; that is not supported")
         shots = config.get("num_fewshot")
         if options.num_fewshot not in (None, shots):
             if shots == 0:
-                raise TaskError(f"{self.name} is defined without examples: num_fewshot cannot be changed", usage=True)
+                raise TaskError(f"{self.name} is defined without examples: num_fewshot cannot be changed")
             shots = options.num_fewshot
-        overrides: dict[str, Any] = {"num_fewshot": shots or 0}
+        overrides: dict[str, Any] = {**self._overrides, "num_fewshot": shots or 0}
         if settings.data_dir is not None:
             overrides |= _local_rows(self.name, config, settings.data_dir, shots or 0)
         # A task in a group is how lm-eval lets a caller change single settings of a task it knows.
         loaded = manager.load([{"group": "arkv-bench", "task": [{"task": self.name, **overrides}]}])
         task = loaded["tasks"][self.name]
-        _require_generation(self.name, task.OUTPUT_TYPE)
         if getattr(task, "MULTIMODAL", False):
             raise TaskError(f"{self.name} asks about images or sound; only text is supported")
-        if getattr(task, "UNSAFE_CODE", False):
-            raise TaskError(f"{self.name} runs code that the model writes; that is not supported")
-        if options.gen_kwargs:
+        if options.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
             task.set_config("generation_kwargs", dict(options.gen_kwargs), update=True)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
         return task
 
-    def _document(self, identifier: str, settings: TaskSettings) -> Document:
-        instance, *others = self._instances[identifier]
-        _require_generation(self.name, instance.request_type)
-        if others:
-            raise TaskError(f"{self.name} makes {1 + len(others)} requests for a document; only one is supported")
-        prompt, generation = instance.args
-        max_new_tokens, stop = _stopping(self.name, generation, settings.tokenizer)
-        room = settings.max_length - max_new_tokens
-        if room < 1:
-            raise TaskError(
-                f"{self.name}: an answer of {max_new_tokens} tokens leaves no room for a prompt within "
-                f"{settings.max_length}: set max_gen_toks in gen_kwargs"
-            )
-        prompt_ids = _encode(settings.tokenizer, prompt)
+    def _document(self, identifier: str, settings: TaskSettings, options: _Options) -> Document:
+        instances = self._instances[identifier]
+        what = f"{self.name}, row {self._rows[identifier]}"
+        kinds = sorted({instance.request_type for instance in instances})
+        if len(kinds) > 1:
+            raise TaskError(f"{what}: requests of {' and '.join(kinds)} for one document are not supported")
+        if kinds != ["loglikelihood"] and len(instances) > 1:
+            raise TaskError(f"{what}: {len(instances)} requests of {kinds[0]} for one document are not supported")
+        if options.enable_thinking and kinds != ["generate_until"]:
+            raise TaskError(f"{self.name} scores given texts, before which no model thinks: give --no-enable-thinking")
+        request: Request
+        reference = None
+        if kinds == ["loglikelihood_rolling"]:
+            request, cut = _rolling(what, instances[0], settings, options), 0
+        else:
+            reference = self._task.doc_to_target(instances[0].doc)
+            if kinds == ["loglikelihood"]:
+                request, cut = _log_likelihood(what, instances, settings)
+            else:
+                request, cut = _generation(self.name, instances[0], settings, bool(options.enable_thinking))
         return Document(
             id=identifier,
-            request=Generate(prompt_ids=tuple(prompt_ids[-room:]), max_new_tokens=max_new_tokens, stop=stop),
-            reference=self._task.doc_to_target(instance.doc),
-            truncated=len(prompt_ids) > room,
-            info={
-                "row": self._rows[identifier],
-                "prompt_tokens": min(len(prompt_ids), room),
-                "cut_tokens": max(0, len(prompt_ids) - room),
-            },
+            request=request,
+            reference=reference,
+            truncated=cut > 0,
+            info={"row": self._rows[identifier], "prompt_tokens": request.prompt_tokens, "cut_tokens": cut},
         )
 
 
-def _require_generation(task: str, output_type: str) -> None:
-    if output_type != "generate_until":
-        raise TaskError(
-            f"{task} asks for {output_type}; only tasks that generate text (generate_until) are supported", usage=True
-        )
+def _to_evaluation(results: Mapping[str, Any]) -> Evaluation:
+    """From lm-eval's ``{"acc,none": 0.5, "acc_stderr,none": 0.1, ...}``."""
+    values, stderr = {}, {}
+    for key, value in results.items():
+        metric, comma, ensemble = key.partition(",")
+        if not comma or not isinstance(value, float | int):
+            continue
+        if metric.endswith("_stderr"):
+            stderr[f"{metric.removesuffix('_stderr')},{ensemble}"] = float(value)
+        else:
+            values[key] = float(value)
+    return Evaluation(values=values, stderr=stderr)
+
+
+def _to_results(evaluation: Evaluation) -> dict[str, Any]:
+    """The inverse of :func:`_to_evaluation`."""
+    results: dict[str, Any] = dict(evaluation.values)
+    for key in evaluation.values:
+        metric, _, ensemble = key.partition(",")
+        results[f"{metric}_stderr,{ensemble}"] = evaluation.stderr.get(key, "N/A")
+    return results
 
 
 # --- Finding a task ---
 
 
-def _find_all(include_path: Sequence[Path]) -> dict[str, Path]:
+@dataclass(frozen=True)
+class _Found:
+    """Where a task or group is defined."""
+
+    path: Path
+    is_group: bool
+
+
+def _find_all(include_path: Sequence[Path]) -> dict[str, _Found]:
     """The file that defines each task and group, as lm-eval's index would find it.
 
     lm-eval parses 14,000 YAML files for that; reading their ``task:`` and ``group:`` lines takes half a second.
@@ -300,13 +435,35 @@ def _find_all(include_path: Sequence[Path]) -> dict[str, Path]:
 
 
 @functools.cache
-def _find(folder: Path) -> dict[str, Path]:
-    pattern = re.compile(rb"""^["']?(?:task|group)["']?[ \t]*:[ \t]*["']?([^\s"'#]+)""", re.MULTILINE)
-    found: dict[str, Path] = {}
+def _find(folder: Path) -> dict[str, _Found]:
+    pattern = re.compile(rb"""^["']?(task|group)["']?[ \t]*:[ \t]*["']?([^\s"'#]+)""", re.MULTILINE)
+    found: dict[str, _Found] = {}
     for path in sorted(folder.glob("**/*.yaml"), key=lambda path: path.as_posix()):
-        for name in pattern.findall(path.read_bytes()):
-            found.setdefault(name.decode("utf-8", "replace"), path)
+        for kind, name in pattern.findall(path.read_bytes()):
+            found.setdefault(name.decode("utf-8", "replace"), _Found(path, kind == b"group"))
     return found
+
+
+@functools.cache
+def _manager(folder: Path) -> Any:
+    """lm-eval's manager of the tasks in one folder: the index of all of lm-eval takes ten seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False, include_path=str(folder))
+
+
+def _index(folder: Path) -> Mapping[str, Any]:
+    """lm-eval's entries of the tasks, groups and tags in one folder."""
+    with _quiet():
+        index: Mapping[str, Any] = _manager(folder).task_index
+    return index
+
+
+def _group_fields() -> set[str]:
+    """Settings of a group; its other ones are for its tasks."""
+    from lm_eval.config.group import GroupConfig
+
+    return {field.name for field in fields(GroupConfig)} | {"tag"}
 
 
 # --- Local rows ---
@@ -322,13 +479,16 @@ def _local_rows(task: str, config: Mapping[str, Any], data_dir: Path, shots: int
     folder = next((data_dir / name for name in (task, dataset) if (data_dir / name).is_dir()), data_dir / task)
     evaluation = config.get("test_split") or config.get("validation_split")
     fewshot = _fewshot_split(config) if shots else None
+    subset = config.get("dataset_name")
+    if subset and (folder / subset).is_dir():
+        folder, subset = folder / subset, None
     tables = {}
     for split in dict.fromkeys((evaluation, fewshot)):
         if split is None:
             continue
         path = _split_file(task, folder, split)
         # What process_docs makes of the rows is what the templates read: only lm-eval can tell what is missing.
-        rows = _read_rows(path, {} if config.get("process_docs") else config)
+        rows = _read_rows(path, {} if config.get("process_docs") else config, subset)
         # Where examples come from the evaluated rows, the row in question is set aside.
         if split == fewshot and len(rows) < shots + (fewshot == evaluation):
             raise TaskError(f"{path} has {len(rows)} rows, too few to draw {shots} examples from")
@@ -367,11 +527,31 @@ def _split_file(task: str, folder: Path, split: str) -> Path:
     return files[0]
 
 
-def _read_rows(path: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _read_rows(path: Path, config: Mapping[str, Any], subset: str | None) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; each must have the fields that the templates in ``config`` read.
 
-    Raises :class:`TaskError` with the file, line and field.
+    Where rows have a field ``subject``, only those whose subject is ``subset``. Raises :class:`TaskError` with the
+    file, line and field.
     """
+    stat = path.stat()
+    rows = _parse_rows(path, stat.st_size, stat.st_mtime_ns)
+    if not rows:
+        raise TaskError(f"{path} has no rows")
+    if subset and any("subject" in row for _, row in rows):
+        for number, row in rows:
+            if "subject" not in row:
+                raise TaskError(f"{path}, line {number}: no field 'subject', which other rows have")
+        subjects = {row["subject"] for _, row in rows}
+        rows = [(number, row) for number, row in rows if row["subject"] == subset]
+        if not rows:
+            raise TaskError(f"{path} has no rows of the subject {subset!r}: {nearest(subset, map(str, subjects))}")
+    _check_fields(path, rows, config)
+    return [dict(row) for _, row in rows]
+
+
+@functools.lru_cache(maxsize=8)
+def _parse_rows(path: Path, size: int, changed: int) -> list[tuple[int, dict[str, Any]]]:
+    """Rows with their line numbers; read once for all the tasks that share a file of this size and time of change."""
     rows = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -384,10 +564,7 @@ def _read_rows(path: Path, config: Mapping[str, Any]) -> list[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise TaskError(f"{path}, line {number}: not a JSON object")
             rows.append((number, row))
-    if not rows:
-        raise TaskError(f"{path} has no rows")
-    _check_fields(path, rows, config)
-    return [row for _, row in rows]
+    return rows
 
 
 def _check_fields(path: Path, rows: Sequence[tuple[int, dict[str, Any]]], config: Mapping[str, Any]) -> None:
@@ -401,6 +578,8 @@ def _check_fields(path: Path, rows: Sequence[tuple[int, dict[str, Any]]], config
         if not isinstance(template, str):
             continue
         # Templates may name a field outright.
+        if key in ("doc_to_target", "doc_to_choice") and template.isidentifier() and template not in known:
+            raise TaskError(f"{path}, line {rows[0][0]}: no field {template!r}, which the task's {key} names")
         compiled = env.from_string(f"{{{{ {template} }}}}" if template in known else template)
         for number, row in rows:
             try:
@@ -430,6 +609,112 @@ def _encode(tokenizer: Any, prompt: str) -> list[int]:
     return tokenizer(prompt, **({"add_special_tokens": False} if written else {}))["input_ids"]
 
 
+def _generation(task: str, instance: Any, settings: TaskSettings, thinks: bool) -> tuple[Generate, int]:
+    """The request of an instance, and how many tokens were cut from its beginning. Raises :class:`TaskError`."""
+    prompt, generation = instance.args
+    max_new_tokens, stop = _stopping(task, generation, settings.tokenizer)
+    room = settings.max_length - max_new_tokens
+    if room < 1:
+        raise TaskError(
+            f"{task}: an answer of {max_new_tokens} tokens leaves no room for a prompt within "
+            f"{settings.max_length}: set max_gen_toks in gen_kwargs"
+        )
+    ids = _encode(settings.tokenizer, prompt)
+    request = Generate(
+        prompt_ids=tuple(ids[-room:]),
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        think_end=_THINK_END if thinks else None,
+    )
+    return request, max(0, len(ids) - room)
+
+
+def _log_likelihood(what: str, instances: Sequence[Any], settings: TaskSettings) -> tuple[LogLikelihood, int]:
+    """The request of a document's instances, and how many tokens were cut from the beginning of a context.
+
+    A continuation stays whole and its context loses its beginning, so that contexts of one question can differ once
+    they are cut. Raises :class:`TaskError`.
+    """
+    for place, instance in enumerate(instances):
+        if not instance.args[1]:
+            raise TaskError(f"{what}: choice {place} is empty, there is nothing to score")
+    continuations, most_cut = [], 0
+    for context, tokens in _encode_pairs(settings.tokenizer, instances):
+        if not context or not tokens:
+            raise TaskError(f"{what}: a context or a choice without tokens cannot be scored")
+        # The last token of a continuation is predicted, not read.
+        room = settings.max_length + 1 - len(tokens)
+        if room < 1:
+            raise TaskError(f"{what}: a choice of {len(tokens)} tokens does not fit {settings.max_length}")
+        most_cut = max(most_cut, len(context) - room)
+        continuations.append(Continuation(context_ids=tuple(context[-room:]), token_ids=tuple(tokens)))
+    return LogLikelihood(continuations=tuple(continuations)), max(0, most_cut)
+
+
+def _rolling(what: str, instance: Any, settings: TaskSettings, options: _Options) -> Rolling:
+    """The request of an instance: windows as long as the model, each token scored once. Raises :class:`TaskError`."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    (text,) = instance.args
+    prefix, encode = _scoring_encoder(settings.tokenizer)
+    windows = [
+        make_disjoint_window(window)
+        for window in get_rolling_token_windows(
+            token_list=encode(text), prefix_token=prefix, max_seq_len=settings.max_length, context_len=1
+        )
+    ]
+    if not windows:
+        raise TaskError(f"{what}: the text is empty, there is nothing to score")
+    return Rolling(
+        windows=tuple(Continuation(context_ids=tuple(context), token_ids=tuple(ids)) for context, ids in windows),
+        prefill_share=options.rolling_prefill,
+        chunk=options.rolling_chunk,
+    )
+
+
+def _scoring_encoder(tokenizer: Any) -> tuple[int, Callable[..., list[int]]]:
+    """The token that stands before a text without context, and the encoding of texts that are scored."""
+    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if prefix is None:
+        raise TaskError("the tokenizer has neither a BOS nor an end-of-sequence token to begin a text with")
+    begins_with = tokenizer.decode(prefix)
+
+    def encode(text: str, add_special_tokens: bool | None = None) -> list[int]:
+        if add_special_tokens is None and text.startswith(begins_with):
+            add_special_tokens = False
+        more = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        ids: list[int] = tokenizer(text, **more)["input_ids"]
+        return ids
+
+    return prefix, encode
+
+
+def _encode_pairs(tokenizer: Any, instances: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
+    """Token ids of context and continuation, divided by lm-eval's own rule for white space between them."""
+    from lm_eval.api.model import TemplateLM
+
+    prefix, encode = _scoring_encoder(tokenizer)
+
+    class Encoder(TemplateLM):
+        eot_token_id = prefix
+        prefix_token_id = prefix
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            return encode(string, add_special_tokens)
+
+        def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[Any]:
+            return [(context, continuation) for _, context, continuation in requests]
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            raise NotImplementedError
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            raise NotImplementedError
+
+    pairs: list[Any] = Encoder().loglikelihood(list(instances), disable_tqdm=True)
+    return pairs
+
+
 def _stopping(task: str, generation: Mapping[str, Any], tokenizer: Any) -> tuple[int, tuple[str, ...]]:
     """Longest answer in tokens, and stop strings, the end-of-sequence token among them. Raises :class:`TaskError`."""
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -445,11 +730,14 @@ def _stopping(task: str, generation: Mapping[str, Any], tokenizer: Any) -> tuple
     return kwargs["max_gen_toks"], tuple(s for s in handle_stop_sequences(kwargs["until"], eos=eos) if s)
 
 
-def _apply_chat_template(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+def _apply_chat_template(
+    tokenizer: Any, enable_thinking: bool | None, messages: list[dict[str, str]], add_generation_prompt: bool = True
+) -> str:
     from jinja2 import TemplateError
 
     render = functools.partial(
         tokenizer.apply_chat_template,
+        **({} if enable_thinking is None else {"enable_thinking": enable_thinking}),
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=not add_generation_prompt,
@@ -464,13 +752,29 @@ def _apply_chat_template(tokenizer: Any, messages: list[dict[str, str]], add_gen
 # --- Replay ---
 
 
-def _replay(response: Callable[[Any], Any]) -> Any:
-    """An lm-eval model that answers every request from a store."""
+def _responses(request: Request, answer: Answer) -> list[Any]:
+    """An answer as lm-eval's models give it: one response for each instance of the document, in their order."""
+    if isinstance(answer, Generated):
+        return [answer.text]
+    assert isinstance(answer, LogLikelihoods)
+    if isinstance(request, Rolling):
+        return [sum(window.log_likelihood for window in answer.scored)]
+    return [tuple(scored) for scored in answer.scored]
+
+
+def _replay(responses: Sequence[Sequence[Any]]) -> Any:
+    """An lm-eval model that answers from a store: ``responses[document]`` has one for each instance, in their order."""
     from lm_eval.api.model import LM
 
     class Replay(LM):
         def generate_until(self, requests: list[Any]) -> list[Any]:
-            return [response(request) for request in requests]
+            # An instance comes as often as the task repeats it, and its number within the document need not be unique.
+            places: dict[int, dict[int, int]] = {}
+            answers = []
+            for request in requests:
+                seen = places.setdefault(request.doc_id, {})
+                answers.append(responses[request.doc_id][seen.setdefault(id(request), len(seen))])
+            return answers
 
         loglikelihood = generate_until
         loglikelihood_rolling = generate_until

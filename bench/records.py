@@ -30,6 +30,8 @@ from bench.errors import UserError
 
 SAMPLES, RECORD, RESULTS = "samples.jsonl", "record.json", "results.csv"
 FORMAT_VERSION = 1
+DATA = "data"
+"""Part of the fingerprint that is known task by task: the hash of each one's rows."""
 
 STATISTICS = [
     *["score_low", "score_high", "difference", "difference_low", "difference_high"],
@@ -56,8 +58,9 @@ COLUMNS = [
     *["original_share", "quantized_share", "evicted_share", "compressed_documents"],
     *["prefill_s", "compress_s", "ttft_ms", "decode_tokens_per_s", "tpot_ms", "peak_memory_bytes"],
     *["prompt_tokens", "generated_tokens", "truncated_documents", "higher_is_better", "cell"],
+    "part_of",
 ]
-"""Columns of ``results.csv``; unknown is empty."""
+"""Columns of ``results.csv``; unknown is empty. ``part_of`` is the group of tasks that a row was asked for through."""
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -112,6 +115,8 @@ class RunFolder:
         self.fresh = fresh
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.samples: dict[tuple[str, ...], dict[str, Any]] = {}
+        self.previous: dict[str, Any] | None = None
+        """The record of the run that this one continues."""
         self._lock = FileLock(path / ".lock")
 
     def __enter__(self) -> RunFolder:
@@ -134,16 +139,17 @@ class RunFolder:
             # Only now that the lock is held: another run may be writing.
             clear(self.path)
         old = read_record(self.path) if (self.path / RECORD).is_file() else None
-        if old is not None and old["fingerprint"] != self.fingerprint:
-            different = sorted(
-                key
-                for key in {*old["fingerprint"], *self.fingerprint}
-                if old["fingerprint"].get(key) != self.fingerprint.get(key)
-            )
+        known = {} if old is None else dict(old["fingerprint"])
+        self.fingerprint[DATA] = known.pop(DATA, {})
+        different = sorted(
+            key for key in {*known, *self.fingerprint} - {DATA} if known.get(key) != self.fingerprint.get(key)
+        )
+        if old is not None and different:
             raise UserError(
                 f"{self.path} holds a run with other settings ({', '.join(different)}); "
                 "give another --outdir, or --fresh to start it anew"
             )
+        self.previous = old
         path = self.path / SAMPLES
         self._cut_unfinished_line(path)
         for sample in read_samples(path):
@@ -175,6 +181,19 @@ class RunFolder:
         self._file.flush()
         self.samples[sample_key(sample)] = sample
 
+    def claim_data(self, task: str, sha256: str) -> None:
+        """Note what the task's rows are; :meth:`write_record` keeps it.
+
+        Raises:
+            UserError: the folder's samples of the task are of other rows.
+        """
+        known = self.fingerprint[DATA].setdefault(task, sha256)
+        if known != sha256:
+            raise UserError(
+                f"{self.path} holds samples of {task} over other data (SHA-256 {known[:12]}..., now {sha256[:12]}...); "
+                "give another --outdir, or --fresh to start it anew"
+            )
+
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replace ``record.json``."""
         content = {"format_version": FORMAT_VERSION, **record, "fingerprint": self.fingerprint}
@@ -203,8 +222,8 @@ def _cell(value: Any) -> Any:
 
 
 def sample_key(sample: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a sample answers: model, task, document, cell."""
-    return sample["model"], sample["task"], sample["document"], sample["cell"]
+    """What a sample answers: model, task, document, what it was asked, cell."""
+    return tuple(sample[name] for name in ("model", "task", "document", "prompt_sha256", "cell"))
 
 
 def read_record(path: Path) -> dict[str, Any]:

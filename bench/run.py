@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,9 @@ from bench.methods import Cell, grid
 from bench.models import LoadedModel, load
 from bench.predictions import clear_predictions, write_predictions
 from bench.progress import ProgressReporter
-from bench.results import rows, to_sample
+from bench.results import TaskResults, group_rows, rows, to_sample
 from tasks.base import Document, Task, TaskError, TaskGroup, TaskSettings
-from tasks.registry import flatten, get_task
+from tasks.registry import get_task
 
 
 @dataclass
@@ -37,7 +39,10 @@ class Outcome:
 
 
 def _prompt_hash(document: Document) -> str:
-    return hashlib.sha256(json.dumps(document.request.prompt_ids).encode()).hexdigest()[:16]
+    """Of everything that was asked: token ids and how to go on from them."""
+    request = document.request
+    asked = {"request": type(request).__name__, **dataclasses.asdict(request)}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _file_hash(path: Path | None) -> str | None:
@@ -59,7 +64,15 @@ def fingerprint(config: RunConfig, models: dict[str, str]) -> dict[str, Any]:
         "max_length": config.max_length,
         "samples": config.samples,
         "num_fewshot": config.num_fewshot,
+        "apply_chat_template": config.apply_chat_template,
+        "system_instruction": config.system_instruction,
+        "enable_thinking": config.enable_thinking,
+        "gen_kwargs": config.gen_kwargs,
+        "rolling_prefill": config.rolling_prefill,
+        "rolling_chunk": config.rolling_chunk,
         "haystack": _file_hash(config.haystack),
+        "text": _file_hash(config.text),
+        "continuation": config.continuation,
     }
 
 
@@ -82,12 +95,32 @@ def _settings(config: RunConfig, model: LoadedModel, task: Task) -> TaskSettings
     )
 
 
-def make_task(name: str) -> Task | TaskGroup:
-    """A task or group of tasks of the suite, or of lm-eval.
+def make_task(name: str, include_path: Sequence[Path] = ()) -> Task | TaskGroup:
+    """A task of the suite, or a task or group of lm-eval.
 
     Raises :class:`TaskError` for an unknown name, with the nearest ones.
     """
-    return get_task(name, fallback=HarnessTasks())
+    return get_task(name, fallback=HarnessTasks(include_path=include_path))
+
+
+def _tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]:
+    """The tasks to measure, each once, and the group that one was asked for through.
+
+    Raises :class:`TaskError` for a group whose tasks cannot be found.
+    """
+    tasks: dict[str, tuple[Task, str | None]] = {}
+    direct = {item.name for item in asked}
+
+    def add(item: Task | TaskGroup, group: str | None) -> None:
+        if isinstance(item, Task):
+            tasks.setdefault(item.name, (item, None if item.name in direct else group))
+            return
+        for member in item.members:
+            add(member, item.name)
+
+    for item in asked:
+        add(item, None)
+    return list(tasks.values())
 
 
 def execute(
@@ -111,7 +144,8 @@ def execute(
         UserError, arkv.ConfigError, TaskError: what was asked for makes no sense; nothing has been measured.
     """
     cells = grid(config.quant_type, config.budgets, config.window_size, config.quant_format, config.method_settings)
-    tasks = flatten(make_task(name) for name in config.tasks)
+    asked = [make_task(name, [Path(folder) for folder in config.include_path or ()]) for name in config.tasks]
+    tasks = _tasks_of(asked)
     outcome = Outcome(path)
     started = records.now()
     loaded: dict[str, LoadedModel] = {}
@@ -125,10 +159,13 @@ def execute(
     with records.RunFolder(path, fingerprint(config, models), fresh=fresh) as folder:
         if fresh:
             clear_predictions(path)
+        begun = folder.previous or {"started": started, "command": records.command_line(), "continued": []}
+        again = [{"started": started, "command": records.command_line()}] if folder.previous else []
         record = {
-            "started": started,
+            "started": begun["started"],
             "finished": None,
-            "command": records.command_line(),
+            "command": begun["command"],
+            "continued": [*begun.get("continued", []), *again],
             "settings": config.to_json(),
             "origin": origin or {},
             "cells": {cell.key: cell.label for cell in cells},
@@ -142,43 +179,57 @@ def execute(
                 }
                 for name, model in loaded.items()
             },
-            "tasks": {},
+            "tasks": dict(begun.get("tasks", {})),
             "failures": outcome.failures,
             **records.environment(),
         }
         folder.write_record(record)
         for name, model in loaded.items():
-            engine = Engine(model.model, model.tokenizer, cells)
+            engine = Engine(model.model, model.tokenizer, cells, batch_size=config.batch)
             engine.warm_up()
-            for task in tasks:
+            results: dict[str, TaskResults] = {}
+            for task, part_of in tasks:
                 try:
                     documents = list(task.load(_settings(config, model, task)))
-                except TaskError as error:
-                    if error.usage:
+                    folder.claim_data(task.name, task.data_hash())
+                    record["tasks"][task.name] = {
+                        "documents": len(documents),
+                        "truncated": sum(document.truncated for document in documents),
+                        "data_sha256": task.data_hash() or None,
+                    }
+                    folder.write_record(record)
+                    outcome.measured += _measure(name, task, documents, cells, engine, folder, console)
+                    found = _found(name, task, documents, folder)
+                    results[task.name] = TaskResults(task, documents, cells, found)
+                except (TaskError, UserError) as error:
+                    if isinstance(error, TaskError) and error.usage:
                         raise
                     outcome.failures.append({"model": name, "task": task.name, "error": str(error)})
                     console.print(f"[red]{escape(task.name)}: {escape(str(error))}[/red]", highlight=False)
                     continue
-                outcome.measured += _measure(name, task, documents, cells, engine, folder, console)
-                record["tasks"][task.name] = {
-                    "documents": len(documents),
-                    "truncated": sum(document.truncated for document in documents),
-                    "data_sha256": task.data_hash() or None,
-                }
-                wanted = {document.id: _prompt_hash(document) for document in documents}
-                mine = {
-                    (sample["document"], sample["cell"]): sample
-                    for sample in folder.samples.values()
-                    if sample["model"] == name
-                    and sample["task"] == task.name
-                    and wanted.get(sample["document"]) == sample["prompt_sha256"]
-                }
-                outcome.rows.extend(rows(name, task, documents, cells, mine))
-                write_predictions(path, task, documents, cells, mine, model=name if len(loaded) > 1 else None)
+                outcome.rows.extend(rows(name, results[task.name], cells, part_of))
+                write_predictions(path, task, documents, cells, found, model=name if len(loaded) > 1 else None)
                 folder.write_results(outcome.rows)
+            for group in asked:
+                if isinstance(group, TaskGroup):
+                    outcome.rows.extend(group_rows(name, group, results, cells))
         folder.write_results(outcome.rows)
         folder.write_record({**record, "finished": records.now()})
     return outcome
+
+
+def _found(
+    model: str, task: Task, documents: Sequence[Document], folder: records.RunFolder
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """The folder's samples of the documents as they are asked now, by document id and cell key."""
+    wanted = {document.id: _prompt_hash(document) for document in documents}
+    return {
+        (sample["document"], sample["cell"]): sample
+        for sample in folder.samples.values()
+        if sample["model"] == model
+        and sample["task"] == task.name
+        and wanted.get(sample["document"]) == sample["prompt_sha256"]
+    }
 
 
 def _measure(
@@ -195,9 +246,7 @@ def _measure(
     for document in documents:
         prompt_hash = _prompt_hash(document)
         open_cells = [
-            cell
-            for cell in cells
-            if folder.samples.get((model, task.name, document.id, cell.key), {}).get("prompt_sha256") != prompt_hash
+            cell for cell in cells if (model, task.name, document.id, prompt_hash, cell.key) not in folder.samples
         ]
         if open_cells:
             left[document.id] = open_cells

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class TaskError(ValueError):
@@ -82,9 +82,88 @@ class Generate:
     end_ids: tuple[int, ...] = ()
     """Tokens that end the answer like the end-of-sequence token. Where there are any, the first token is none of them
     nor that one: an answer has at least one token, as with ``min_new_tokens=1`` in transformers."""
+    think_end: str | None = None
+    """What ends the model's thinking: the answer, and the search for stop strings, begin behind it."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.prompt_ids)
 
 
-Request = Generate
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """A text to be scored behind a context, as token ids; neither is empty."""
+
+    context_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.context_ids or not self.token_ids:
+            raise ValueError("a context and its continuation have at least one token each")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogLikelihood:
+    """Log-likelihoods of continuations, such as the choices of a question.
+
+    Continuations with equal contexts are scored from one prefill. It ends before the last token of the context: that
+    token is read behind it, so that even a continuation of one token is predicted from the cache.
+    """
+
+    continuations: tuple[Continuation, ...]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the longest context."""
+        return max(len(item.context_ids) for item in self.continuations)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rolling:
+    """Log-likelihood of a whole text, in windows that each score their own part of it.
+
+    The first tokens of a window are a prompt: they are prefilled, and scored as they are, before anything is
+    compressed. The others are read through the cache.
+    """
+
+    windows: tuple[Continuation, ...]
+    prefill_share: float = 0.5
+    """Share of a window's tokens that are its prompt, in [0, 1)."""
+    chunk: int = 32
+    """Tokens read at once behind the prompt. 1 is decoding: the cache is compressed after every token. The tokens of a
+    chunk see each other whatever the budget, as those of the newest tokens' window always do."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prefill_share < 1:
+            raise ValueError(f"the prompt's share of a window lies in [0, 1), not {self.prefill_share}")
+        if self.chunk < 1:
+            raise ValueError(f"a chunk has at least one token, not {self.chunk}")
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the text."""
+        return sum(len(window.token_ids) for window in self.windows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """How far the next-token distributions are from those of the full cache, over a given continuation.
+
+    The context is prefilled without its last token and compressed; that token and the continuation are then read token
+    by token, so that what a method does while decoding takes part.
+    """
+
+    context_ids: tuple[int, ...]
+    continuation_ids: tuple[int, ...]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Length of the context."""
+        return len(self.context_ids)
+
+
+Request = Generate | LogLikelihood | Rolling | Compare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +185,38 @@ class Generated:
     """The answer to :class:`Generate`."""
 
     text: str
-    """Decoded without special tokens and cut at the first stop string."""
+    """Decoded without special tokens and cut at the first stop string; without the model's thinking."""
     token_ids: tuple[int, ...] = ()
+    """Everything that was generated."""
 
 
-Answer = Generated
+class Scored(NamedTuple):
+    """A continuation's log-likelihood, in nats, and whether greedy decoding would have written it."""
+
+    log_likelihood: float
+    is_greedy: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogLikelihoods:
+    """The answer to :class:`LogLikelihood` or :class:`Rolling`: one for each continuation or window, in order."""
+
+    scored: tuple[Scored, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The answer to :class:`Compare`, one number for each token of the continuation."""
+
+    kl: tuple[float, ...]
+    """KL divergence, full || method, over the whole vocabulary, in nats."""
+    agrees: tuple[bool, ...]
+    """Both find the same token most likely."""
+    delta_nll: tuple[float, ...]
+    """How much larger the negative log-likelihood of the token is than with the full cache, in nats."""
+
+
+Answer = Generated | LogLikelihoods | Compared
 
 
 @dataclass(frozen=True, kw_only=True)

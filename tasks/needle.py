@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tasks.base import Answer, Document, Generate, Metric, Task, TaskError, TaskSettings, draw, nearest
+from tasks.base import Answer, Document, Generate, Generated, Metric, Task, TaskError, TaskSettings, draw, nearest
 
 _INTRODUCTION = (
     "There is a special magic number hidden in the following text. Find it and remember it. "
@@ -152,6 +152,7 @@ class NeedleTask(Task):
         return documents
 
     def score(self, document: Document, answer: Answer) -> dict[str, float]:
+        assert isinstance(answer, Generated)
         found = re.search(r"\d{1,3}(?:,\d{3})+(?!\d)|\d+", answer.text)
         return {"exact_match": float(found is not None and found[0].replace(",", "") == document.reference)}
 

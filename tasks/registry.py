@@ -107,15 +107,6 @@ def get_task(spec: str, *, fallback: TaskSource | None = None, **arguments: Any)
     return found
 
 
-def flatten(found: Iterable[Task | TaskGroup]) -> list[Task]:
-    """The tasks among ``found`` and in its groups, each once."""
-    tasks: dict[str, Task] = {}
-    for item in found:
-        for task in item.tasks() if isinstance(item, TaskGroup) else [item]:
-            tasks.setdefault(task.name, task)
-    return list(tasks.values())
-
-
 def _load(entry: TaskEntry) -> Any:
     module, _, attribute = entry.loader.partition(":")
     return getattr(importlib.import_module(module), attribute)
@@ -126,7 +117,11 @@ register(
     "tasks.needle:NeedleTask",
     "passkey retrieval over depth and length; generated, needs no download",
 )
-
+register(
+    "fidelity",
+    "tasks.fidelity:FidelityTask",
+    "next-token distributions against those of the full cache, on any text; needs no download",
+)
 register(
     "longbench",
     "tasks.longbench.task:LongBench",

@@ -38,7 +38,7 @@ def list_things(
         rows += [
             (name, f"{text} (lm-eval; rows from --data-dir or the hub)") for name, text in harness.DESCRIPTIONS.items()
         ]
-        rows.append(("NAME", "any other task of lm-eval that asks for generated text"))
+        rows.append(("NAME", "any other task or group of lm-eval"))
     elif what is What.MODELS:
         from bench.models import list_models
 

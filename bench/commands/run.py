@@ -54,15 +54,58 @@ def run(
         float | None, _option("Use this share of the documents, drawn with the seed. Default: 1.0.", DATA)
     ] = None,
     seed: Annotated[int | None, _option("Seed of everything that is drawn. Default: 0.", DATA)] = None,
-    lengths: Annotated[str | None, _option("needle: prompt lengths in tokens. Default: 2000.", DATA)] = None,
+    lengths: Annotated[str | None, _option("needle, fidelity: prompt lengths in tokens. Default: 2000.", DATA)] = None,
     samples: Annotated[
-        int | None, _option("needle: prompts per length, depths spread evenly. Default: 8.", DATA)
+        int | None, _option("needle, fidelity: prompts per length, spread evenly over depth or text. Default: 8.", DATA)
     ] = None,
     haystack: Annotated[
         str | None, _option("needle: a text file to hide the needle in. Default: generated sentences.", DATA)
     ] = None,
+    text: Annotated[
+        str | None,
+        _option("fidelity: a text file, or JSON lines. Default: the reference texts that come with Python.", DATA),
+    ] = None,
+    text_field: Annotated[
+        str | None, _option("fidelity: field of the text in a file of JSON lines. Default: text.", DATA)
+    ] = None,
+    continuation: Annotated[
+        int | None, _option("fidelity: tokens that are read and compared behind a prompt. Default: 64.", DATA)
+    ] = None,
     num_fewshot: Annotated[
         int | None, _option("lm-eval tasks: examples in the prompt. Default: the task's own.", DATA)
+    ] = None,
+    apply_chat_template: Annotated[
+        bool | None,
+        _option(
+            "lm-eval tasks: prompts as the model's chat has them. Default: no.",
+            DATA,
+            "--apply-chat-template/--no-apply-chat-template",
+        ),
+    ] = None,
+    system_instruction: Annotated[str | None, _option("lm-eval tasks: a text before every prompt.", DATA)] = None,
+    enable_thinking: Annotated[
+        bool | None,
+        _option(
+            "lm-eval tasks, with --apply-chat-template: let the model think or not; its thoughts are not scored. "
+            "Default: as the chat template has it.",
+            DATA,
+            "--enable-thinking/--no-enable-thinking",
+        ),
+    ] = None,
+    gen_kwargs: Annotated[
+        str | None, _option("lm-eval tasks: generation settings, as max_gen_toks=512. Default: the task's own.", DATA)
+    ] = None,
+    include_path: Annotated[str | None, _option("Folders with lm-eval task files of your own.", DATA)] = None,
+    rolling_prefill: Annotated[
+        float | None,
+        _option("Perplexity tasks: share of a text's window that is prefilled, then compressed. Default: 0.5.", DATA),
+    ] = None,
+    rolling_chunk: Annotated[
+        int | None,
+        _option("Perplexity tasks: tokens read at once after that; 1 compresses after every one. Default: 32.", DATA),
+    ] = None,
+    batch_size: Annotated[
+        str | None, _option("Choices of a question that are read in one forward, or auto. Default: 1.", DATA)
     ] = None,
     data_dir: Annotated[
         str | None, _option("Folder with local rows (gsm8k/test.jsonl, ...) instead of a download.", DATA)
@@ -101,7 +144,8 @@ def run(
     flags: dict[str, Any] = {
         key: value
         for key, value in locals().items()
-        if key not in ("preset", "fresh", "print_config") and value is not False
+        # A switch without an opposite that was not given leaves the preset's value.
+        if key not in ("preset", "fresh", "print_config") and not (key == "trust_remote_code" and value is False)
     }
     from bench.config import FIELDS, resolve
 
@@ -116,7 +160,7 @@ def run(
     from rich.console import Console
 
     from bench.report.averages import print_averages
-    from bench.report.tables import print_comparison
+    from bench.report.tables import headline, print_comparison
     from bench.run import execute
 
     console = Console()
@@ -126,9 +170,11 @@ def run(
     except KeyboardInterrupt:
         message = f"stopped; what was measured is in {path}: the same command with --outdir {path} continues"
         raise UserError(message, exit_code=130) from None
-    if outcome.rows:
-        print_comparison([outcome.rows], console)
+    if asked_for := headline(outcome.rows):
+        print_comparison([asked_for], console)
         print_averages(outcome.rows, console)
+    if parts := len({row["task"] for row in outcome.rows} - {row["task"] for row in asked_for}):
+        console.print(f"{parts} tasks and groups that these consist of have rows of their own in results.csv.")
     console.print(f"Run folder: {path}", markup=False, highlight=False, soft_wrap=True)
     if outcome.failures:
         typer.echo(f"arkv-bench: {len(outcome.failures)} of the tasks failed:", err=True)

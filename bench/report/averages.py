@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.report.tables import BUDGET, METHOD, Row
+from bench.report.tables import BUDGET, Row
 from tasks.longbench.averages import averages
 from tasks.longbench.datasets import DATASETS, EXTENDED
 
@@ -39,7 +39,7 @@ def _lines(benchmark: str, cells: Mapping[str, Sequence[tuple[Row, str]]]) -> li
     lines = [["budget", "method", *kinds]]
     for key, mine in cells.items():
         first = mine[0][0]
-        method = " ".join(filter(None, (METHOD.cell(first), first["quant_format"])))
+        method = " ".join(filter(None, (first["method"], first["quant_format"])))
         scores = []
         for kind in kinds:
             mean = means[key].get(kind)

@@ -26,7 +26,7 @@ from bench.stats import ALPHA, p_text, verdict
 Row = dict[str, Any]
 
 INTEGERS = ("cache_size", "window_size", "n", "kv_bytes_peak", "peak_memory_bytes", "compressed_documents")
-TEXTS = ("model", "task", "metric", "method", "quant_format", "budget_unit", "cell")
+TEXTS = ("model", "task", "metric", "method", "quant_format", "budget_unit", "cell", "part_of")
 TRUTHS = {"True": True, "False": False}
 NEEDED = ("model", "task", "metric", "method", "n", "score", "higher_is_better", "cell")
 
@@ -271,6 +271,12 @@ def compare(rows: Sequence[Row]) -> list[Comparison]:
         title = f"{task}, {metric} ({direction} is better), {model}, n={'-'.join(map(str, counts))}"
         comparisons.append(Comparison(title, groups, _notes(mine)))
     return comparisons
+
+
+def headline(rows: Sequence[Row]) -> list[Row]:
+    """The rows to show: parts of a group that has rows of its own are left to the CSV file."""
+    groups = {row["task"] for row in rows}
+    return [row for row in rows if row["part_of"] not in groups]
 
 
 def _by_bytes(row: Row) -> tuple[bool, float]:

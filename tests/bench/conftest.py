@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ SENTENCES = [
 ]
 
 
-def save_tiny_model(folder: Path, *, context: int = 512, seed: int = 0) -> Path:
-    """A random Llama of two layers and a byte-level tokenizer with a few words, as transformers saves them."""
+def save_tiny_model(folder: Path, *, context: int = 512, seed: int = 0, family: str = "Llama") -> Path:
+    """A random Llama or Qwen3 of two layers and a byte-level tokenizer with a few words, as transformers saves them."""
     import torch
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,7 +35,7 @@ def save_tiny_model(folder: Path, *, context: int = 512, seed: int = 0) -> Path:
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
-    config = LlamaConfig(
+    config = getattr(transformers, f"{family}Config")(
         vocab_size=len(wrapped),
         hidden_size=64,
         intermediate_size=96,
@@ -47,7 +49,7 @@ def save_tiny_model(folder: Path, *, context: int = 512, seed: int = 0) -> Path:
         pad_token_id=wrapped.pad_token_id,
     )
     generator = torch.Generator().manual_seed(seed)
-    model = LlamaForCausalLM(config).eval()
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
         # Wide, so that attention is far from uniform and every token kept or lost matters.
         for name, parameter in model.named_parameters():
@@ -69,6 +71,67 @@ def tiny(tiny_folder: Path) -> Any:
     from bench.models import load
 
     return load(str(tiny_folder), dtype="float32", device="cpu")
+
+
+TOYS = {
+    "toys.yaml": """
+        group: toys
+        task: [toy_choice_tag, {task: toy_text, num_fewshot: 0}]
+        aggregate_metric_list: [{metric: acc, weight_by_size: true}]
+    """,
+    "_choice": """
+        dataset_path: nobody/toy_choice
+        test_split: test
+        fewshot_split: dev
+        fewshot_config: {sampler: first_n}
+        output_type: multiple_choice
+        doc_to_text: "{{question.strip()}}\\nA. {{choices[0]}}\\nB. {{choices[1]}}\\nAnswer:"
+        doc_to_choice: "{{choices}}"
+        doc_to_target: answer
+        num_fewshot: 2
+        tag: toy_choice_tag
+        metric_list: [{metric: acc}, {metric: acc_norm}]
+    """,
+    "east.yaml": """
+        include: _choice
+        task: toy_east
+        dataset_name: east
+    """,
+    "west.yaml": """
+        include: _choice
+        task: toy_west
+        dataset_name: west
+    """,
+    "text.yaml": """
+        task: toy_text
+        dataset_path: nobody/toy_text
+        test_split: test
+        output_type: loglikelihood_rolling
+        doc_to_text: ""
+        doc_to_target: "{{page}}"
+        metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+    """,
+}
+"""A group of two multiple-choice tasks, which share their files, and of a perplexity task."""
+
+
+def define_toys(folder: Path) -> tuple[Path, Path]:
+    """Task files and rows of :data:`TOYS` in ``folder``: what ``include_path`` and ``data_dir`` are given."""
+    tasks, data = folder / "tasks", folder / "data"
+    tasks.mkdir(parents=True)
+    for name, text in TOYS.items():
+        (tasks / name).write_text(textwrap.dedent(text))
+    rows = [
+        {"question": f"What is {i} + {i}?", "subject": subject, "choices": [f"{2 * i}", f"many, {i}"], "answer": i % 2}
+        for subject, count in (("east", 3), ("west", 5))
+        for i in range(10, 10 + count)
+    ]
+    pages = [{"page": " ".join(SENTENCES[i % 3 :] * 3)} for i in range(2)]
+    for file, lines in (("toy_choice/test", rows), ("toy_choice/dev", rows), ("toy_text/test", pages)):
+        path = data / f"{file}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tasks, data
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

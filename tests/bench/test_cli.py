@@ -102,6 +102,11 @@ def test_underscore_spellings_reach_the_settings(capsys: pytest.CaptureFixture[s
         (["--cache-ratio", "2"], "--cache-ratio=2.0"),
         (["--tau1", "-1", "--quant-type", "mix"], "tau1=-1.0"),
         (["--limit", "0"], "--limit=0"),
+        (["--batch-size", "0"], "--batch-size=0"),
+        (["--batch-size", "many"], "--batch-size=many"),
+        (["--rolling-prefill", "1"], "--rolling-prefill=1.0"),
+        (["--rolling-chunk", "0"], "--rolling-chunk=0"),
+        (["--include-path", "nowhere", "--tasks", "toy"], "include_path: nowhere is not a folder"),
         (["--sampling-ratio", "0"], "--sampling-ratio=0"),
     ],
 )

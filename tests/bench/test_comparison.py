@@ -32,7 +32,7 @@ def statistics(scores: Scores, **more: Any) -> dict[str, dict[str, Any]]:
         for method, values in scores.items()
     ]
     samples = [
-        {"document": f"d{i}", "cell": method, "scores": {"exact_match": value}}
+        {"task": "needle", "document": f"d{i}", "cell": method, "scores": {"exact_match": value}}
         for method, values in scores.items()
         for i, value in enumerate(values)
     ]
@@ -92,6 +92,9 @@ def test_without_full_or_with_other_documents_nothing_is_compared() -> None:
 def test_the_order_of_the_samples_does_not_matter() -> None:
     values = [0.1 * i for i in range(12)]
     rows = [statistics({"full": [1.0] * 12, "mix": values})["mix"] for _ in range(2)]
-    samples = [{"document": f"d{i}", "cell": "mix", "scores": {"exact_match": v}} for i, v in enumerate(values)]
+    samples = [
+        {"task": "needle", "document": f"d{i}", "cell": "mix", "scores": {"exact_match": v}}
+        for i, v in enumerate(values)
+    ]
     add_statistics([rows[1]], reversed(samples))
     assert (rows[0]["score_low"], rows[0]["score_high"]) == (rows[1]["score_low"], rows[1]["score_high"])

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from arkv import TriStateCache
+from arkv import TriStateCache, attach
 from bench.engine import Engine, Measurement
 from bench.methods import Cell, grid
-from tasks.base import Document, Generate
+from tasks.base import Compare, Continuation, Document, Generate, LogLikelihood, Rolling
 
 METHODS = ["full", "window", "origin", "quant", "mix"]
 
@@ -110,7 +110,7 @@ def test_bytes_are_all_that_the_cache_holds(tiny: Any, monkeypatch: pytest.Monke
     assert full.kv_bytes == full.full_kv_bytes == (200 + full.generated_tokens - 1) * 2 * 2 * 2 * 16 * 4
     assert len(measured) == len(caches) == 4
     for item, cache in zip(measured, caches, strict=True):
-        assert item.kv_bytes == reachable_bytes(cache.layers) > 0
+        assert item.kv_bytes == reachable_bytes(cache) > 0
         assert item.kv_bytes <= item.kv_bytes_peak
         assert item.full_kv_bytes == (200 + item.generated_tokens - 1) * 2 * 2 * 2 * 16 * 4
         assert item.kv_bytes < 0.5 * item.full_kv_bytes
@@ -170,3 +170,217 @@ def test_times_are_those_of_the_parts(tiny: Any) -> None:
         assert measured.peak_memory_bytes is None, "unknown on a CPU"
     (single,) = answer(tiny, cells("full"), document(new=1))
     assert (single.generated_tokens, single.tpot_ms, single.decode_tokens_per_s) == (1, None, None)
+
+
+# --- Scoring given texts ---
+
+
+def ids(length: int, seed: int = 0) -> tuple[int, ...]:
+    return tuple(torch.randint(1, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def choices(*pairs: tuple[tuple[int, ...], tuple[int, ...]]) -> Document:
+    request = LogLikelihood(continuations=tuple(Continuation(context_ids=c, token_ids=t) for c, t in pairs))
+    return Document(id="choices", request=request)
+
+
+def score(tiny: Any, grid_: list[Cell], question: Document, batch_size: int | None = 1) -> list[Measurement]:
+    return list(Engine(tiny.model, tiny.tokenizer, grid_, batch_size=batch_size).answer(question, grid_))
+
+
+def sums(measured: Measurement) -> list[float]:
+    return [item.log_likelihood for item in measured.answer.scored]
+
+
+def plain_scores(tiny: Any, context: tuple[int, ...], tokens: tuple[int, ...]) -> tuple[float, bool]:
+    """One forward without a cache."""
+    with torch.no_grad():
+        logits = tiny.model(torch.tensor([context + tokens[:-1]])).logits[0, -len(tokens) :]
+    wanted = torch.tensor(tokens)[:, None]
+    return float(logits.log_softmax(-1).gather(1, wanted).sum()), bool((logits.argmax(-1) == wanted[:, 0]).all())
+
+
+MIXED = choices(
+    *[(ids(200), tokens) for tokens in ((7,), (8,), (9, 10), (9, 10, 11), (9, 10, 12), (13,) * 8)],
+    *[(ids(150, seed=1), (7, 8)), ((0,), (7, 8))],
+)
+"""Two contexts and one of a single token; continuations of several lengths, two of which differ in their last token."""
+
+
+def forwards(tiny: Any) -> tuple[list[tuple[int, int]], Any]:
+    """Shapes [B, T] of the inputs of every forward from now on, and the handle that ends it."""
+    shapes: list[tuple[int, int]] = []
+    handle = tiny.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple((args[0] if args else kwargs["input_ids"]).shape)),
+        with_kwargs=True,
+    )
+    return shapes, handle
+
+
+def test_a_four_choice_question_costs_one_prefill(tiny: Any) -> None:
+    shapes, handle = forwards(tiny)
+    try:
+        measured = score(tiny, cells(), choices(*[(ids(200), (token,)) for token in (5, 6, 7, 8)]))
+    finally:
+        handle.remove()
+    assert shapes == [(1, 199)] + [(1, 1)] * 5
+    assert {m.prefills for m in measured} == {1}
+    assert {m.scored_tokens for m in measured} == {4}
+    assert len({m.prefill_s for m in measured}) == 1
+
+
+@pytest.mark.parametrize(("batch_size", "reads"), [(1, 5), (2, 3), (8, 2), (None, 2)])
+def test_continuations_are_read_in_batches(tiny: Any, batch_size: int | None, reads: int) -> None:
+    shapes, handle = forwards(tiny)
+    same = (
+        *MIXED.request.continuations[:6],
+        *choices((ids(200), (1, 2)), (ids(200), (3, 4, 5, 6))).request.continuations,
+    )
+    try:
+        (measured,) = score(
+            tiny, cells("full"), Document(id="d", request=LogLikelihood(continuations=same)), batch_size
+        )
+    finally:
+        handle.remove()
+    # Beside the prefill and the context's last token; the two that differ in their last token share a row.
+    assert len(shapes) - 2 == reads
+    assert measured.prefills == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_full_scores_as_the_model_alone(tiny: Any, batch_size: int) -> None:
+    *_, measured = score(tiny, cells("mix", "full"), MIXED, batch_size)
+    assert measured.prefills == 3
+    for got, item in zip(measured.answer.scored, MIXED.request.continuations, strict=True):
+        likelihood, greedy = plain_scores(tiny, item.context_ids, item.token_ids)
+        assert got.log_likelihood == pytest.approx(likelihood, abs=1e-4)
+        assert got.is_greedy == greedy
+
+
+def test_what_greedy_decoding_writes_is_greedy(tiny: Any) -> None:
+    tokens = tuple(generated(tiny, document(new=5)))
+    (measured,) = score(tiny, cells("full"), choices((ids(200), tokens), (ids(200), (*tokens[:-1], 1))))
+    assert [item.is_greedy for item in measured.answer.scored] == [True, False]
+
+
+def test_every_score_comes_from_the_compressed_cache(tiny: Any) -> None:
+    full, *others = score(tiny, cells(), MIXED)
+    for measured in others:
+        differences = [abs(a - b) > 1e-3 for a, b in zip(sums(measured), sums(full), strict=True)]
+        # All but the last one, whose context has nothing to compress.
+        assert differences == [True] * 7 + [False]
+        assert measured.tokens_evicted > 0
+        assert measured.kv_bytes < 0.6 * measured.full_kv_bytes
+    for measured in score(tiny, cells(cache_size=256), MIXED):
+        assert sums(measured) == pytest.approx(sums(full), abs=1e-4)
+        assert measured.tokens_evicted == measured.tokens_quantized == 0
+
+
+def test_scores_do_not_depend_on_the_batch_size(tiny: Any) -> None:
+    for one, many in zip(score(tiny, cells(), MIXED), score(tiny, cells(), MIXED, batch_size=8), strict=True):
+        assert sums(one) == pytest.approx(sums(many), abs=1e-4)
+        assert (one.kv_bytes, one.tokens_evicted) == (many.kv_bytes, many.tokens_evicted)
+
+
+def text(share: float = 0.5, chunk: int = 32, length: int = 200) -> Document:
+    """Two windows: 150 tokens behind the one before the text, then the rest with as much context as fits."""
+    tokens = (0, *ids(length))
+    windows = (
+        Continuation(context_ids=tokens[:1], token_ids=tokens[1:151]),
+        Continuation(context_ids=tokens[length - 150 : 151], token_ids=tokens[151:]),
+    )
+    return Document(id="text", request=Rolling(windows=windows, prefill_share=share, chunk=chunk))
+
+
+@pytest.mark.parametrize(("share", "chunk"), [(0.0, 1), (0.5, 1), (0.5, 32), (0.99, 32), (0.3, 1000)])
+def test_full_scores_texts_as_the_model_alone(tiny: Any, share: float, chunk: int) -> None:
+    question = text(share, chunk)
+    *_, measured = score(tiny, cells("mix", "full"), question)
+    wanted = [plain_scores(tiny, w.context_ids, w.token_ids)[0] for w in question.request.windows]
+    assert sums(measured) == pytest.approx(wanted, abs=1e-3)
+    assert (measured.scored_tokens, measured.prefills) == (200, 2)
+
+
+@pytest.mark.parametrize("chunk", [1, 32])
+def test_texts_are_read_through_the_compressed_cache(tiny: Any, chunk: int) -> None:
+    full, *others = score(tiny, cells(), text(chunk=chunk))
+    for measured in others:
+        assert all(abs(a - b) > 1e-2 for a, b in zip(sums(measured), sums(full), strict=True))
+        assert measured.tokens_evicted > 0
+        seen = measured.tokens_original + measured.tokens_quantized + measured.tokens_evicted
+        assert seen == pytest.approx(150)
+    for measured in score(tiny, cells(cache_size=256), text(chunk=chunk)):
+        assert sums(measured) == pytest.approx(sums(full), abs=1e-3)
+
+
+def test_the_prompt_of_a_window_is_scored_as_it_is(tiny: Any) -> None:
+    """With all but one token in the prompt only that one's score can differ."""
+    full, origin = score(tiny, cells("full", "origin"), text(share=0.999))
+    near = score(tiny, cells("full", "origin"), text(share=0.5))
+    assert abs(sums(origin)[0] - sums(full)[0]) < abs(sums(near[1])[0] - sums(near[0])[0])
+
+
+def test_a_text_of_one_token(tiny: Any) -> None:
+    request = Rolling(windows=(Continuation(context_ids=(0,), token_ids=(5,)),))
+    for measured in score(tiny, cells(), Document(id="d", request=request)):
+        assert sums(measured) == pytest.approx([plain_scores(tiny, (0,), (5,))[0]], abs=1e-5)
+
+
+def test_stop_strings_count_behind_the_thinking_only(tiny: Any) -> None:
+    (plain,) = answer(tiny, cells("full"), document(new=24))
+    pieces = [tiny.tokenizer.decode([token]) for token in plain.answer.token_ids]
+    # The stop string stands before what ends the thinking, where it must not count.
+    end = next(piece for piece in pieces[8:] if pieces.count(piece) == 1)
+    stop = pieces[2]
+    request = Generate(prompt_ids=document().request.prompt_ids, max_new_tokens=24, stop=(stop,), think_end=end)
+    (thinking,) = answer(tiny, cells("full"), Document(id="d", request=request))
+    wanted = plain.answer.text.split(end)[-1].lstrip().split(stop)[0]
+    assert thinking.answer.text == wanted
+    assert thinking.generated_tokens > pieces.index(end)
+
+
+# --- Distributions ---
+
+
+def comparison(context: int = 150, continuation: int = 20) -> Document:
+    tokens = ids(context + continuation)
+    return Document(id="d", request=Compare(context_ids=tokens[:context], continuation_ids=tokens[context:]))
+
+
+def test_distributions_are_compared_token_by_token(tiny: Any) -> None:
+    question = comparison()
+    tokens = torch.tensor([question.request.context_ids + question.request.continuation_ids])
+    full, mix = score(tiny, cells("full", "mix"), question)
+    assert set(full.answer.kl) == set(full.answer.delta_nll) == {0.0}
+    assert all(full.answer.agrees)
+    # The same with the library alone.
+    cache = TriStateCache(tiny.model, mix.cell.config)
+    with torch.no_grad():
+        plain = tiny.model(tokens).logits[0, 149:-1].log_softmax(-1)
+        with attach(tiny.model):
+            tiny.model(tokens[:, :149], past_key_values=cache)
+            steps = [tiny.model(tokens[:, i : i + 1], past_key_values=cache).logits[0, 0] for i in range(149, 169)]
+    mine = torch.stack(steps).log_softmax(-1)
+    kl = torch.nn.functional.kl_div(mine, plain, log_target=True, reduction="none").sum(-1)
+    assert mix.answer.kl == pytest.approx(kl.tolist(), abs=1e-4)
+    assert min(mix.answer.kl) > 1e-3
+    assert mix.answer.agrees == tuple((plain.argmax(-1) == mine.argmax(-1)).tolist())
+    wanted = tokens[0, 150:, None]
+    assert mix.answer.delta_nll == pytest.approx((plain - mine).gather(1, wanted)[:, 0].tolist(), abs=1e-4)
+    assert mix.tokens_original + mix.tokens_quantized + mix.tokens_evicted == pytest.approx(169)
+
+
+def test_distributions_without_compression_are_those_of_the_full_cache(tiny: Any) -> None:
+    # `full` need not be asked for to be compared with.
+    for measured in score(tiny, cells("window", "origin", "quant", "mix", cache_size=256), comparison()):
+        assert max(map(abs, measured.answer.kl)) < 1e-6
+        assert all(measured.answer.agrees)
+
+
+def test_full_is_read_once_for_all_cells(tiny: Any) -> None:
+    shapes, handle = forwards(tiny)
+    try:
+        score(tiny, cells("origin", "full"), comparison(150, 20))
+    finally:
+        handle.remove()
+    assert shapes == [(1, 149)] + [(1, 1)] * 40

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -14,9 +15,20 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bench.harness import DESCRIPTIONS, HarnessTask, HarnessTasks
-from tasks.base import Document, Generate, Generated, TaskError, TaskSettings
+from bench.harness import DESCRIPTIONS, HarnessGroup, HarnessTask, HarnessTasks
+from tasks.base import (
+    Document,
+    Generate,
+    Generated,
+    LogLikelihood,
+    LogLikelihoods,
+    Rolling,
+    Scored,
+    TaskError,
+    TaskSettings,
+)
 from tasks.registry import get_task
+from tests.bench.conftest import define_toys, save_tiny_model
 
 STRICT, FLEXIBLE = "exact_match,strict-match", "exact_match,flexible-extract"
 
@@ -266,9 +278,8 @@ def test_own_task_files(tokenizer: Any, tmp_path: Path) -> None:
     "name, message",
     [
         ("gsm9k", r"lm-eval has no task 'gsm9k': did you mean gsm8k"),
-        ("mmlu", r"mmlu is a group of tasks; name one of them: mmlu_stem"),
-        ("commonsense_qa", r"commonsense_qa asks for multiple_choice; only"),
-        ("wikitext", r"wikitext asks for loglikelihood_rolling; only"),
+        ("mmlu", r"mmlu is a group of tasks, not a task"),
+        ("humaneval", r"humaneval runs code that the model writes; that is not supported"),
     ],
 )
 def test_unsupported_tasks(tokenizer: Any, data: Path, name: str, message: str) -> None:
@@ -290,6 +301,143 @@ def test_the_quick_index_agrees_with_lm_evals() -> None:
     quick = {name: HarnessTasks().get(name) for name in index}
     missing = [name for name, entry in index.items() if entry.kind.name != "TAG" and quick[name] is None]
     assert missing == []
+
+
+# --- Multiple choice and perplexity ---
+
+
+@pytest.fixture
+def toys(tmp_path: Path) -> dict[str, Any]:
+    tasks, data = define_toys(tmp_path / "toys")
+    return {"data": data, "include_path": [tasks]}
+
+
+def test_choices_share_their_context(tokenizer: Any, toys: dict[str, Any]) -> None:
+    task, documents = load(tokenizer, name="toy_west", **toys)
+    assert [d.id for d in documents] == [f"toy_west-{i}" for i in range(5)]
+    request = documents[1].request
+    assert isinstance(request, LogLikelihood)
+    assert len({item.context_ids for item in request.continuations}) == 1
+    context = tokenizer.decode(request.continuations[0].context_ids)
+    assert context.count("Answer:") == 3, "two examples and the question"
+    assert context.endswith("What is 11 + 11?\nA. 22\nB. many, 11\nAnswer:")
+    assert [tokenizer.decode(item.token_ids) for item in request.continuations] == [" 22", " many, 11"]
+    assert documents[1].reference == 1
+    assert [metric.name for metric in task.metrics] == ["acc,none", "acc_norm,none"]
+
+
+def picking(documents: list[Document], right: bool) -> dict[str, LogLikelihoods]:
+    """Answers that pick the right choice of two, or the wrong one."""
+    return {
+        d.id: LogLikelihoods(scored=tuple(Scored(-1.0 - ((i == d.reference) != right), False) for i in range(2)))
+        for d in documents
+    }
+
+
+def test_replay_scores_choices(tokenizer: Any, toys: dict[str, Any]) -> None:
+    task, documents = load(tokenizer, name="toy_west", **toys)
+    assert task.evaluate(documents, picking(documents, True)).values["acc,none"] == 1.0
+    assert task.evaluate(documents, picking(documents, False)).values["acc,none"] == 0.0
+    answers = picking(documents[1:3], True) | picking(documents[3:], False)
+    assert task.evaluate(documents, answers).values["acc,none"] == 0.5
+    assert [task.score(d, answers[d.id])["acc,none"] for d in documents[1:]] == [1, 1, 0, 0]
+
+
+def test_long_contexts_lose_their_beginning_and_choices_none(tokenizer: Any, toys: dict[str, Any]) -> None:
+    _, (whole, *_) = load(tokenizer, name="toy_west", **toys)
+    _, (cut, *_) = load(tokenizer, name="toy_west", max_length=60, **toys)
+    assert cut.truncated
+    for before, after in zip(whole.request.continuations, cut.request.continuations, strict=True):
+        assert after.token_ids == before.token_ids
+        # The last token of a continuation is not read: one more than the model's length.
+        assert len(after.context_ids) + len(after.token_ids) == 61
+        assert before.context_ids[-len(after.context_ids) :] == after.context_ids
+    with pytest.raises(TaskError, match="toy_west, row 0: a choice of 9 tokens does not fit 8"):
+        load(tokenizer, name="toy_west", max_length=8, **toys)
+
+
+def test_texts_are_scored_in_windows(tokenizer: Any, toys: dict[str, Any]) -> None:
+    options = {"rolling_prefill": 0.25, "rolling_chunk": 4}
+    task, (document, _) = load(tokenizer, name="toy_text", max_length=100, options=options, **toys)
+    request = document.request
+    assert isinstance(request, Rolling)
+    assert (request.prefill_share, request.chunk) == (0.25, 4)
+    text = tokenizer.decode([token for window in request.windows for token in window.token_ids])
+    assert text == task.official.instances[0].args[0]
+    assert all(len(w.context_ids) + len(w.token_ids) <= 101 for w in request.windows)
+    assert request.windows[0].context_ids == (tokenizer.bos_token_id,)
+    answer = LogLikelihoods(scored=tuple(Scored(-2.0 * len(w.token_ids), False) for w in request.windows))
+    # One token a byte, two nats a token.
+    assert task.score(document, answer)["bits_per_byte,none"] == pytest.approx(2 / 0.6931472)
+    assert not task.metrics[0].higher_is_better
+
+
+def test_a_group_is_its_tasks_and_their_score(tokenizer: Any, toys: dict[str, Any]) -> None:
+    group = HarnessTasks(include_path=toys["include_path"]).get("toys")
+    assert isinstance(group, HarnessGroup)
+    assert [task.name for task in group.tasks()] == ["toy_east", "toy_west", "toy_text"]
+    settings = TaskSettings(tokenizer=tokenizer, max_length=4096, data_dir=toys["data"])
+    evaluations, counts = {}, {}
+    for task, right in zip(group.tasks()[:2], (True, False), strict=True):
+        documents = list(task.load(settings))
+        evaluations[task.name] = task.evaluate(documents, picking(documents, right))
+        counts[task.name] = len(documents)
+    group.tasks()[2].load(settings)
+    evaluation = group.evaluate(evaluations, counts)
+    assert counts == {"toy_east": 3, "toy_west": 5}
+    assert evaluation.values == {"acc,none": 3 / 8}
+    assert {m.name for m in group.metrics()} >= {"acc,none", "word_perplexity,none"}
+
+
+def test_a_group_in_a_group_has_a_score_too(tmp_path: Path) -> None:
+    define(tmp_path / "tasks", TOY)
+    text = "group: outer\ntask: [{group: inner, task: [{task: toy, num_fewshot: 3}]}, gsm8k]\n"
+    (tmp_path / "tasks/outer.yaml").write_text(text)
+    group = HarnessTasks(include_path=[tmp_path / "tasks"]).get("outer")
+    assert isinstance(group, HarnessGroup)
+    assert [member.name for member in group.members] == ["outer::inner", "gsm8k"]
+    assert [task.name for task in group.tasks()] == ["toy", "gsm8k"]
+    (tmp_path / "tasks/lost.yaml").write_text("group: lost\ntask: [nowhere_to_be_found]\n")
+    define(tmp_path / "more", TOY.replace("toy", "other"))
+    (tmp_path / "more/lost.yaml").write_text("group: lost\ntask: [nowhere_to_be_found]\n")
+    with pytest.raises(TaskError, match="the group lost names 'nowhere_to_be_found', which lm-eval does not define"):
+        HarnessTasks(include_path=[tmp_path / "more"]).get("lost").tasks()  # type: ignore[union-attr]
+
+
+def test_mmlu_has_57_subjects_in_four_groups() -> None:
+    group = HarnessTasks().get("mmlu")
+    assert isinstance(group, HarnessGroup)
+    assert [m.name for m in group.members] == ["mmlu_stem", "mmlu_other", "mmlu_social_sciences", "mmlu_humanities"]
+    assert len({task.name for task in group.tasks()}) == 57
+
+
+def test_a_subject_takes_its_own_rows(tokenizer: Any, shared_data: Path) -> None:
+    task, documents = load(tokenizer, shared_data, "mmlu_anatomy", options={"num_fewshot": 5}, limit=2)
+    context = tokenizer.decode(documents[0].request.continuations[0].context_ids)
+    assert context.count("Answer:") == 6
+    assert len(task.official.eval_docs) == 100
+    assert {row["subject"] for row in task.official.eval_docs} == {"anatomy"}
+
+
+def test_thinking_is_asked_for_and_stripped(tokenizer: Any, data: Path, toys: dict[str, Any]) -> None:
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+        "{% if enable_thinking is false %}<think></think>{% endif %}"
+    )
+    chat = {"num_fewshot": 0, "apply_chat_template": True}
+    _, (document, *_) = load(thinking, data, options=chat)
+    assert prompt(thinking, document).endswith("[assistant]")
+    assert document.request.think_end is None
+    _, (document, *_) = load(thinking, data, options=chat | {"enable_thinking": False})
+    assert prompt(thinking, document).endswith("<think></think>")
+    _, (document, *_) = load(thinking, data, options=chat | {"enable_thinking": True})
+    assert document.request.think_end == "</think>"
+    with pytest.raises(TaskError, match="enable_thinking needs apply_chat_template"):
+        load(thinking, data, options={"enable_thinking": True})
+    with pytest.raises(TaskError, match="toy_west scores given texts, before which no model thinks"):
+        load(thinking, name="toy_west", options=chat | {"enable_thinking": True}, **toys)
 
 
 # --- Bad inputs ---
@@ -389,6 +537,32 @@ def test_offline_without_rows(tokenizer: Any, tmp_path: Path, monkeypatch: pytes
     assert "\n" not in str(caught.value)
 
 
+def test_rows_of_choices_that_cannot_be_used(tokenizer: Any, toys: dict[str, Any]) -> None:
+    file = toys["data"] / "toy_choice/test.jsonl"
+    good = {"question": "?", "subject": "west", "choices": ["a", "b"], "answer": 0}
+    for row, message in (
+        (good | {"choices": ["a", ""]}, None),
+        ({key: value for key, value in good.items() if key != "choices"}, r"test\.jsonl, line 2: .*'choices'"),
+        ({key: value for key, value in good.items() if key != "subject"}, r"test\.jsonl, line 2: no field 'subject'"),
+        (good | {"subject": "north"}, None),
+    ):
+        write_rows(file, [good, row])
+        if message is not None:
+            with pytest.raises(TaskError, match=message):
+                load(tokenizer, name="toy_west", **toys)
+    assert len(load(tokenizer, name="toy_west", **toys)[1]) == 1
+    with pytest.raises(TaskError, match=r"test\.jsonl has no rows of the subject 'east': did you mean west"):
+        load(tokenizer, name="toy_east", **toys)
+    write_rows(file, [{key: value for key, value in good.items() if key != "answer"}])
+    with pytest.raises(
+        TaskError, match=r"test\.jsonl, line 1: no field 'answer', which the task's doc_to_target names"
+    ):
+        load(tokenizer, name="toy_west", **toys)
+    write_rows(toys["data"] / "toy_text/test.jsonl", [{"page": ""}])
+    with pytest.raises(TaskError, match="toy_text, row 0: the text is empty"):
+        load(tokenizer, name="toy_text", **toys)
+
+
 # --- Against lm-eval's own model class ---
 
 
@@ -458,3 +632,95 @@ def test_scores_equal_lm_evals_own_run(shared_data: Path, chat: bool) -> None:
     evaluation = task.evaluate(documents, answers)
     for metric in (STRICT, FLEXIBLE):
         assert evaluation.values[metric] == reference["results"]["gsm8k"][metric]
+
+
+class Official:
+    """lm-eval's Hugging Face model class around a loaded model, and what the engine makes of the same documents."""
+
+    def __init__(self, loaded: Any, max_length: int) -> None:
+        from lm_eval.models.huggingface import HFLM
+
+        self.loaded, self.max_length = loaded, max_length
+        self.model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, max_length=max_length, device="cpu")
+
+    def compare(self, name: str, data: Path, limit: int, **more: Any) -> list[Document]:
+        """Fails unless every log-likelihood and every metric of the full cache is lm-eval's own."""
+        from lm_eval.evaluator import evaluate
+
+        from bench.engine import Engine
+        from bench.methods import grid
+
+        task, documents = load(self.loaded.tokenizer, data, name, max_length=self.max_length, limit=limit, **more)
+        cells = grid(["origin", "full"], [{"cache_ratio": 0.25}], [8], None, {})
+        engine = Engine(self.loaded.model, self.loaded.tokenizer, cells, batch_size=4)
+        answers = {}
+        for document in documents:
+            origin, full = engine.answer(document, cells)
+            answers[document.id] = full.answer
+            assert isinstance(full.answer, LogLikelihoods)
+            assert isinstance(origin.answer, LogLikelihoods)
+            pairs = zip(full.answer.scored, origin.answer.scored, strict=True)
+            assert all(abs(a.log_likelihood - b.log_likelihood) > 1e-6 for a, b in pairs), "not read from the cache"
+            assert origin.tokens_evicted > 0
+        ours = [score for document in documents for score in answers[document.id].scored]
+        official = evaluate(
+            self.model, {"tasks": {name: task.official}, "groups": {}, "group_map": {}}, limit=limit, log_samples=True
+        )
+        theirs = [response for sample in official["samples"][name] for (response,) in sample["resps"]]
+        if isinstance(documents[0].request, Rolling):
+            sums = [sum(score.log_likelihood for score in answers[d.id].scored) for d in documents]
+            assert sums == pytest.approx(theirs, abs=1e-3)
+        else:
+            assert [score.log_likelihood for score in ours] == pytest.approx([pair[0] for pair in theirs], abs=1e-3)
+            assert [score.is_greedy for score in ours] == [pair[1] for pair in theirs]
+        values = task.evaluate(documents, answers).values
+        assert values == pytest.approx({key: official["results"][name][key] for key in values}, rel=1e-4)
+        return documents
+
+
+@pytest.fixture(scope="module", params=["Llama", "Qwen3"])
+def official(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Official:
+    from bench.models import load as load_model
+
+    folder = save_tiny_model(tmp_path_factory.mktemp("official") / "tiny", context=2048, family=request.param)
+    return Official(load_model(str(folder), dtype="float32", device="cpu"), 80)
+
+
+def test_toy_scores_equal_lm_evals_own(official: Official, toys: dict[str, Any]) -> None:
+    documents = official.compare("toy_west", limit=3, **toys)
+    assert all(document.truncated for document in documents)
+    (document, *_) = official.compare("toy_text", limit=2, **toys)
+    assert len(document.request.windows) > 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("name", "shots"), [("mmlu_anatomy", 2), ("mmlu_virology", 0), ("commonsense_qa", 0)])
+def test_choice_scores_equal_lm_evals_own(official: Official, shared_data: Path, name: str, shots: int) -> None:
+    official.compare(name, shared_data, 2, options={"num_fewshot": shots})
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Official:
+    from bench.models import load as load_model
+
+    return Official(load_model("smollm2-135m", dtype="float32"), 2048)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "shots", "limit"),
+    [
+        *[(f"mmlu_{subject}", 5, 2) for subject in ("anatomy", "global_facts", "sociology", "virology")],
+        ("mmlu_world_religions", 5, 8),
+        ("commonsense_qa", 0, 40),
+    ],
+)
+def test_the_default_model_scores_choices_as_under_lm_eval(
+    smollm2: Official, shared_data: Path, name: str, shots: int, limit: int
+) -> None:
+    documents = smollm2.compare(name, shared_data, limit, options={"num_fewshot": shots})
+    assert {len(item.token_ids) for d in documents for item in d.request.continuations} == {1}  # type: ignore[union-attr]
+
+
+@pytest.mark.slow
+def test_the_default_model_scores_texts_as_under_lm_eval(smollm2: Official, toys: dict[str, Any]) -> None:
+    smollm2.compare("toy_text", limit=2, **toys)

@@ -6,7 +6,7 @@ import pytest
 
 from tasks.base import Task, TaskError
 from tasks.needle import NeedleTask
-from tasks.registry import TASKS, flatten, get_task, register, split_spec, split_specs
+from tasks.registry import TASKS, get_task, register, split_spec, split_specs
 
 
 class Parted(NeedleTask):
@@ -59,11 +59,6 @@ def test_a_misspelt_part_is_recognised() -> None:
     with pytest.raises(TaskError, match="unknown task 'samsun': did you mean longbench:samsum") as caught:
         get_task("samsun", fallback=Elsewhere())
     assert caught.value.usage
-
-
-def test_groups_become_their_tasks() -> None:
-    tasks = flatten([get_task("longbench:trec,lcc"), get_task("needle"), get_task("longbench:lcc,qasper")])
-    assert [task.name for task in tasks] == ["longbench:trec", "longbench:lcc", "needle", "longbench:qasper"]
 
 
 def test_parts_and_arguments_reach_the_class() -> None:

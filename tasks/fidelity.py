@@ -1,0 +1,186 @@
+"""Fidelity: how close a method's next-token distributions stay to those of the full cache, on any text.
+
+It needs no labels and no answers, so every token of every text is a measurement: differences that a score over a few
+questions cannot show are plain here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tasks.base import (
+    Answer,
+    Compare,
+    Compared,
+    Document,
+    Evaluation,
+    Metric,
+    Task,
+    TaskError,
+    TaskSettings,
+    draw,
+    nearest,
+)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What is read from ``TaskSettings.options``."""
+
+    lengths: tuple[int, ...] = (2000,)
+    samples: int = 8
+    continuation: int = 64
+    text: Path | None = None
+    text_field: str = "text"
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> _Options:
+        """Check the options. Raises :class:`TaskError`."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise TaskError(f"fidelity has no option {name!r}: {nearest(name, known)}", usage=True)
+        values = {name: value for name, value in options.items() if value is not None}
+        lengths = values.get("lengths", cls.lengths)
+        values["lengths"] = tuple(lengths) if isinstance(lengths, list | tuple) else (lengths,)
+        if "text" in values:
+            values["text"] = Path(values["text"])
+        parsed = cls(**values)
+        for name in ("lengths", "samples", "continuation"):
+            numbers = parsed.lengths if name == "lengths" else (getattr(parsed, name),)
+            # A context of one token leaves nothing to compress.
+            low = 2 if name == "lengths" else 1
+            if not numbers or any(type(number) is not int or number < low for number in numbers):
+                raise TaskError(
+                    f"fidelity: {name} must be whole numbers of at least {low}, not {options[name]!r}", usage=True
+                )
+        if len(set(parsed.lengths)) < len(parsed.lengths):
+            raise TaskError(f"fidelity: lengths names one length twice: {list(parsed.lengths)}", usage=True)
+        return parsed
+
+
+class FidelityTask(Task):
+    """KL divergence of full || method over the vocabulary, top-1 agreement and change of negative log-likelihood.
+
+    Options: ``lengths``, tokens of the prompt (default 2000); ``samples``, prompts per length (8); ``continuation``,
+    tokens that are read and compared behind it (64); ``text``, a file of plain text, or of JSON lines (``.jsonl``) with
+    one in the field ``text_field`` (``text``) of each, in place of the English reference texts that come with Python.
+
+    The prompts of a length begin at evenly spread places of the text, moved a little with the seed. ``sampling_ratio``
+    keeps that share of them, and ``limit`` the first ones of every length, so many of all lengths together.
+
+    ``kl``, ``top1_agreement`` and ``delta_nll`` are means over tokens, ``kl_p95`` is the 95th percentile of the tokens
+    of all prompts (in one prompt's score: of its own). The samples keep the numbers of every token, in order.
+    """
+
+    name = "fidelity"
+    metrics = (
+        Metric(name="kl", higher_is_better=False),
+        Metric(name="kl_p95", higher_is_better=False),
+        Metric(name="top1_agreement"),
+        Metric(name="delta_nll", higher_is_better=False),
+    )
+    option_names = tuple(field.name for field in fields(_Options))
+
+    def __init__(self) -> None:
+        self._data_hash = ""
+
+    def load(self, settings: TaskSettings) -> list[Document]:
+        options = _Options.parse(settings.options)
+        text = _read(options)
+        self._data_hash = hashlib.sha256(text.encode()).hexdigest()
+        ids = tuple(settings.tokenizer(text, add_special_tokens=False)["input_ids"])
+        bos = settings.tokenizer.bos_token_id
+        begin = () if bos is None else (bos,)
+        source = options.text or "the reference text of this Python"
+        documents = []
+        for length in options.lengths:
+            needed = length - len(begin) + options.continuation
+            if length + options.continuation > settings.max_length:
+                raise TaskError(
+                    f"fidelity: prompts of {length} tokens and {options.continuation} more do not fit "
+                    f"{settings.max_length}: give shorter --lengths"
+                )
+            if len(ids) < needed:
+                raise TaskError(f"fidelity: {source} has {len(ids)} tokens, fewer than the {needed} of a prompt")
+            kept = draw(options.samples, settings.sampling_ratio, f"{settings.seed} {length}")
+            if settings.limit is not None:
+                kept = kept[: -(-settings.limit // len(options.lengths))]
+            for sample in kept:
+                moved = random.Random(f"{settings.seed} {length} {sample}").random()
+                start = int((sample + moved) / options.samples * (len(ids) - needed + 1))
+                split = start + length - len(begin)
+                documents.append(
+                    Document(
+                        id=f"fidelity-{length}-{sample}",
+                        request=Compare(
+                            context_ids=begin + ids[start:split],
+                            continuation_ids=ids[split : split + options.continuation],
+                        ),
+                        info={"length": length, "start": start},
+                    )
+                )
+        return documents[: settings.limit]
+
+    def score(self, document: Document, answer: Answer) -> dict[str, float]:
+        assert isinstance(answer, Compared)
+        return {
+            "kl": fmean(answer.kl),
+            "kl_p95": _percentile(answer.kl, 0.95),
+            "top1_agreement": fmean(answer.agrees),
+            "delta_nll": fmean(answer.delta_nll),
+        }
+
+    def evaluate(self, documents: Sequence[Document], answers: Mapping[str, Answer]) -> Evaluation:
+        evaluation = super().evaluate(documents, answers)
+        taken = [answers[document.id] for document in documents if document.id in answers]
+        tokens = [kl for answer in taken if isinstance(answer, Compared) for kl in answer.kl]
+        if not tokens:
+            return evaluation
+        return Evaluation(values={**evaluation.values, "kl_p95": _percentile(tokens, 0.95)})
+
+    def data_hash(self) -> str:
+        return self._data_hash
+
+
+def _percentile(values: Sequence[float], share: float) -> float:
+    """The smallest of ``values`` that at least ``share`` of them do not exceed."""
+    return sorted(values)[math.ceil(share * len(values)) - 1]
+
+
+def _read(options: _Options) -> str:
+    """The text to take prompts from. Raises :class:`TaskError`."""
+    path = options.text
+    if path is None:
+        from pydoc_data.topics import topics
+
+        # In the order of the topics' names: that of the module differs between versions.
+        return "\n\n".join(topics[name] for name in sorted(topics))
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise TaskError(f"fidelity: the text {path} is not UTF-8") from None
+    except OSError as error:
+        raise TaskError(f"fidelity: cannot read the text {path}: {error.strerror}") from None
+    if path.suffix != ".jsonl":
+        return content
+    texts = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise TaskError(f"{path}, line {number}: not JSON: {error}") from None
+        if not isinstance(row, dict) or not isinstance(row.get(options.text_field), str):
+            raise TaskError(f"{path}, line {number}: no text in a field {options.text_field!r}")
+        texts.append(row[options.text_field])
+    return "\n\n".join(texts)
