@@ -7,7 +7,7 @@ Letters: ``B`` batch, ``Hq`` query heads, ``H`` KV heads, ``T`` tokens of one fo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,11 +23,32 @@ from arkv.stepping import LayerGroup
 from arkv.storage import Tokens
 
 
-class LayerHandle(NamedTuple):
-    """What a model receives in the place of keys and values."""
+class NotAttached(ConfigError, AttributeError):
+    """A model used keys and values itself that only this library's attention function can read."""
 
-    cache: TriStateCache
-    layer_idx: int
+
+class _Handle:
+    """What a model receives in the place of keys and values, to pass it on to the attention function."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotAttached(_NOT_ATTACHED)
+
+    @classmethod
+    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise NotAttached(_NOT_ATTACHED)
+
+
+_NOT_ATTACHED = (
+    "the model's own attention cannot read this cache: put `with attach(model):` (from arkv) around the model's call"
+)
+
+
+class LayerHandle(_Handle):
+    """The handle of one layer of a :class:`TriStateCache`."""
+
+    def __init__(self, cache: TriStateCache, layer_idx: int) -> None:
+        self.cache = cache
+        self.layer_idx = layer_idx
 
     def attend(
         self, module: torch.nn.Module, query: torch.Tensor, mask: Any, scaling: float, **kwargs: Any
@@ -281,10 +302,11 @@ class PrefillLayer(DynamicLayer):
         return self.keys, self.values
 
 
-class _PrefillHandle(NamedTuple):
-    """What a model receives in the place of keys and values during a recorded prefill."""
+class _PrefillHandle(_Handle):
+    """The handle of one layer of a :class:`PrefillCache`."""
 
-    layer: PrefillLayer
+    def __init__(self, layer: PrefillLayer) -> None:
+        self.layer = layer
 
     def attend(
         self, module: torch.nn.Module, query: torch.Tensor, mask: Any, scaling: float, **kwargs: Any

@@ -36,7 +36,8 @@ class CacheConfig:
 
     cache_ratio: float | None = None
     """In the place of ``cache_size``: C as a share of each prompt, the same for every method. Never less than the
-    window, the sinks and one more token (in byte units, one group of Quantized tokens) need."""
+    window, the sinks and one more token (in byte units, one group of Quantized tokens) need. The prompt is what the
+    first forward reads: one that is read in chunks goes through a :class:`~arkv.PrefillCache`."""
 
     budget_unit: Literal["tokens", "bytes"] = "tokens"
     """What C counts: tokens, of which a Quantized one costs as much as an Original one (published), or bytes, all
@@ -79,7 +80,7 @@ class CacheConfig:
     """``mean_var``: weight of the variance over the window's queries."""
 
     value_norm: bool = False
-    """Weight the score by the norm of the token's value."""
+    """Weight the scores of a prompt, or of a further block of tokens, by the norms of the tokens' values."""
 
     pool_width: int = 5
     """Width of the average pooling of heavy-hitter scores over neighbouring tokens; odd, 1 is none."""

@@ -436,3 +436,13 @@ def test_a_peculiar_model_is_right_or_refused(config: Any, model_class: Any, set
         except ConfigError:
             continue
         assert (got.logits - expected.logits).abs().max() < 1e-3, kind.__name__
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["cache", "prefill"])
+def test_a_model_that_is_not_attached_is_told_so(implementation: str, kind: str) -> None:
+    model = spread(LlamaForCausalLM(LlamaConfig(**SHAPE)), seed=7)
+    model.set_attn_implementation(implementation)
+    cache = TriStateCache(model, CacheConfig(cache_size=60)) if kind == "cache" else PrefillCache(model)
+    with pytest.raises(ConfigError, match=r"with attach\(model\)"):
+        forward(model, cache, prompt(12))
