@@ -13,7 +13,7 @@ from typing import Any
 
 from bench.methods import FULL
 from bench.records import STATISTICS
-from bench.stats import ALPHA, benjamini_hochberg, compare, holm, mean_interval, p_value
+from bench.stats import ALPHA, benjamini_hochberg, compare, holm, is_binary, mean_interval, p_value
 
 Row = dict[str, Any]
 Scores = Mapping[tuple[str, str], float]
@@ -68,9 +68,11 @@ def add_statistics(rows: Sequence[Row], samples: Iterable[Mapping[str, Any]], *,
     for metric in dict.fromkeys(row["metric"] for row in rows):
         mine = [row for row in rows if row["metric"] == metric]
         by_cell = {row["cell"]: scores[metric, row["cell"]] for row in mine if _averages(row, scores)}
+        # A divergence of the full cache from itself is 0 in every document and yet no proportion.
+        binary = is_binary(*(list(found.values()) for found in by_cell.values()))
         for row in mine:
             if row["cell"] in by_cell:
-                _add_interval(row, by_cell[row["cell"]], seed)
+                _add_interval(row, by_cell[row["cell"]], binary, seed)
         _add_differences([row for row in mine if row["method"] != FULL], by_cell, seed)
         for group in by_budget(mine):
             _mark_leading(group, by_cell, seed)
@@ -88,8 +90,8 @@ def _averages(row: Row, scores: Mapping[tuple[str, str], Scores]) -> bool:
     return isclose(sum(found.values()) / len(found), row["score"], rel_tol=1e-6, abs_tol=1e-9)
 
 
-def _add_interval(row: Row, scores: Scores, seed: int) -> None:
-    interval = mean_interval(list(scores.values()), seed=seed)
+def _add_interval(row: Row, scores: Scores, binary: bool, seed: int) -> None:
+    interval = mean_interval(list(scores.values()), binary=binary, seed=seed)
     if interval is not None:
         row["score_low"], row["score_high"] = interval
 

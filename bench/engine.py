@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from arkv import PrefillCache, TriStateCache, attach, storage_bytes
+from arkv import ConfigError, PrefillCache, TriStateCache, attach, storage_bytes
 from bench import peers
 from bench.errors import UserError
 from bench.methods import FULL, Cell
@@ -32,6 +32,7 @@ from tasks.base import (
     Generated,
     LogLikelihood,
     LogLikelihoods,
+    Request,
     Rolling,
     Scored,
 )
@@ -41,6 +42,23 @@ _BLOCK = 512
 
 _AUTO_BYTES = 1 << 30
 """What the logits of an automatic batch, and its copies of the cache, take at most, if it has more than one row."""
+
+
+FAILURES = (ConfigError, UserError, RuntimeError)
+"""What a cell may meet in a document: a prompt or a model that its method cannot do, or no memory left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A cell that could not answer a document."""
+
+    cell: Cell
+    error: str
+    """In one line."""
+
+
+_Failed = dict[str, Failure]
+"""By the key of the cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,19 +220,35 @@ class Engine:
             pass
 
     @torch.inference_mode()
-    def answer(self, document: Document, cells: Sequence[Cell]) -> Iterator[Measurement]:
-        """Compute the document's contexts once, then answer with each of ``cells``, in their order."""
-        request = document.request
+    def answer(self, document: Document, cells: Sequence[Cell]) -> Iterator[Measurement | Failure]:
+        """Compute the document's contexts once, then answer with each of ``cells``, in their order.
+
+        Cells that fail come last and do not stop the others. What all share is the failure of all.
+        """
+        answered = set()
+        failed: _Failed = {}
+        try:
+            for measured in self._measure(document.request, cells, failed):
+                answered.add(measured.cell.key)
+                yield measured
+        except FAILURES as error:
+            for cell in cells:
+                if cell.key not in answered:
+                    failed.setdefault(cell.key, Failure(cell=cell, error=_said(error)))
+        yield from failed.values()
+
+    def _measure(self, request: Request, cells: Sequence[Cell], failed: _Failed) -> Iterator[Measurement]:
         if isinstance(request, Generate):
             prefill = self._prefill(request.prompt_ids)
             for cell in cells:
-                yield self._generate(cell, request, prefill)
+                with _noting(failed, cell):
+                    yield self._generate(cell, request, prefill)
         elif isinstance(request, LogLikelihood):
-            yield from self._log_likelihoods(request, cells)
+            yield from self._log_likelihoods(request, cells, failed)
         elif isinstance(request, Compare):
-            yield from self._compare(request, cells)
+            yield from self._compare(request, cells, failed)
         else:
-            yield from self._rolling(request, cells)
+            yield from self._rolling(request, cells, failed)
 
     # --- The steps that every kind of request is made of ---
 
@@ -382,7 +416,7 @@ class Engine:
 
     # --- Given continuations ---
 
-    def _log_likelihoods(self, request: LogLikelihood, cells: Sequence[Cell]) -> Iterator[Measurement]:
+    def _log_likelihoods(self, request: LogLikelihood, cells: Sequence[Cell], failed: _Failed) -> Iterator[Measurement]:
         by_context: dict[tuple[int, ...], list[int]] = {}
         for place, item in enumerate(request.continuations):
             by_context.setdefault(item.context_ids, []).append(place)
@@ -392,16 +426,20 @@ class Engine:
             prefill = self._prefill(context[:-1])
             continuations = {place: request.continuations[place].token_ids for place in places}
             for cell in cells:
-                reading = readings[cell.key]
-                compressed = self._compress(cell, prefill)
-                held = self._held(cell, compressed.cache, prefill)
-                clock = Stopwatch(self.device)
-                with self._attention(cell, compressed.cache), clock:
-                    reading.scored |= self._choices(cell, compressed.cache, context[-1], continuations)
-                reading.add(compressed, held, clock.seconds, peak_memory_bytes(self.device))
+                if cell.key in failed:
+                    continue
+                with _noting(failed, cell):
+                    compressed = self._compress(cell, prefill)
+                    held = self._held(cell, compressed.cache, prefill)
+                    clock = Stopwatch(self.device)
+                    reading = readings[cell.key]
+                    with self._attention(cell, compressed.cache), clock:
+                        reading.scored |= self._choices(cell, compressed.cache, context[-1], continuations)
+                    reading.add(compressed, held, clock.seconds, peak_memory_bytes(self.device))
         scored_tokens = sum(len(item.token_ids) for item in request.continuations)
         for cell in cells:
-            yield readings[cell.key].measurement(cell, request, scored_tokens)
+            if cell.key not in failed:
+                yield readings[cell.key].measurement(cell, request, scored_tokens)
 
     def _choices(
         self, cell: Cell, cache: Cache, first: int, continuations: dict[int, tuple[int, ...]]
@@ -449,28 +487,33 @@ class Engine:
 
     # --- Whole texts ---
 
-    def _rolling(self, request: Rolling, cells: Sequence[Cell]) -> Iterator[Measurement]:
+    def _rolling(self, request: Rolling, cells: Sequence[Cell], failed: _Failed) -> Iterator[Measurement]:
         readings = {cell.key: _Reading() for cell in cells}
         for place, window in enumerate(request.windows):
             inputs = window.context_ids + window.token_ids[:-1]
             # Something to compress where there is more than one token, and something to read from it.
             prompt = min(max(1, int(request.prefill_share * len(inputs))), len(inputs) - 1)
             prefill, parts = self._scored_prefill(window, inputs[:prompt])
+            rest = self._ids([inputs[prompt:]])
             for cell in cells:
-                reading = readings[cell.key]
-                compressed = self._compress(cell, prefill)
-                # What a peer has decoded it reads as decoding does.
-                chunk = 1 if cell.peer is not None else request.chunk
-                clock = Stopwatch(self.device)
-                mine = list(parts)
-                with self._attention(cell, compressed.cache), clock:
-                    for begin, log_probabilities in self._read(compressed.cache, self._ids([inputs[prompt:]]), chunk):
-                        mine += _window_score(window, prompt + begin, log_probabilities[0])
-                reading.scored[place] = _sum(mine)
-                held = self._held(cell, compressed.cache, prefill)
-                reading.add(compressed, held, clock.seconds, peak_memory_bytes(self.device))
+                if cell.key in failed:
+                    continue
+                with _noting(failed, cell):
+                    compressed = self._compress(cell, prefill)
+                    # Peers can be read as they decode, and in no other way.
+                    chunk = 1 if cell.peer is not None else request.chunk
+                    clock = Stopwatch(self.device)
+                    mine = list(parts)
+                    with self._attention(cell, compressed.cache), clock:
+                        for begin, log_probabilities in self._read(compressed.cache, rest, chunk):
+                            mine += _window_score(window, prompt + begin, log_probabilities[0])
+                    held = self._held(cell, compressed.cache, prefill)
+                    reading = readings[cell.key]
+                    reading.scored[place] = _sum(mine)
+                    reading.add(compressed, held, clock.seconds, peak_memory_bytes(self.device))
         for cell in cells:
-            yield readings[cell.key].measurement(cell, request, request.prompt_tokens)
+            if cell.key not in failed:
+                yield readings[cell.key].measurement(cell, request, request.prompt_tokens)
 
     def _scored_prefill(self, window: Continuation, ids: tuple[int, ...]) -> tuple[_Prefill, list[Scored]]:
         """Compute the first tokens of a window, and score those that they predict."""
@@ -486,46 +529,66 @@ class Engine:
 
     # --- Distributions ---
 
-    def _compare(self, request: Compare, cells: Sequence[Cell]) -> Iterator[Measurement]:
+    def _compare(self, request: Compare, cells: Sequence[Cell], failed: _Failed) -> Iterator[Measurement]:
         prefill = self._prefill(request.context_ids[:-1])
-        inputs = self._ids([request.context_ids[-1:] + request.continuation_ids[:-1]])
-        targets = torch.tensor(request.continuation_ids, device=self.device)
-        reference: list[torch.Tensor] = []
         # The full cache is read first, whether it is asked for or not; every other cell is compared with it.
-        for cell in [Cell(FULL), *(cell for cell in cells if cell.method != FULL)]:
-            compressed = self._compress(cell, prefill)
-            clock = Stopwatch(self.device)
-            steps: list[tuple[float, bool, float]] = []
-            with self._attention(cell, compressed.cache), clock:
-                for place, log_probabilities in self._read(compressed.cache, inputs, chunk=1):
-                    mine = log_probabilities[0, 0]
-                    if cell.method == FULL:
-                        reference.append(mine)
-                    steps.append(_difference(reference[place], mine, targets[place]))
-            if cell not in cells:
+        reference: list[torch.Tensor] = []
+        full = self._compared(Cell(FULL), request, prefill, reference)
+        for cell in cells:
+            if cell.method == FULL:
+                yield full
                 continue
-            held = self._held(cell, compressed.cache, prefill)
-            kl, agrees, delta_nll = zip(*steps, strict=True)
-            yield Measurement(
-                cell=cell,
-                answer=Compared(kl=kl, agrees=agrees, delta_nll=delta_nll),
-                prompt_tokens=request.prompt_tokens,
-                scored_tokens=len(request.continuation_ids),
-                tokens_original=held.original,
-                tokens_quantized=held.quantized,
-                tokens_evicted=held.evicted,
-                kv_bytes=held.kv_bytes,
-                kv_bytes_peak=max(compressed.kv_bytes, held.kv_bytes),
-                full_kv_bytes=held.full_kv_bytes,
-                prefill_s=compressed.prefill_s,
-                compress_s=compressed.compress_s,
-                decode_s=clock.seconds,
-                peak_memory_bytes=peak_memory_bytes(self.device),
-                oq_ratios=held.oq_ratios,
-            )
+            with _noting(failed, cell):
+                yield self._compared(cell, request, prefill, reference)
+
+    def _compared(self, cell: Cell, request: Compare, prefill: _Prefill, reference: list[torch.Tensor]) -> Measurement:
+        """Read token by token; ``full`` leaves its log-probabilities [V] in ``reference``."""
+        inputs = self._ids([request.context_ids[-1:] + request.continuation_ids[:-1]])
+        compressed = self._compress(cell, prefill)
+        clock = Stopwatch(self.device)
+        steps: list[tuple[float, bool, float]] = []
+        with self._attention(cell, compressed.cache), clock:
+            for place, log_probabilities in self._read(compressed.cache, inputs, chunk=1):
+                mine = log_probabilities[0, 0]
+                if cell.method == FULL:
+                    reference.append(mine)
+                steps.append(_difference(reference[place], mine, request.continuation_ids[place]))
+        held = self._held(cell, compressed.cache, prefill)
+        kl, agrees, delta_nll = zip(*steps, strict=True)
+        return Measurement(
+            cell=cell,
+            answer=Compared(kl=kl, agrees=agrees, delta_nll=delta_nll),
+            prompt_tokens=request.prompt_tokens,
+            scored_tokens=len(request.continuation_ids),
+            tokens_original=held.original,
+            tokens_quantized=held.quantized,
+            tokens_evicted=held.evicted,
+            kv_bytes=held.kv_bytes,
+            kv_bytes_peak=max(compressed.kv_bytes, held.kv_bytes),
+            full_kv_bytes=held.full_kv_bytes,
+            prefill_s=compressed.prefill_s,
+            compress_s=compressed.compress_s,
+            decode_s=clock.seconds,
+            peak_memory_bytes=peak_memory_bytes(self.device),
+            oq_ratios=held.oq_ratios,
+        )
 
 
-def _difference(full: torch.Tensor, mine: torch.Tensor, target: torch.Tensor) -> tuple[float, bool, float]:
+@contextlib.contextmanager
+def _noting(failed: _Failed, cell: Cell) -> Iterator[None]:
+    """Note in ``failed`` that the cell could not do what is under this."""
+    try:
+        yield
+    except FAILURES as error:
+        failed[cell.key] = Failure(cell=cell, error=_said(error))
+
+
+def _said(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if isinstance(error, RuntimeError) else text
+
+
+def _difference(full: torch.Tensor, mine: torch.Tensor, target: int) -> tuple[float, bool, float]:
     """KL full || mine of log-probabilities [V], whether they agree on the likeliest, and the change of NLL."""
     kl = (full.exp() * (full - mine)).sum()
     return float(kl), bool(full.argmax() == mine.argmax()), float(full[target] - mine[target])

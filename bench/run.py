@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from bench import records
 from bench.config import RunConfig
-from bench.engine import Engine
+from bench.engine import Engine, Failure
 from bench.errors import UserError
 from bench.harness import HarnessTasks
 from bench.methods import Cell, grid
@@ -34,6 +34,7 @@ class Outcome:
     path: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
+    """``model``, ``task`` and ``error``; ``cell`` and ``document`` where one cell failed in one document."""
     measured: int = 0
     """Samples measured now, as opposed to found in the folder."""
 
@@ -198,7 +199,7 @@ def execute(
                         "data_sha256": task.data_hash() or None,
                     }
                     folder.write_record(record)
-                    outcome.measured += _measure(name, task, documents, cells, engine, folder, console)
+                    _measure(name, task, documents, cells, engine, folder, console, outcome)
                     found = _found(name, task, documents, folder)
                     results[task.name] = TaskResults(task, documents, cells, found)
                 except (TaskError, UserError) as error:
@@ -210,6 +211,7 @@ def execute(
                 outcome.rows.extend(rows(name, results[task.name], cells, part_of))
                 write_predictions(path, task, documents, cells, found, model=name if len(loaded) > 1 else None)
                 folder.write_results(outcome.rows)
+                folder.write_record(record)
             for group in asked:
                 if isinstance(group, TaskGroup):
                     outcome.rows.extend(group_rows(name, group, results, cells))
@@ -240,8 +242,9 @@ def _measure(
     engine: Engine,
     folder: records.RunFolder,
     console: Console,
-) -> int:
-    """Answer what is not answered yet. Returns the number of new samples."""
+    outcome: Outcome,
+) -> None:
+    """Answer what is not answered yet; note in ``outcome`` what was measured and what failed."""
     left: dict[str, list[Cell]] = {}
     for document in documents:
         prompt_hash = _prompt_hash(document)
@@ -255,13 +258,35 @@ def _measure(
     if done:
         found = f"{task.name}: {done} of {total} answers are in {folder.path} already"
         console.print(found, markup=False, highlight=False, soft_wrap=True)
-    measured = 0
+    failures: list[dict[str, str]] = []
     with ProgressReporter(console, f"{model} {task.name}", total, done) as progress:
         for document in documents:
             if document.id not in left:
                 continue
-            for measurement in engine.answer(document, left[document.id]):
-                folder.append(to_sample(model, task, document, _prompt_hash(document), measurement))
-                measured += 1
+            for answered in engine.answer(document, left[document.id]):
+                if isinstance(answered, Failure):
+                    where = {"model": model, "task": task.name, "cell": answered.cell.key, "document": document.id}
+                    failures.append({**where, "error": answered.error})
+                else:
+                    folder.append(to_sample(model, task, document, _prompt_hash(document), answered))
+                    outcome.measured += 1
                 progress.advance()
-    return measured
+    for line in failure_lines(failures):
+        console.print(f"[red]{escape(line)}[/red]", highlight=False)
+    outcome.failures += failures
+
+
+def failure_lines(failures: Iterable[Mapping[str, str]]) -> list[str]:
+    """What failed, for a person: a line per task, and per cell of a task with its first error."""
+    groups: dict[tuple[str, str, str | None], list[Mapping[str, str]]] = {}
+    for failure in failures:
+        groups.setdefault((failure["model"], failure["task"], failure.get("cell")), []).append(failure)
+    lines = []
+    for (model, task, cell), mine in groups.items():
+        first = mine[0]
+        if cell is None:
+            lines.append(f"{task} ({model}): {first['error']}")
+        else:
+            more = f" and {len(mine) - 1} more documents" if len(mine) > 1 else ""
+            lines.append(f"{task} ({model}), {cell}, {first['document']}{more}: {first['error']}")
+    return lines

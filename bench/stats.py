@@ -72,11 +72,16 @@ def is_binary(*scores: Sequence[float]) -> bool:
 # --- Intervals ---
 
 
-def mean_interval(scores: Sequence[float], *, seed: int = 0) -> Interval | None:
-    """95 % interval of the mean score of n documents, or None where they do not say."""
+def mean_interval(scores: Sequence[float], *, binary: bool | None = None, seed: int = 0) -> Interval | None:
+    """95 % interval of the mean score of n documents, or None where they do not say.
+
+    Args:
+        binary: whether every score is 0 or 1 by its nature; None is what these are.
+        seed: of the resamples.
+    """
     if len(scores) < LEAST_DOCUMENTS:
         return None
-    if is_binary(scores):
+    if is_binary(scores) if binary is None else binary:
         found = stats.binomtest(int(sum(scores)), len(scores)).proportion_ci(LEVEL, method="wilson")
         return Interval(float(found.low), float(found.high))
     return _bootstrap_interval(np.asarray(scores, dtype=float), seed)

@@ -31,6 +31,8 @@ def report(
 ) -> None:
     """Print the comparison of each task: methods as rows, budgets grouped, the best of each budget in bold.
 
+    Tasks that were asked for through a group with a score of its own stand in the CSV format only.
+
     [bold]arkv-bench report runs/demo[/bold]
     [bold]arkv-bench report runs/a runs/b --format markdown -o table.md[/bold]
     [bold]arkv-bench report runs/a --against published.csv[/bold]
@@ -38,7 +40,7 @@ def report(
     from bench.records import write_atomic
     from bench.report import against as published
     from bench.report import averages
-    from bench.report.tables import print_comparison, read_results, to_csv, to_markdown
+    from bench.report.tables import headline, print_comparison, read_results, to_csv, to_markdown
 
     tables = [read_results(path) for path in runs]
     rows = [row for table in tables for row in table]
@@ -50,7 +52,7 @@ def report(
         if pairs is not None:
             published.print_against(pairs, console)
             return
-        print_comparison(tables, console)
+        print_comparison([headline(table) for table in tables], console)
         for table in tables:
             averages.print_averages(table, console)
         return
@@ -59,7 +61,9 @@ def report(
     elif format is Format.CSV:
         text = to_csv(tables)
     else:
-        text = to_markdown(tables) + "".join(f"\n{averages.to_markdown(table)}" for table in tables)
+        text = to_markdown([headline(table) for table in tables]) + "".join(
+            f"\n{averages.to_markdown(table)}" for table in tables
+        )
     if output is None:
         typer.echo(text, nl=False)
     else:

@@ -161,7 +161,7 @@ def run(
 
     from bench.report.averages import print_averages
     from bench.report.tables import headline, print_comparison
-    from bench.run import execute
+    from bench.run import execute, failure_lines
 
     console = Console()
     path = config.outdir or _new_folder(preset)
@@ -177,9 +177,9 @@ def run(
         console.print(f"{parts} tasks and groups that these consist of have rows of their own in results.csv.")
     console.print(f"Run folder: {path}", markup=False, highlight=False, soft_wrap=True)
     if outcome.failures:
-        typer.echo(f"arkv-bench: {len(outcome.failures)} of the tasks failed:", err=True)
-        for failure in outcome.failures:
-            typer.echo(f"  {failure['task']} ({failure['model']}): {failure['error']}", err=True)
+        typer.echo("arkv-bench: not everything could be measured:", err=True)
+        for line in failure_lines(outcome.failures):
+            typer.echo(f"  {line}", err=True)
         raise typer.Exit(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -98,3 +99,31 @@ def test_the_order_of_the_samples_does_not_matter() -> None:
     ]
     add_statistics([rows[1]], reversed(samples))
     assert (rows[0]["score_low"], rows[0]["score_high"]) == (rows[1]["score_low"], rows[1]["score_high"])
+
+
+def test_a_constant_is_no_proportion_where_others_are_none() -> None:
+    rows = statistics({"full": [0.0] * 12, "mix": [0.1 * i for i in range(12)]})
+    assert (rows["full"]["score_low"], rows["full"]["score_high"]) == (None, None)
+    assert rows["mix"]["score_low"] < rows["mix"]["score"] < rows["mix"]["score_high"]
+
+
+def test_documents_of_a_groups_tasks_may_share_ids_and_lack_a_score() -> None:
+    values = {"full": [1.0, 1.0, 1.0, 1.0], "mix": [1.0, 0.0, 0.0, 0.0]}
+    plain = statistics({method: values[method] * 3 for method in values})["mix"]
+
+    def grouped(unknown: bool) -> dict[str, Any]:
+        rows = [{**plain, "method": method, "cell": method, "score": fmean(values[method])} for method in values]
+        samples = [
+            {"task": task, "document": f"d{i}", "cell": method, "scores": {"exact_match": value}}
+            for task in ("a", "b", "c")
+            for method in values
+            for i, value in enumerate(values[method])
+        ]
+        if unknown:
+            samples[-1]["scores"] = {"exact_match": None}
+        add_statistics(rows, samples)
+        return rows[1]
+
+    known = grouped(unknown=False)
+    assert (known["difference"], known["score_low"]) == (plain["difference"], plain["score_low"])
+    assert all(grouped(unknown=True)[name] is None for name in STATISTICS)

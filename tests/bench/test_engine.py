@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable
 from dataclasses import replace
 from types import FunctionType, ModuleType
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 from arkv import TriStateCache, attach
-from bench.engine import Engine, Measurement
+from bench import peers
+from bench.engine import Engine, Failure, Measurement
 from bench.methods import Cell, grid
 from tasks.base import Compare, Continuation, Document, Generate, LogLikelihood, Rolling
 
@@ -28,7 +30,13 @@ def document(length: int = 200, new: int = 12, seed: int = 0, stop: tuple[str, .
 
 
 def answer(tiny: Any, grid_: list[Cell], question: Document) -> list[Measurement]:
-    return list(Engine(tiny.model, tiny.tokenizer, grid_).answer(question, grid_))
+    return measured_only(Engine(tiny.model, tiny.tokenizer, grid_).answer(question, grid_))
+
+
+def measured_only(outcomes: Iterable[Measurement | Failure]) -> list[Measurement]:
+    found = list(outcomes)
+    assert not [item.error for item in found if isinstance(item, Failure)]
+    return [item for item in found if isinstance(item, Measurement)]
 
 
 def generated(tiny: Any, question: Document) -> list[int]:
@@ -185,7 +193,7 @@ def choices(*pairs: tuple[tuple[int, ...], tuple[int, ...]]) -> Document:
 
 
 def score(tiny: Any, grid_: list[Cell], question: Document, batch_size: int | None = 1) -> list[Measurement]:
-    return list(Engine(tiny.model, tiny.tokenizer, grid_, batch_size=batch_size).answer(question, grid_))
+    return measured_only(Engine(tiny.model, tiny.tokenizer, grid_, batch_size=batch_size).answer(question, grid_))
 
 
 def sums(measured: Measurement) -> list[float]:
@@ -384,3 +392,108 @@ def test_full_is_read_once_for_all_cells(tiny: Any) -> None:
     finally:
         handle.remove()
     assert shapes == [(1, 149)] + [(1, 1)] * 40
+
+
+# --- Peers ---
+
+PEERS = ("hf:quanto-int4", "kvpress:snapkv", "kvpress:adakv")
+"""One that quantizes, one that removes tokens, one that masks them."""
+
+
+def decoded(tiny: Any, cell: Cell, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> torch.Tensor:
+    """Log-probabilities [T, V] behind each of ``tokens``, by the peer alone, token by token."""
+    assert cell.peer is not None
+    prefilled = peers.prefill(tiny.model, torch.tensor([prompt]), cell.peer)
+    with peers.decoding(tiny.model, prefilled.cache), torch.inference_mode():
+        steps = [
+            tiny.model(torch.tensor([[token]]), past_key_values=prefilled.cache).logits[0, 0].log_softmax(-1)
+            for token in tokens
+        ]
+    return torch.stack(steps)
+
+
+def likelihood(log_probabilities: torch.Tensor, tokens: tuple[int, ...]) -> float:
+    return float(log_probabilities.gather(1, torch.tensor(tokens)[:, None]).sum())
+
+
+def peer_cells(name: str) -> list[Cell]:
+    return grid(["full", name], [{"cache_ratio": 0.25}], [8], None, {"budget_unit": "bytes"})
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_score_continuations_as_they_decode(tiny: Any, name: str) -> None:
+    context, continuations = ids(200), ((7,), (9, 10), (9, 10, 11), (9, 12, 13))
+    full, mine = score(tiny, peer_cells(name), choices(*[(context, tokens) for tokens in continuations]), 8)
+    wanted = [
+        likelihood(decoded(tiny, mine.cell, context[:-1], (context[-1], *tokens[:-1])), tokens)
+        for tokens in continuations
+    ]
+    assert sums(mine) == pytest.approx(wanted, abs=1e-3)
+    assert all(abs(a - b) > 1e-3 for a, b in zip(sums(mine), sums(full), strict=True))
+    assert mine.tokens_quantized + mine.tokens_evicted > 100
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_read_texts_as_they_decode(tiny: Any, name: str) -> None:
+    tokens = ids(200)
+    request = Rolling(windows=(Continuation(context_ids=tokens[:1], token_ids=tokens[1:]),), prefill_share=0.5)
+    full, mine = score(tiny, peer_cells(name), Document(id="d", request=request))
+    prompt = int(0.5 * 199)
+    behind = decoded(tiny, mine.cell, tokens[:prompt], tokens[prompt:199])
+    wanted = plain_scores(tiny, tokens[:1], tokens[1 : prompt + 1])[0] + likelihood(behind, tokens[prompt + 1 :])
+    assert sums(mine) == pytest.approx([wanted], abs=1e-2)
+    assert abs(sums(mine)[0] - sums(full)[0]) > 0.05
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_are_compared_as_they_decode(tiny: Any, name: str) -> None:
+    question = comparison()
+    context, tokens = question.request.context_ids, question.request.continuation_ids
+    full, mine = score(tiny, peer_cells(name), question)
+    behind = decoded(tiny, mine.cell, context[:-1], (context[-1], *tokens[:-1]))
+    with torch.no_grad():
+        plain = tiny.model(torch.tensor([context + tokens])).logits[0, 149:-1].log_softmax(-1)
+    kl = torch.nn.functional.kl_div(behind, plain, log_target=True, reduction="none").sum(-1)
+    assert mine.answer.kl == pytest.approx(kl.tolist(), abs=1e-3)
+    assert max(mine.answer.kl) > 1e-3
+    assert set(full.answer.kl) == {0.0}
+
+
+def test_peers_have_nothing_to_say_without_a_prompt(tiny: Any) -> None:
+    grid_ = peer_cells("kvpress:snapkv")
+    engine = Engine(tiny.model, tiny.tokenizer, grid_)
+    full, failed = engine.answer(choices((ids(1), (7, 8)), (ids(200), (7,))), grid_)
+    assert isinstance(full, Measurement)
+    assert isinstance(failed, Failure)
+    assert failed.error.startswith("kvpress:snapkv compresses a prompt, and here there is none")
+
+
+# --- Failures ---
+
+
+@pytest.mark.parametrize("kind", ["generate", "choices", "text", "compare"])
+def test_a_cell_that_fails_leaves_the_others_alone(tiny: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    question = {"generate": document(), "choices": MIXED, "text": text(), "compare": comparison()}[kind]
+    grid_ = cells("full", "window", "mix")
+    expected = [item.answer for item in answer(tiny, grid_, question) if item.cell.method != "window"]
+    original = Engine._compress
+
+    def failing(self: Engine, cell: Cell, *arguments: Any) -> Any:
+        if cell.method == "window":
+            raise torch.OutOfMemoryError("no memory\nis left")
+        return original(self, cell, *arguments)
+
+    monkeypatch.setattr(Engine, "_compress", failing)
+    *others, failed = Engine(tiny.model, tiny.tokenizer, grid_).answer(question, grid_)
+    assert [item.answer for item in others if isinstance(item, Measurement)] == expected
+    assert failed == Failure(cell=grid_[1], error="OutOfMemoryError: no memory is left")
+
+
+def test_what_cells_share_fails_for_all(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: Any) -> Any:
+        raise RuntimeError("no prefill")
+
+    monkeypatch.setattr(Engine, "_prefill", failing)
+    grid_ = cells("full", "mix")
+    outcomes = list(Engine(tiny.model, tiny.tokenizer, grid_).answer(document(), grid_))
+    assert outcomes == [Failure(cell=cell, error="RuntimeError: no prefill") for cell in grid_]

@@ -13,7 +13,16 @@ from rich.console import Console
 from bench.errors import UserError
 from bench.records import COLUMNS, RESULTS
 from bench.report.speed import speed_table
-from bench.report.tables import EVERYTHING, LEGEND, compare, print_comparison, read_results, to_csv, to_markdown
+from bench.report.tables import (
+    EVERYTHING,
+    LEGEND,
+    compare,
+    headline,
+    print_comparison,
+    read_results,
+    to_csv,
+    to_markdown,
+)
 from bench.speed import Timing, summarize
 
 
@@ -324,3 +333,9 @@ def test_files_that_are_no_results(tmp_path: Path, content: bytes, said: str) ->
 def test_no_run_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run folder"):
         read_results(tmp_path)
+
+
+def test_parts_of_a_group_with_a_score_of_its_own_are_left_out() -> None:
+    group, part = row("mix", 0.5, task="mmlu"), row("mix", 0.4, task="mmlu_law", part_of="mmlu")
+    dataset = row("mix", 40.0, task="longbench:trec", part_of="longbench")
+    assert headline([part, group, dataset]) == [group, dataset]

@@ -12,7 +12,9 @@ from rich.console import Console
 
 from bench import run
 from bench.config import RunConfig
+from bench.engine import Engine
 from bench.errors import UserError
+from bench.methods import Cell
 from bench.records import RECORD, RESULTS, SAMPLES, RunFolder, read_record
 from bench.run import Outcome, execute
 from tests.bench.conftest import define_toys, read_lines
@@ -138,6 +140,32 @@ def test_a_failed_task_leaves_the_others_alone(tiny_folder: Path, tmp_path: Path
     assert str(tmp_path / "nowhere") in said.replace("\n", "")
     assert len(outcome.rows) == 3
     assert read_record(tmp_path)["failures"] == outcome.failures
+
+
+def test_a_failed_cell_leaves_the_others_alone(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Engine._compress
+
+    def failing(self: Engine, cell: Cell, *arguments: Any) -> Any:
+        if cell.method == "window":
+            raise UserError("no window today")
+        return original(self, cell, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_compress", failing)
+        outcome, said = go(tiny_folder, tmp_path)
+    assert outcome.measured == 6
+    assert [row["method"] for row in outcome.rows] == ["full", "mix"]
+    assert len(outcome.failures) == 3
+    first = outcome.failures[0]
+    assert (first["model"], first["task"], first["error"]) == ("tiny", "needle", "no window today")
+    assert first["cell"].startswith("window-C64t")
+    assert f"{first['cell']}, {first['document']} and 2 more documents: no window today" in said
+    assert read_record(tmp_path)["failures"] == outcome.failures
+    # The same command tries again what has failed.
+    outcome, _ = go(tiny_folder, tmp_path)
+    assert (outcome.measured, outcome.failures) == (3, [])
 
 
 def test_a_prompt_within_the_budget_is_no_error(tiny_folder: Path, tmp_path: Path) -> None:
