@@ -71,6 +71,7 @@ class RunConfig:
     include_path: tuple[str, ...] | None = None
     rolling_prefill: float = Rolling.prefill_share
     rolling_chunk: int = Rolling.chunk
+    prefill_chunk: int | None = None
     batch_size: str = "1"
     trust_remote_code: bool = False
 
@@ -90,6 +91,7 @@ class RunConfig:
             ("max_length", 2),
             ("num_fewshot", 0),
             ("rolling_chunk", 1),
+            ("prefill_chunk", 1),
             ("continuation", 1),
         ):
             value = getattr(self, name)

@@ -200,13 +200,23 @@ class Engine:
         cells: the grid.
         batch_size: continuations of a context that are read in one forward, each from its own copy of the cache; None
             for as many as take a gibibyte.
+        prefill_chunk: tokens of a prompt that are read in one forward, to save memory; None for all.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, cells: Sequence[Cell], *, batch_size: int | None = 1) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        cells: Sequence[Cell],
+        *,
+        batch_size: int | None = 1,
+        prefill_chunk: int | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.cells = list(cells)
         self.batch_size = batch_size
+        self.prefill_chunk = prefill_chunk
         self.device = model.device
         end = model.generation_config.eos_token_id
         ends = end if isinstance(end, list) else [end]
@@ -264,7 +274,8 @@ class Engine:
         cache = PrefillCache(self.model, self.window_size)
         clock = Stopwatch(self.device)
         with attach(self.model), clock:
-            logits = self.model(self._ids([ids]), past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            for chunk in self._ids([ids]).split(self.prefill_chunk or len(ids), dim=1):
+                logits = self.model(chunk, past_key_values=cache, logits_to_keep=1).logits[:, -1]
         return _Prefill(ids=tuple(ids), cache=cache, logits=logits, seconds=clock.seconds)
 
     def _compress(self, cell: Cell, prefill: _Prefill) -> _Compressed:

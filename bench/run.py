@@ -71,6 +71,7 @@ def fingerprint(config: RunConfig, models: dict[str, str]) -> dict[str, Any]:
         "gen_kwargs": config.gen_kwargs,
         "rolling_prefill": config.rolling_prefill,
         "rolling_chunk": config.rolling_chunk,
+        "prefill_chunk": config.prefill_chunk,
         "haystack": _file_hash(config.haystack),
         "text": _file_hash(config.text),
         "continuation": config.continuation,
@@ -186,7 +187,9 @@ def execute(
         }
         folder.write_record(record)
         for name, model in loaded.items():
-            engine = Engine(model.model, model.tokenizer, cells, batch_size=config.batch)
+            engine = Engine(
+                model.model, model.tokenizer, cells, batch_size=config.batch, prefill_chunk=config.prefill_chunk
+            )
             engine.warm_up()
             results: dict[str, TaskResults] = {}
             for task, part_of in tasks:

@@ -104,6 +104,9 @@ def run(
         int | None,
         _option("Perplexity tasks: tokens read at once after that; 1 compresses after every one. Default: 32.", DATA),
     ] = None,
+    prefill_chunk: Annotated[
+        int | None, _option("Tokens of a prompt that are read in one forward. Default: all at once.", DATA)
+    ] = None,
     batch_size: Annotated[
         str | None, _option("Choices of a question that are read in one forward, or auto. Default: 1.", DATA)
     ] = None,

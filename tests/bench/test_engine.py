@@ -497,3 +497,13 @@ def test_what_cells_share_fails_for_all(tiny: Any, monkeypatch: pytest.MonkeyPat
     grid_ = cells("full", "mix")
     outcomes = list(Engine(tiny.model, tiny.tokenizer, grid_).answer(document(), grid_))
     assert outcomes == [Failure(cell=cell, error="RuntimeError: no prefill") for cell in grid_]
+
+
+def test_a_prompt_read_in_chunks_is_answered_the_same(tiny: Any) -> None:
+    grid_ = cells()
+    whole = answer(tiny, grid_, document())
+    engine = Engine(tiny.model, tiny.tokenizer, grid_, prefill_chunk=64)
+    for one, other in zip(whole, measured_only(engine.answer(document(), grid_)), strict=True):
+        assert one.answer == other.answer
+        assert one.kv_bytes == other.kv_bytes
+        assert one.tokens_evicted == other.tokens_evicted
