@@ -93,6 +93,15 @@ def _median(samples: Sequence[Sample], name: str) -> float | None:
     return median(values) if values else None
 
 
+def _prompt_bytes(sample: Sample) -> float:
+    """Bytes of the full cache of the prompt alone, which a budget as a share of the prompt is meant of."""
+    full: float = sample["full_kv_bytes"]
+    if sample["token_ids"] is None and sample["compared"] is None:
+        # Choices and texts are read from the compressed context: nothing has been added to it.
+        return full
+    return full * sample["prompt_tokens"] / sample["tokens_seen"]
+
+
 def _ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
@@ -239,6 +248,7 @@ def _cell_rows(
                 "kv_bytes_mean": fmean(sample["kv_bytes"] for sample in taken),
                 "kv_bytes_peak": max(sample["kv_bytes_peak"] for sample in taken),
                 "kv_share": _ratio(sum(s["kv_bytes"] for s in taken), sum(s["full_kv_bytes"] for s in taken)),
+                "kv_share_of_prompt": _ratio(sum(s["kv_bytes"] for s in taken), sum(map(_prompt_bytes, taken))),
                 "original_share": _ratio(sum(s["tokens_original"] for s in taken), seen),
                 "quantized_share": _ratio(sum(s["tokens_quantized"] for s in taken), seen),
                 "evicted_share": _ratio(sum(s["tokens_evicted"] for s in taken), seen),

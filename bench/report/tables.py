@@ -149,9 +149,9 @@ def _share(row: Row) -> str:
 
 def off_budget(row: Row) -> bool:
     """The bytes are more than 2 % away from the share of bytes that was asked for."""
-    if row["budget_unit"] != "bytes" or not row["cache_ratio"] or row["kv_share"] is None or not_exercised(row):
+    if row["budget_unit"] != "bytes" or not row["cache_ratio"] or not row["kv_share_of_prompt"] or not_exercised(row):
         return False
-    return bool(abs(row["kv_share"] / row["cache_ratio"] - 1) > TOLERANCE)
+    return bool(abs(row["kv_share_of_prompt"] / row["cache_ratio"] - 1) > TOLERANCE)
 
 
 def _against_full(row: Row) -> str:
@@ -296,9 +296,13 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     notes += _detectable(rows)
     if any(map(not_exercised, rows)):
         notes.append("not exercised: every prompt and answer fits the budget, so that nothing was compressed")
-    off = [f"{row['method']} {_percent(row['kv_share'])} of {_budget(row)}" for row in rows if off_budget(row)]
+    off = [
+        f"{row['method']} {_percent(row['kv_share_of_prompt'])} of {_budget(row)}" for row in rows if off_budget(row)
+    ]
     if off:
-        notes.append(f"* more than {100 * TOLERANCE:.0f} % off the bytes asked for: {', '.join(off)}")
+        notes.append(
+            f"* more than {100 * TOLERANCE:.0f} % off the share of the prompt's bytes asked for: {', '.join(off)}"
+        )
     fixed = [
         row["method"]
         for row in rows

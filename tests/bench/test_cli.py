@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +42,10 @@ def fail(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
-def test_help_is_instant(command: str | None) -> None:
-    best = 1e9
-    for _ in range(5):
-        start = time.perf_counter()
-        done = shell(*([command] if command else []), "--help")
-        best = min(best, time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-        assert "Usage: " in done.stdout
-        if best < 2.0:
-            break
-    # The budget is half a second; the test allows for a busy machine.
-    assert best < 2.0
+def test_help(command: str | None) -> None:
+    done = shell(*([command] if command else []), "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage: " in done.stdout
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:

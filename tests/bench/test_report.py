@@ -53,6 +53,7 @@ def row(method: str, score: float, cache_size: int | None = 512, **more: Any) ->
         "kv_bytes_mean": 46_000_000.0,
         "kv_bytes_peak": 47_000_000,
         "kv_share": 1.0 if full else 0.25,
+        "kv_share_of_prompt": 1.0 if full else 0.25,
         "original_share": 1.0 if full else 0.2,
         "quantized_share": 0.0 if full else 0.05,
         "evicted_share": 0.0 if full else 0.75,
@@ -253,14 +254,15 @@ def test_a_row_that_was_not_exercised_says_so() -> None:
 
 def test_bytes_off_the_budget_have_a_footnote() -> None:
     share = {"cache_size": None, "cache_ratio": 0.25, "budget_unit": "bytes"}
-    rows = [row("mix", 1.0, **share, kv_share=0.2451), row("kvpress:snapkv", 0.5, **share, kv_share=0.2731)]
+    rows = [row("mix", 1.0, **share, kv_share=0.235, kv_share_of_prompt=0.2451)]
+    rows.append(row("kvpress:snapkv", 0.5, **share, kv_share=0.262, kv_share_of_prompt=0.2731))
     text = to_markdown([rows])
-    assert "more than 2 % off the bytes asked for: kvpress:snapkv 27.3 % of 25 %" in text
-    assert "27.3 %\\*" in text
-    assert "24.5 % |" in text
+    assert "more than 2 % off the share of the prompt's bytes asked for: kvpress:snapkv 27.3 % of 25 %" in text
+    assert "26.2 %\\*" in text
+    assert "23.5 % |" in text
     # A share of the tokens promises no bytes.
-    tokens = row("mix", 1.0, **{**share, "budget_unit": "tokens"}, kv_share=0.4)
-    assert "off the bytes" not in to_markdown([[tokens]])
+    tokens = row("mix", 1.0, **{**share, "budget_unit": "tokens"}, kv_share_of_prompt=0.4)
+    assert "off the share" not in to_markdown([[tokens]])
 
 
 def test_cut_prompts_and_uneven_counts_are_noted() -> None:

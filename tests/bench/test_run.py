@@ -21,7 +21,7 @@ from tests.bench.conftest import define_toys, read_lines
 
 WANTED = [
     *["model", "task", "metric", "method", "quant_format", "budget_unit", "cache_size", "window_size", "n"],
-    *["score", "score_full", "retention", "kv_bytes_mean", "kv_bytes_peak", "kv_share"],
+    *["score", "score_full", "retention", "kv_bytes_mean", "kv_bytes_peak", "kv_share", "kv_share_of_prompt"],
     *["original_share", "quantized_share", "evicted_share", "prefill_s", "ttft_ms", "decode_tokens_per_s", "tpot_ms"],
     *["peak_memory_bytes", "prompt_tokens", "generated_tokens"],
 ]
