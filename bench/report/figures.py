@@ -171,7 +171,8 @@ def score_figure(name: str, rows: Sequence[Row]) -> Figure | None:
         front = pareto_front(shown)
         steps = [row["kv_bytes_mean"] / 1e6 for row in front]
         line: dict[str, Any] = {"color": FOREGROUND, "linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 1}
-        axes.plot(steps, [row["score"] for row in front], drawstyle="steps-post", label="Pareto front", **line)
+        ring: dict[str, Any] = {"marker": "o", "markersize": 11, "fillstyle": "none", "markeredgewidth": 0.9}
+        axes.plot(steps, [row["score"] for row in front], drawstyle="steps-post", label="Pareto front", **line, **ring)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(_few(steps + [row["kv_bytes_mean"] / 1e6 for row in shown]))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -181,8 +182,9 @@ def score_figure(name: str, rows: Sequence[Row]) -> Figure | None:
         axes.margins(x=0.08)
         _legend(canvas, axes)
     caption = (
-        "Bars: 95 % intervals over documents. Dashed: the Pareto front of the scores as measured (no other row has "
-        "fewer bytes and a better score); it does not weigh the intervals. Rows that were not exercised are left out."
+        "Bars: 95 % intervals over documents. Dashed and ringed: the Pareto front of the scores as measured (no other "
+        "row has fewer bytes and a better score); it does not weigh the intervals. Rows that were not exercised are "
+        "left out."
     )
     return Figure(name=name, caption=caption, canvas=canvas)
 

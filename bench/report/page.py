@@ -191,29 +191,23 @@ def budget_sentences(rows: Sequence[Row]) -> list[str]:
     return sentences
 
 
-def answer(runs: Sequence[Run]) -> list[str]:
-    """The paragraph on top, in sentences: each task's first metric; a count of leaders where there are many tasks."""
+def answer(run: Run) -> str:
+    """The paragraph on top: each task's first metric, budget by budget; a count of leaders where there are many."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in headline(run.rows):
+        mine = groups.setdefault((row["model"], row["task"]), [])
+        if not mine or row["metric"] == mine[0]["metric"]:
+            mine.append(row)
+    if len(groups) > 2:
+        return " ".join(_counts(groups))
     sentences = []
-    for run in runs:
-        groups: dict[tuple[str, str], list[Row]] = {}
-        for row in headline(run.rows):
-            mine = groups.setdefault((row["model"], row["task"]), [])
-            if not mine or row["metric"] == mine[0]["metric"]:
-                mine.append(row)
-        prefix = f"{run.name}: " if len(runs) > 1 else ""
-        if len(groups) > 2:
-            sentences += [prefix + text for text in _counts(groups)]
-            continue
-        for (model, task), rows in groups.items():
-            full = next((row for row in rows if row["method"] == FULL), None)
-            what = f"{task} ({rows[0]['metric']}, {model}, n={max(row['n'] for row in rows)})"
-            said = (
-                f"On {what}, the full cache scores {_scored(full)}." if full else f"On {what}, full was not measured."
-            )
-            sentences += [prefix + said, *budget_sentences(rows)]
-            known = detectable(rows)
-            sentences += [f"{text[0].upper()}{text[1:]}." for text in known]
-    return sentences
+    for (model, task), rows in groups.items():
+        full = next((row for row in rows if row["method"] == FULL), None)
+        what = f"{task} ({rows[0]['metric']}, {model}, n={max(row['n'] for row in rows)})"
+        said = f"the full cache scores {_scored(full)}" if full else "the full cache was not measured"
+        sentences += [f"On {what}, {said}.", *budget_sentences(rows)]
+        sentences += [f"{text[0].upper()}{text[1:]}." for text in detectable(rows)]
+    return " ".join(sentences)
 
 
 def _counts(groups: Mapping[tuple[str, str], Sequence[Row]]) -> list[str]:
@@ -420,7 +414,7 @@ def build(runs: Sequence[Run]) -> Page:
     html = environment.get_template("page.html.j2").render(
         runs=runs,
         names=", ".join(run.name for run in runs),
-        answer=answer(runs),
+        answers={run.name: answer(run) for run in runs},
         warnings=warnings,
         sections=sections,
         unfigured=max(len(sections) - FIGURED, 0),
