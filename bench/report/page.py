@@ -15,6 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from bench.comparison import by_budget, not_exercised
+from bench.errors import UserError
 from bench.methods import FULL, budget_text
 from bench.records import DATA, RECORD, SAMPLES, read_record, read_samples
 from bench.report import averages
@@ -39,6 +40,8 @@ BUDGET, METHOD, SCORE, DIFFERENCE, _P, SHARE, *_OTHERS = STACKED
 AGAINST_FULL = next(column for column in EVERYTHING if column.header == "against full")
 FIGURED = 40
 """Comparisons that get figures: more would make the page too large for a phone, and nobody looks at more."""
+READ = ("model", "task", "document", "prompt_sha256", "cell", "truncated", "oq_ratios")
+"""What the page takes from a sample."""
 LISTED = 50
 """Cut documents that are named one by one."""
 
@@ -74,10 +77,19 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
                 name=printable(unique),
                 rows=read_results(path),
                 record=read_record(path) if (path / RECORD).is_file() else None,
-                samples=read_samples(path / SAMPLES),
+                samples=_samples(path / SAMPLES),
             )
         )
     return runs
+
+
+def _samples(file: Path) -> list[dict[str, Any]]:
+    samples = read_samples(file)
+    for sample in samples:
+        missing = [name for name in READ if not isinstance(sample, dict) or name not in sample]
+        if missing:
+            raise UserError(f"{file}: a sample has no {missing[0]!r}; the run's own command measures what is missing")
+    return samples
 
 
 # --- Which runs may be compared ---

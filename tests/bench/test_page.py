@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bench.cli import main
+from bench.errors import UserError
 from bench.report.figures import FOREGROUND, SERIES, layer_means, pareto_front
 from bench.report.page import Page, answer, budget_sentences, build, read_runs
 from tests.bench.browser import Browser
@@ -237,6 +238,12 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     html = page_of(folder).html
     assert "no record.json" in html
     assert "no samples.jsonl" in html
+
+
+def test_samples_of_another_making_are_refused(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", samples=[{"model": "tiny"}])
+    with pytest.raises(UserError, match=r"samples\.jsonl: a sample has no 'task'"):
+        read_runs([folder])
 
 
 # --- Figures ---
