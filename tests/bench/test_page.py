@@ -193,6 +193,7 @@ def test_rows_that_were_not_exercised_are_marked(tmp_path: Path) -> None:
     assert "not exercised" in idle[0]
 
 
+@pytest.mark.slow
 def test_a_page_of_many_tasks_stays_small(tmp_path: Path) -> None:
     tasks = [{**item, "task": f"task{number}"} for number in range(60) for item in ROWS]
     page = page_of(make_run(tmp_path / "run", tasks, []))
