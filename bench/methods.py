@@ -24,6 +24,16 @@ DESCRIPTIONS = {
 }
 
 
+def budget_text(unit: str | None, cache_size: int | None, cache_ratio: float | None) -> str:
+    """A budget for a person; empty where there is none."""
+    if cache_ratio is not None:
+        return f"{100 * cache_ratio:g} % of each prompt's {unit}"
+    if cache_size is None:
+        return ""
+    counted = "tokens per layer" if unit == "tokens" else "tokens' worth of bytes per layer"
+    return f"C={cache_size} {counted}"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One method with all its settings: a row of the table, a cell of the grid."""
@@ -69,12 +79,7 @@ class Cell:
     @property
     def budget(self) -> str:
         """The budget for a person."""
-        if self.cache_ratio is not None:
-            return f"{100 * self.cache_ratio:g} % of each prompt's {self.budget_unit}"
-        if self.cache_size is None:
-            return ""
-        unit = "tokens per layer" if self.budget_unit == "tokens" else "tokens' worth of bytes per layer"
-        return f"C={self.cache_size} {unit}"
+        return budget_text(self.budget_unit, self.cache_size, self.cache_ratio)
 
     @property
     def window_size(self) -> int | None:

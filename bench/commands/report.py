@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from bench.errors import UserError
+
 
 class Format(str, Enum):
     """How a table is written."""
@@ -28,6 +30,14 @@ def report(
         Path | None,
         typer.Option("--output", "-o", help="Write to this file instead of the terminal.", show_default=False),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", help="Write one page with tables and figures.", metavar="FILE", show_default=False),
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option("--figures", help="Write the figures as SVG, PNG and PDF.", metavar="DIR", show_default=False),
+    ] = None,
 ) -> None:
     """Print the comparison of each task: methods as rows, budgets grouped, the best of each budget in bold.
 
@@ -36,7 +46,14 @@ def report(
     [bold]arkv-bench report runs/demo[/bold]
     [bold]arkv-bench report runs/a runs/b --format markdown -o table.md[/bold]
     [bold]arkv-bench report runs/a --against published.csv[/bold]
+    [bold]arkv-bench report runs/a runs/b --html page.html --figures figures[/bold]
     """
+    if html is not None or figures is not None:
+        if against is not None:
+            raise UserError("--against is a table of its own: leave it out, or leave out --html and --figures", 2)
+        _write_page(runs, html, figures)
+        if output is None:
+            return
     from bench.records import write_atomic
     from bench.report import against as published
     from bench.report import averages
@@ -69,3 +86,20 @@ def report(
     else:
         write_atomic(output, text)
         typer.echo(f"wrote {output}")
+
+
+def _write_page(runs: list[Path], html: Path | None, figures: Path | None) -> None:
+    from bench.records import write_atomic
+    from bench.report.page import build, read_runs
+
+    page = build(read_runs(runs))
+    if html is not None:
+        try:
+            write_atomic(html, page.html)
+        except OSError as error:
+            raise UserError(f"--html {html}: cannot be written ({error.strerror})") from None
+        typer.echo(f"wrote {html}")
+    if figures is not None:
+        for figure in page.figures:
+            figure.save(figures)
+        typer.echo(f"wrote {len(page.figures)} figures to {figures}, each as SVG, PNG and PDF")

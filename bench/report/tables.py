@@ -293,7 +293,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         notes.append("budget: " + "; ".join(BUDGET_UNITS[unit] for unit in sorted(units)) + window)
     if any(row["leading"] for row in rows):
         notes.append("bold: the best of a budget, and what cannot be told from it")
-    notes += _detectable(rows)
+    notes += detectable(rows)
     if any(map(not_exercised, rows)):
         notes.append("not exercised: every prompt and answer fits the budget, so that nothing was compressed")
     off = [
@@ -320,7 +320,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _detectable(rows: Sequence[Row]) -> list[str]:
+def detectable(rows: Sequence[Row]) -> list[str]:
     """What differences to ``full`` so many documents could have shown."""
     compared = [row for row in rows if row["p_value"] is not None]
     known = sorted({_score(row["detectable_difference"], 2) for row in compared} - {""}, key=float)

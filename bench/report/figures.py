@@ -1,0 +1,275 @@
+"""The figures of a report: for the page as SVG that follows its colours, and as files for a paper."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from bench.comparison import not_exercised
+from bench.errors import UserError
+from bench.methods import FULL
+from bench.report.tables import BUDGET, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FOREGROUND = "#16191d"
+SERIES = ("#0059b3", "#a84300", "#00704a", "#a1007f", "#6544b8", "#5a6300", "#a3262a", "#00707c")
+"""Colours on white, told apart by most eyes; the page has a brighter set of its own on black."""
+MARKERS = "osD^vPX"
+FORMATS = ("svg", "png", "pdf")
+WIDTH, HEIGHT = 5.0, 3.9
+"""Inches. Small, so that 72 units per inch are about the pixels of a phone and letters keep their size."""
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.parse_math": False,  # names come from files
+    "text.color": FOREGROUND,
+    "axes.edgecolor": FOREGROUND,
+    "axes.labelcolor": FOREGROUND,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": FOREGROUND,
+    "ytick.color": FOREGROUND,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "arkv-bench",
+    "pdf.fonttype": 42,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A drawing that can be written in several formats."""
+
+    name: str
+    """Of its files, without an ending."""
+    caption: str
+    canvas: Canvas
+
+    def inline_svg(self) -> str:
+        """An ``<svg>`` element for a page: text and axes in the page's text colour, series in its ``--series-N``."""
+        text = self._bytes("svg").decode()
+        text = text[text.index("<svg") :]
+        # Names of XML namespaces mean nothing within HTML.
+        text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+        text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+        text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+        # Several drawings on one page must not share ids.
+        text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", text)
+        text = text.replace(FOREGROUND, "currentColor")
+        for number, colour in enumerate(SERIES, start=1):
+            text = text.replace(colour, f"var(--series-{number})")
+        return text.replace("<svg", '<svg aria-hidden="true"', 1)
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write it in every one of :data:`FORMATS`.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        paths = [folder / f"{self.name}.{ending}" for ending in FORMATS]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path, ending in zip(paths, FORMATS, strict=True):
+                path.write_bytes(self._bytes(ending))
+        except OSError as error:
+            raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
+        return paths
+
+    def _bytes(self, ending: str) -> bytes:
+        buffer = io.BytesIO()
+        # No date and no maker: equal figures are equal files.
+        nothing = {"svg": ("Creator", "Date", "Format", "Type"), "pdf": ("Creator", "Producer", "CreationDate")}
+        metadata = dict.fromkeys(nothing.get(ending, ("Software",)))
+        with matplotlib.rc_context(STYLE):
+            self.canvas.savefig(buffer, format=ending, transparent=ending == "svg", dpi=200, metadata=metadata)
+        return buffer.getvalue()
+
+
+@contextmanager
+def _drawing(width: float, height: float) -> Iterator[Canvas]:
+    with matplotlib.rc_context(STYLE):
+        yield Canvas(figsize=(width, height), layout="constrained")
+
+
+def file_name(*parts: str) -> str:
+    """A name that is one on every system, and an id in HTML."""
+    return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", part).strip("-.") or "x" for part in parts)[:100]
+
+
+def series(row: Row) -> str:
+    """What a row's points are labelled with: rows that differ in nothing but the budget are one series."""
+    return " ".join(filter(None, (row["method"], row["quant_format"], row.get("run"))))
+
+
+def pareto_front(rows: Sequence[Row]) -> list[Row]:
+    """The rows that no other beats in true bytes and in score together, by rising bytes.
+
+    Rows that were not exercised or whose bytes are unknown do not count.
+    """
+    playing = [row for row in rows if row["kv_bytes_mean"] is not None and not not_exercised(row)]
+    front: list[Row] = []
+    for row in sorted(playing, key=lambda row: (row["kv_bytes_mean"], -_worth(row))):
+        if not front or _worth(row) > _worth(front[-1]):
+            front.append(row)
+    return front
+
+
+def _worth(row: Row) -> float:
+    return float(row["score"]) if row["higher_is_better"] else -float(row["score"])
+
+
+def _looks(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each series: no two share both among the first 56."""
+    return {
+        label: {"color": SERIES[place % len(SERIES)], "marker": MARKERS[place % len(MARKERS)]}
+        for place, label in enumerate(labels)
+    }
+
+
+def _legend(canvas: Canvas, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 3 if max(map(len, labels)) <= 16 else 2 if max(map(len, labels)) <= 26 else 1
+    canvas.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=1.6, columnspacing=1.2)
+
+
+def score_figure(name: str, rows: Sequence[Row]) -> Figure | None:
+    """Score against true KV bytes with the Pareto front; None where fewer than two rows can be placed.
+
+    Args:
+        rows: of one model, task and metric.
+    """
+    shown = [row for row in rows if row["kv_bytes_mean"] and not not_exercised(row)]
+    if len(shown) < 2:
+        return None
+    metric, higher = shown[0]["metric"], shown[0]["higher_is_better"]
+    with _drawing(WIDTH, HEIGHT) as canvas:
+        axes = canvas.add_subplot()
+        looks = _looks(list(dict.fromkeys(series(row) for row in shown if row["method"] != FULL)))
+        for label in dict.fromkeys(map(series, shown)):
+            mine = sorted((row for row in shown if series(row) == label), key=lambda row: row["kv_bytes_mean"])
+            look = looks.get(label, {"color": FOREGROUND, "marker": "*", "markersize": 11})
+            x, y = [row["kv_bytes_mean"] / 1e6 for row in mine], [row["score"] for row in mine]
+            axes.plot(x, y, linewidth=1, alpha=0.95, label=label, **look)
+            sure = [row for row in mine if row["score_low"] is not None and row["score_high"] is not None]
+            for row in sure:
+                place = [row["kv_bytes_mean"] / 1e6] * 2
+                axes.plot(place, [row["score_low"], row["score_high"]], color=look["color"], linewidth=1, alpha=0.45)
+        front = pareto_front(shown)
+        steps = [row["kv_bytes_mean"] / 1e6 for row in front]
+        line: dict[str, Any] = {"color": FOREGROUND, "linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 1}
+        ring: dict[str, Any] = {"marker": "o", "markersize": 11, "fillstyle": "none", "markeredgewidth": 0.9}
+        axes.plot(steps, [row["score"] for row in front], drawstyle="steps-post", label="Pareto front", **line, **ring)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(_few(steps + [row["kv_bytes_mean"] / 1e6 for row in shown]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axes.set_xlabel("true KV bytes, MB (log)")
+        axes.set_ylabel(f"{metric} ({'higher' if higher else 'lower'} is better)")
+        axes.margins(x=0.08)
+        _legend(canvas, axes)
+    caption = (
+        "Bars: 95 % intervals over documents. Dashed and ringed: the Pareto front of the scores as measured (no other "
+        "row has fewer bytes and a better score); it does not weigh the intervals. Rows that were not exercised are "
+        "left out."
+    )
+    return Figure(name=name, caption=caption, canvas=canvas)
+
+
+def _few(values: Sequence[float]) -> Any:
+    """Ticks on a logarithmic axis that have room: 1, 2, 5 within a few decades, else powers of ten."""
+    from matplotlib.ticker import LogLocator
+
+    return LogLocator(subs=(1.0, 2.0, 5.0) if max(values) / min(values) < 300 else (1.0,))
+
+
+def time_figure(name: str, rows: Sequence[Row]) -> Figure | None:
+    """Milliseconds per output token, and seconds of compression; None without such times.
+
+    Args:
+        rows: of one model and task, one per cell.
+    """
+    panels: list[tuple[str, Callable[[Row], float | None]]] = [
+        ("ms per output token", lambda row: row["tpot_ms"]),
+        ("compression, s", lambda row: row["compress_s"]),
+    ]
+    panels = [panel for panel in panels if any(panel[1](row) is not None for row in rows)]
+    if not panels or len(rows) < 2:
+        return None
+    labels = [" ".join(filter(None, (series(row), BUDGET.cell(row)))) for row in rows]
+    with _drawing(WIDTH, 1.0 + 0.27 * len(rows)) as canvas:
+        sharing = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        colours = _looks(list(dict.fromkeys(series(row) for row in rows if row["method"] != FULL)))
+        for axes, (title, value) in zip(sharing, panels, strict=True):
+            for place, row in enumerate(rows):
+                colour = colours.get(series(row), {"color": FOREGROUND})["color"]
+                if (length := value(row)) is not None:
+                    axes.barh(place, length, color=colour, height=0.7)
+            axes.set_xlabel(title)
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(3))
+            axes.tick_params(axis="y", length=0)
+        sharing[0].set_yticks(range(len(rows)), labels)
+        sharing[0].set_ylim(len(rows) - 0.4, -0.6)
+    caption = (
+        "Left: time of every later output token. Right: median time of compression after the prefill. Times are of the "
+        "machine in the record; rows of one run share each prefill."
+        if len(panels) == 2
+        else "Times are of the machine in the record."
+    )
+    return Figure(name=name, caption=caption, canvas=canvas)
+
+
+def layer_means(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Mean OQ ratio of each layer over documents, by cell; cells without ratios are left out."""
+    ratios: dict[str, list[list[float]]] = {}
+    for sample in samples:
+        if sample["oq_ratios"]:
+            ratios.setdefault(sample["cell"], []).append(sample["oq_ratios"])
+    return {cell: [fmean(layer) for layer in zip(*found, strict=True)] for cell, found in ratios.items()}
+
+
+def oq_figure(name: str, rows: Sequence[Row], samples: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """OQ ratio of each layer; None where no sample holds any.
+
+    Args:
+        rows: of one model and task, one per cell.
+        samples: those of the same model and task.
+    """
+    by_cell = {row["cell"]: row for row in rows}
+    lines: dict[tuple[float, ...], list[Row]] = {}
+    for cell, means in layer_means(samples).items():
+        if cell in by_cell:
+            lines.setdefault(tuple(means), []).append(by_cell[cell])
+    if not lines:
+        return None
+    with _drawing(WIDTH, HEIGHT) as canvas:
+        axes = canvas.add_subplot()
+        looks = itertools.cycle(zip(SERIES, itertools.cycle(("-", "--", "-.", ":")), strict=False))
+        for (ratios, mine), (colour, style) in zip(lines.items(), looks, strict=False):
+            budgets = ", ".join(BUDGET.cell(row) for row in mine)
+            label = f"{' / '.join(dict.fromkeys(map(series, mine)))} at {budgets}"
+            axes.plot(range(len(ratios)), ratios, color=colour, linestyle=style, marker=".", linewidth=1.2, label=label)
+        axes.set_ylim(0, 1)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.set_xlabel("layer")
+        axes.set_ylabel("OQ ratio")
+        _legend(canvas, axes)
+    caption = (
+        "A layer's OQ score over the largest of all layers: the higher, the more of its budget stays Original. "
+        "Means over documents; cells with the same ratios share a line."
+    )
+    return Figure(name=name, caption=caption, canvas=canvas)
