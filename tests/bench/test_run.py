@@ -117,7 +117,7 @@ def test_two_runs_on_one_folder(done: Path, tiny_folder: Path) -> None:
 
 
 def test_other_settings_need_another_folder(done: Path, tiny_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"other settings \(seed\)"):
+    with pytest.raises(UserError, match="other settings: seed is 0 there and 1 here"):
         go(tiny_folder, done, seed=1)
 
 
