@@ -22,7 +22,7 @@ def curve_rows(samples: Iterable[Sample]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[str, ...], list[Sample]] = {}
     for sample in samples:
-        if sample["compared"] is not None:
+        if sample.get("compared") is not None:
             groups.setdefault((sample["model"], sample["task"], sample["cell"]), []).append(sample)
     rows = []
     for mine in groups.values():

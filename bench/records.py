@@ -2,8 +2,8 @@
 
 ``samples.jsonl``  one line per document and cell, appended as it is measured;
 ``record.json``    settings, versions, commit, hardware, hashes of model and data;
-``results.csv``    one row per model, task, metric and cell;
-``curve.csv``      divergence over the position, where a task compares distributions.
+``curve.csv``      divergence over the position, where a task compares distributions;
+``results.csv``    one row per model, task, metric and cell.
 
 Samples are only appended; the other files are replaced whole, so that a run killed at any moment leaves a folder that
 the same command continues.
@@ -30,8 +30,9 @@ from filelock import FileLock, Timeout
 
 from bench.errors import UserError
 
-SAMPLES, RECORD, RESULTS, CURVE = "samples.jsonl", "record.json", "results.csv", "curve.csv"
+SAMPLES, RECORD, RESULTS = "samples.jsonl", "record.json", "results.csv"
 FORMAT_VERSION = 1
+CURVE = "curve.csv"
 DATA, PLUGINS = "data", "plugins"
 """Parts of the fingerprint that may grow: the hash of each task's rows, known task by task, and of each plugin file."""
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

@@ -19,7 +19,7 @@ from bench.errors import UserError
 from bench.methods import FULL, budget_text
 from bench.records import DATA, RECORD, SAMPLES, read_record, read_samples
 from bench.report import averages
-from bench.report.figures import Figure, file_name, oq_figure, score_figure, time_figure
+from bench.report.figures import Figure, curve_figure, file_name, oq_figure, score_figure, time_figure
 from bench.report.tables import (
     EVERYTHING,
     LEGEND,
@@ -352,6 +352,7 @@ def _of_task(
             if not sections:
                 figures.append(time_figure(f"{name}-time", mine))
                 figures.append(oq_figure(f"{name}-oq", mine, samples))
+                figures.append(curve_figure(f"{name}-curve", mine, samples))
         sections.append(
             Section(
                 title=comparison.title + suffix,

@@ -25,7 +25,7 @@ from bench.plugins import Plugins
 from bench.records import SAMPLES, read_record
 from bench.run import Outcome, execute
 from tasks.base import Document, Generate
-from tests.bench.conftest import read_lines
+from tests.bench.conftest import SENTENCES, read_lines
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs/plugins.md").read_text(encoding="utf-8")
@@ -49,7 +49,9 @@ RUN: dict[str, Any] = {
 def go(folder: Path, path: Path, *files: Path, fresh: bool = False, **settings: Any) -> tuple[Outcome, str]:
     """A run with plugins, and what it said."""
     console = Console(file=io.StringIO(), width=200)
-    config = RunConfig(**{**RUN, "model": (str(folder),), "plugin": tuple(map(str, files)), **settings})
+    text = write(path.parent / "text.txt", " ".join(SENTENCES * 10))
+    given = {"model": (str(folder),), "plugin": tuple(map(str, files)), "text": text}
+    config = RunConfig(**{**RUN, **given, **settings})
     return execute(config, path, console, fresh=fresh), console.file.getvalue()  # type: ignore[attr-defined]
 
 
