@@ -254,6 +254,7 @@ def test_layers_are_compared_on_request(tiny_folder: Path, tmp_path: Path) -> No
 CLOCKS = ("prefill_s", "compress_s", "ttft_ms", "decode_s", "tpot_ms", "decode_tokens_per_s", "peak_memory_bytes")
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_samples(tiny_folder: Path, tmp_path: Path) -> None:
     """Whatever the method, a press that draws numbers included; only clocks may differ."""
     methods = ("full", "window", "mix", "hf:quanto-int4", "kvpress:snapkv", "kvpress:random")
