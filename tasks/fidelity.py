@@ -111,11 +111,11 @@ class FidelityTask(Task):
             needed = length - len(begin) + options.continuation
             if length + options.continuation > settings.max_length:
                 raise TaskError(
-                    f"fidelity: prompts of {length} tokens and {options.continuation} more do not fit "
+                    f"prompts of {length} tokens and {options.continuation} more do not fit "
                     f"{settings.max_length}: give shorter --lengths"
                 )
             if len(ids) < needed:
-                raise TaskError(f"fidelity: {source} has {len(ids)} tokens, fewer than the {needed} of a prompt")
+                raise TaskError(f"{source} has {len(ids)} tokens, fewer than the {needed} of a prompt")
             kept = draw(options.samples, settings.sampling_ratio, f"{settings.seed} {length}")
             if settings.limit is not None:
                 kept = kept[: -(-settings.limit // len(options.lengths))]
@@ -174,9 +174,9 @@ def _read(options: _Options) -> str:
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise TaskError(f"fidelity: the text {path} is not UTF-8") from None
+        raise TaskError(f"the text {path} is not UTF-8") from None
     except OSError as error:
-        raise TaskError(f"fidelity: cannot read the text {path}: {error.strerror}") from None
+        raise TaskError(f"cannot read the text {path}: {error.strerror}") from None
     if path.suffix != ".jsonl":
         return content
     texts = []
