@@ -82,7 +82,10 @@ class Method(ABC):
 
         :func:`keep_tokens` makes one of the tokens that stay, and an ``arkv.TriStateCache`` is one too. A cache class
         of your own may compress while decoding as well. It must not hold slices of the prompt's tensors: a slice
-        holds on to the whole, and the whole is what is counted.
+        holds on to the whole, and the whole is what is counted. Its layers replace their tensors and never write into
+        them, as transformers' own do: choices of a question are read from shallow copies.
+
+        Numbers drawn with torch are the same in every run.
         """
 
     def token_counts(self, cache: Cache) -> dict[str, float]:

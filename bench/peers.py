@@ -327,7 +327,9 @@ def _own(model: PreTrainedModel, prompt: Prompt, peer: Peer, method: Method) -> 
     """What a method of the user's own makes of a prompt."""
     tokens = peer.kept(prompt.tokens)
     budget = Budget(tokens=tokens, nbytes=prompt.cache.full_bytes(tokens), unit=peer.budget_unit or "tokens")
-    with OthersCode(peer.name):
+    with OthersCode(peer.name), torch.random.fork_rng():
+        # What draws numbers keeps the same tokens of the same prompt.
+        torch.manual_seed(0)
         cache = method.compress(model, prompt, budget)
         seen = cache.get_seq_length()
     if seen != prompt.tokens:
@@ -480,7 +482,8 @@ def token_counts(cache: Cache, peer: Peer | None = None) -> dict[str, float]:
     """
     if peer is not None and peer.method is not None:
         with OthersCode(peer.name):
-            return {state: float(count) for state, count in peer.method.token_counts(cache).items()}
+            counts = peer.method.token_counts(cache)
+            return {state: float(counts[state]) for state in ("original", "quantized", "evicted")}
     original = quantized = 0.0
     for layer in cache.layers:
         if isinstance(layer, PressedLayer):

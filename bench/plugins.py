@@ -15,7 +15,8 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -58,15 +59,17 @@ class Plugins:
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
             if self.hashes.setdefault(path.name, sha256) != sha256:
                 raise UserError(f"--plugin={file}: another plugin has the name {path.name!r}; rename one", exit_code=2)
-            self._trying(path.name, lambda path=path, sha256=sha256: self._add_file(path, sha256))  # type: ignore[misc]
+            with self._trying(path.name):
+                self._add_file(path, sha256)
 
-    def _trying(self, plugin: str, add: Callable[[], None]) -> None:
+    @contextmanager
+    def _trying(self, plugin: str) -> Iterator[None]:
+        """Note it where a plugin fails."""
         try:
             with OthersCode(plugin):
-                add()
+                yield
         except UserError as error:
-            said = str(error)
-            self.failures.append({"plugin": plugin, "error": said.removeprefix(f"{plugin}: ")})
+            self.failures.append({"plugin": plugin, "error": str(error).removeprefix(f"{plugin}: ")})
 
     def _add_file(self, path: Path, sha256: str) -> None:
         module = _run(path, sha256)
@@ -108,7 +111,8 @@ class Plugins:
     def _load(self, group: str, name: str) -> None:
         """Import what installed packages offer under a name, if anything."""
         for entry in entry_points(group=group, name=name):
-            self._trying(_package(entry), lambda entry=entry: self._add(entry.load(), name, _version(entry)))  # type: ignore[misc]
+            with self._trying(_package(entry)):
+                self._add(entry.load(), name, _version(entry))
 
     def load_installed(self, group: str) -> None:
         """Import everything that installed packages offer in a group, for a list."""

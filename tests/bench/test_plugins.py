@@ -15,6 +15,7 @@ from rich.console import Console
 
 from arkv import CacheConfig, TriStateCache
 from bench import plugins
+from bench.cli import main
 from bench.config import RunConfig, load_preset
 from bench.engine import Engine, Measurement
 from bench.errors import UserError
@@ -142,6 +143,23 @@ def test_unknown_names_are_errors_where_no_plugin_failed(long_folder: Path, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_the_option_is_repeated_or_names_several(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write(tmp_path / "one.py", EXAMPLE)
+    two = write(tmp_path / "two.py", EXAMPLE.replace("attended", "other").replace("phone-book", "book"))
+    broken = write(tmp_path / "broken.py", "1 / 0")
+    with pytest.raises(SystemExit) as ended:
+        main(["list", "methods", "--plugin", f"{one},{two}", "--plugin", str(broken)])
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert re.search(r"^attended +the newest 16 tokens", said.out, re.MULTILINE)
+    assert re.search(r"^other +", said.out, re.MULTILINE)
+    assert said.err == "arkv-bench: plugin broken.py: ZeroDivisionError: division by zero\n"
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--plugin", str(one), "--plugin", str(two), "--print-config"])
+    assert ended.value.code == 0
+    assert re.search(rf"^plugin +\['{one}', '{two}'\] +flag$", capsys.readouterr().out, re.MULTILINE)
+
+
 FAILING = """
 import torch
 from bench.extend import KeptLayer, Method, keep_tokens
@@ -166,6 +184,13 @@ class Hungry(Base):
 
     def compress(self, model, prompt, budget):
         return torch.empty(1 << 56)
+
+
+class Miscounted(Base):
+    name = "miscounted"
+
+    def token_counts(self, cache):
+        return {"kept": 3}
 
 
 class Late(Base):
@@ -207,13 +232,14 @@ class Pedantic(Task):
 
 def test_what_fails_in_a_prompt_is_recorded_and_the_rest_goes_on(long_folder: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "failing.py", FAILING)
-    methods = ("full", "raises", "hungry", "late", "forgetful", "infinite", "mix")
+    methods = ("full", "raises", "hungry", "miscounted", "late", "forgetful", "infinite", "mix")
     outcome, _ = go(long_folder, tmp_path / "run", file, quant_type=methods, tasks=("fidelity", "pedantic"))
     assert {row["method"] for row in outcome.rows} == {"full", "mix"}
     said = {failure["cell"].partition("-")[0]: failure["error"] for failure in outcome.failures if "cell" in failure}
     assert said["raises"] == "raises: KeyError: 'no\\nsuch key'"
     assert said["hungry"].startswith("hungry: RuntimeError: ")
     assert "allocate" in said["hungry"]
+    assert said["miscounted"] == "miscounted: KeyError: 'original'"
     assert said["late"].startswith("late: TypeError: ")
     assert "a prompt of 199 tokens says that it has seen 49" in said["forgetful"]
     assert said["infinite"] == "the answer holds numbers that are not finite"
@@ -262,7 +288,11 @@ class Same(Method):
     has_budget = False
     config: CacheConfig | None = None
 
+    def __init__(self) -> None:
+        self.drawn: list[float] = []
+
     def compress(self, model: Any, prompt: Prompt, budget: Budget) -> Any:
+        self.drawn.append(float(torch.rand(())))
         assert (budget.tokens, prompt.layers[0].queries.shape[2]) == (prompt.tokens, 32)
         if self.config is not None:
             return TriStateCache.from_prefill(prompt.cache, self.config)
@@ -280,7 +310,12 @@ def test_a_method_that_does_the_same_answers_the_same(tiny: Any, method: str) ->
     assert len(cells) == 2
     ids = torch.randint(0, 300, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     document = Document(id="d", request=Generate(prompt_ids=tuple(ids), max_new_tokens=6))
-    theirs, mine = Engine(tiny.model, tiny.tokenizer, cells).answer(document, cells)
+    state = torch.get_rng_state()
+    engine = Engine(tiny.model, tiny.tokenizer, cells)
+    theirs, mine = engine.answer(document, cells)
+    list(engine.answer(document, cells))
+    assert own.drawn[0] == own.drawn[1], "numbers are drawn the same way for the same prompt"
+    assert torch.equal(torch.get_rng_state(), state)
     assert isinstance(theirs, Measurement)
     assert isinstance(mine, Measurement)
     assert mine.answer == theirs.answer
