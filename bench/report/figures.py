@@ -259,6 +259,10 @@ def curve_figure(name: str, rows: Sequence[Row], samples: Sequence[Mapping[str, 
             axes.plot(place, [p["kl"] for p in shown], color=colour, linestyle=style, linewidth=1.2, label=label)
             axes.plot(place, [p["kl_p95"] for p in shown], color=colour, linestyle=style, linewidth=0.8, alpha=0.35)
         axes.set_yscale("log")
+        values = [point[name] for points in curves.values() for point in points for name in ("kl", "kl_p95")]
+        axes.yaxis.set_major_locator(_few([value for value in values if value > 0]))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("tokens read behind the prompt")
         axes.set_ylabel("KL to full, nats (log)")

@@ -46,6 +46,7 @@ def test_the_figure_has_a_line_per_method_and_none_for_full() -> None:
     assert figure is not None
     svg = figure.inline_svg()
     assert "mix" in svg
+    assert ">0.1</text>" in svg
     assert "full</" not in svg
     assert "95th percentile" in figure.caption
     assert curve_figure("kl", rows, samples[:1]) is None
