@@ -63,6 +63,7 @@ def prompt() -> torch.Tensor:
 def test_importing_kvpress_patches_nothing() -> None:
     """In a process of its own: the import wraps every attention function, once."""
     code = (
+        "import arkv\n"  # which registers a function of its own
         "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions\n"
         "before = dict(functions.items())\n"
         "from bench.peers import press_names\n"
