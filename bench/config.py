@@ -74,6 +74,8 @@ class RunConfig:
     prefill_chunk: int | None = None
     batch_size: str = "1"
     trust_remote_code: bool = False
+    plugin: tuple[str, ...] | None = None
+    per_layer: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (("cache_size", 2), ("window_size", 1), ("lengths", 1)):
@@ -194,6 +196,8 @@ def load_preset(name: str) -> dict[str, Any]:
         raise UserError(f"preset {name}: needs lines of the form 'setting: value'", exit_code=2)
     settings = {str(key).replace("-", "_"): value for key, value in content.items() if key != "description"}
     for key in settings:
+        if key == "plugin":
+            raise UserError(f"preset {name}: no setting 'plugin': its code is run only where --plugin names it", 2)
         if key not in FIELDS:
             raise UserError(f"preset {name}: unknown setting {key!r}: {nearest(key, FIELDS)}", exit_code=2)
     return settings

@@ -12,7 +12,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
@@ -44,7 +44,7 @@ _AUTO_BYTES = 1 << 30
 """What the logits of an automatic batch, and its copies of the cache, take at most, if it has more than one row."""
 
 
-FAILURES = (ConfigError, UserError, RuntimeError)
+FAILURES = (ConfigError, UserError, RuntimeError, MemoryError)
 """What a cell may meet in a document: a prompt or a model that its method cannot do, or no memory left."""
 
 
@@ -221,7 +221,7 @@ class Engine:
         end = model.generation_config.eos_token_id
         ends = end if isinstance(end, list) else [end]
         self.end_ids = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}
-        self.window_size = max([cell.config.window_size for cell in cells if cell.config is not None], default=1)
+        self.window_size = max((cell.recorded_queries for cell in cells), default=1)
 
     def warm_up(self) -> None:
         """Run a few tokens through every cell, so that one-time costs do not count for the first document."""
@@ -316,7 +316,7 @@ class Engine:
 
     def _attention(self, cell: Cell, cache: Cache) -> contextlib.AbstractContextManager[Any]:
         """Under this, the model can read the cell's cache and copies of it."""
-        return peers.decoding(self.model, cache) if cell.config is None else attach(self.model)
+        return peers.decoding(self.model, cache, cell.peer) if cell.config is None else attach(self.model)
 
     @staticmethod
     def _fork(cache: Cache) -> Cache:
@@ -337,7 +337,7 @@ class Engine:
         if isinstance(cache, TriStateCache):
             counts, ratios = cache.token_counts(), cache.oq_ratios() if cell.config and cell.config.uses_oq else []
         elif cell.peer is not None:
-            counts = peers.token_counts(cache)
+            counts = peers.token_counts(cache, cell.peer)
         return _Held(
             **counts, kv_bytes=storage_bytes(cache), full_kv_bytes=prefill.cache.full_bytes(seen), oq_ratios=ratios
         )
@@ -543,7 +543,7 @@ class Engine:
     def _compare(self, request: Compare, cells: Sequence[Cell], failed: _Failed) -> Iterator[Measurement]:
         prefill = self._prefill(request.context_ids[:-1])
         # The full cache is read first, whether it is asked for or not; every other cell is compared with it.
-        reference: list[torch.Tensor] = []
+        reference: list[_Step] = []
         full = self._compared(Cell(FULL), request, prefill, reference)
         for cell in cells:
             if cell.method == FULL:
@@ -552,23 +552,38 @@ class Engine:
             with _noting(failed, cell):
                 yield self._compared(cell, request, prefill, reference)
 
-    def _compared(self, cell: Cell, request: Compare, prefill: _Prefill, reference: list[torch.Tensor]) -> Measurement:
-        """Read token by token; ``full`` leaves its log-probabilities [V] in ``reference``."""
+    def _compared(self, cell: Cell, request: Compare, prefill: _Prefill, reference: list[_Step]) -> Measurement:
+        """Read token by token; ``full`` leaves its steps in ``reference``."""
         inputs = self._ids([request.context_ids[-1:] + request.continuation_ids[:-1]])
         compressed = self._compress(cell, prefill)
         clock = Stopwatch(self.device)
         steps: list[tuple[float, bool, float]] = []
-        with self._attention(cell, compressed.cache), clock:
+        errors: list[torch.Tensor] = []
+        watching: contextlib.AbstractContextManager[list[torch.Tensor]] = (
+            self._attention_outputs() if request.per_layer else contextlib.nullcontext([])
+        )
+        with self._attention(cell, compressed.cache), watching as outputs, clock:
             for place, log_probabilities in self._read(compressed.cache, inputs, chunk=1):
-                mine = log_probabilities[0, 0]
+                mine = _Step(log_probabilities[0, 0], tuple(outputs))
+                outputs.clear()
                 if cell.method == FULL:
                     reference.append(mine)
-                steps.append(_difference(reference[place], mine, request.continuation_ids[place]))
+                full = reference[place]
+                steps.append(
+                    _difference(full.log_probabilities, mine.log_probabilities, request.continuation_ids[place])
+                )
+                if request.per_layer:
+                    errors.append(_relative_errors(full.attention, mine.attention))
         held = self._held(cell, compressed.cache, prefill)
         kl, agrees, delta_nll = zip(*steps, strict=True)
         return Measurement(
             cell=cell,
-            answer=Compared(kl=kl, agrees=agrees, delta_nll=delta_nll),
+            answer=Compared(
+                kl=kl,
+                agrees=agrees,
+                delta_nll=delta_nll,
+                attention_error=tuple(torch.stack(errors).mean(dim=0).tolist()) if errors else (),
+            ),
             prompt_tokens=request.prompt_tokens,
             scored_tokens=len(request.continuation_ids),
             tokens_original=held.original,
@@ -584,6 +599,29 @@ class Engine:
             oq_ratios=held.oq_ratios,
         )
 
+    @contextlib.contextmanager
+    def _attention_outputs(self) -> Iterator[list[torch.Tensor]]:
+        """Under this, the list takes up what the attention of each layer gives for the last token, [hidden size]."""
+        outputs: list[torch.Tensor] = []
+        hooks = [
+            module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output[0][0, -1]))
+            for module in peers.attention_modules(self.model)
+        ]
+        try:
+            yield outputs
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class _Step(NamedTuple):
+    """What the model makes of one token."""
+
+    log_probabilities: torch.Tensor
+    """Of the next token, [V]."""
+    attention: tuple[torch.Tensor, ...]
+    """Output of each layer's attention, [hidden size], if asked for."""
+
 
 @contextlib.contextmanager
 def _noting(failed: _Failed, cell: Cell) -> Iterator[None]:
@@ -596,13 +634,20 @@ def _noting(failed: _Failed, cell: Cell) -> Iterator[None]:
 
 def _said(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if isinstance(error, RuntimeError) else text
+    return f"{type(error).__name__}: {text}" if isinstance(error, RuntimeError | MemoryError) else text
 
 
 def _difference(full: torch.Tensor, mine: torch.Tensor, target: int) -> tuple[float, bool, float]:
     """KL full || mine of log-probabilities [V], whether they agree on the likeliest, and the change of NLL."""
     kl = (full.exp() * (full - mine)).sum()
     return float(kl), bool(full.argmax() == mine.argmax()), float(full[target] - mine[target])
+
+
+def _relative_errors(full: Sequence[torch.Tensor], mine: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Distance over the norm of ``full``, of vectors one per layer: [L]."""
+    pairs = [(one.float(), other.float()) for one, other in zip(full, mine, strict=True)]
+    smallest = torch.finfo(torch.float32).tiny
+    return torch.stack([(other - one).norm() / one.norm().clamp_min(smallest) for one, other in pairs]).cpu()
 
 
 def _score(log_probabilities: torch.Tensor, targets: Sequence[int]) -> Scored:

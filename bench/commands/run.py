@@ -71,6 +71,14 @@ def run(
     continuation: Annotated[
         int | None, _option("fidelity: tokens that are read and compared behind a prompt. Default: 64.", DATA)
     ] = None,
+    per_layer: Annotated[
+        bool | None,
+        _option(
+            "fidelity: the error of every layer's attention output too. Default: no.",
+            DATA,
+            "--per-layer/--no-per-layer",
+        ),
+    ] = None,
     num_fewshot: Annotated[
         int | None, _option("lm-eval tasks: examples in the prompt. Default: the task's own.", DATA)
     ] = None,
@@ -125,6 +133,10 @@ def run(
     trust_remote_code: Annotated[
         bool, _option("Run code that comes with a hub model. Only if you trust it.", DATA, "--trust-remote-code")
     ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        _option("Python files with methods or tasks of your own (docs/plugins.md); may be repeated.", GRID),
+    ] = None,
     preset: Annotated[
         str | None, _option("Settings by name (see list presets) or from a YAML file; flags win.", OUTPUT)
     ] = None,
@@ -150,6 +162,7 @@ def run(
         # A switch without an opposite that was not given leaves the preset's value.
         if key not in ("preset", "fresh", "print_config") and not (key == "trust_remote_code" and value is False)
     }
+    flags["plugin"] = ",".join(plugin) if plugin else None
     from bench.config import FIELDS, resolve
 
     config, origin = resolve(flags, preset)
@@ -162,6 +175,7 @@ def run(
 
     from rich.console import Console
 
+    from bench.records import DISK_FULL
     from bench.report.averages import print_averages
     from bench.report.tables import headline, print_comparison
     from bench.run import execute, failure_lines
@@ -173,6 +187,11 @@ def run(
     except KeyboardInterrupt:
         message = f"stopped; what was measured is in {path}: the same command with --outdir {path} continues"
         raise UserError(message, exit_code=130) from None
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        message = f"stopped: {error.strerror}; free some: the same command with --outdir {path} continues"
+        raise UserError(message) from None
     if asked_for := headline(outcome.rows):
         print_comparison([asked_for], console)
         print_averages(outcome.rows, console)

@@ -19,7 +19,7 @@ from bench.errors import UserError
 from bench.methods import FULL, budget_text
 from bench.records import DATA, RECORD, SAMPLES, read_record, read_samples
 from bench.report import averages
-from bench.report.figures import Figure, file_name, oq_figure, score_figure, time_figure
+from bench.report.figures import Figure, curve_figure, file_name, oq_figure, score_figure, time_figure
 from bench.report.tables import (
     EVERYTHING,
     LEGEND,
@@ -352,6 +352,7 @@ def _of_task(
             if not sections:
                 figures.append(time_figure(f"{name}-time", mine))
                 figures.append(oq_figure(f"{name}-oq", mine, samples))
+                figures.append(curve_figure(f"{name}-curve", mine, samples))
         sections.append(
             Section(
                 title=comparison.title + suffix,
@@ -385,7 +386,8 @@ def _problems(run: Run) -> list[str]:
     if not run.samples:
         said.append(f"no {SAMPLES}: no ratios by layer, and prompts cannot be compared with those of other runs")
     for failure in (record or {}).get("failures", []):
-        said.append(f"failed: {failure['task']}, {failure['model']}: {failure['error']}")
+        what = f"plugin {failure['plugin']}" if "plugin" in failure else f"{failure['task']}, {failure['model']}"
+        said.append(f"failed: {what}: {failure['error']}")
     cut: dict[tuple[str, str], dict[str, None]] = {}
     for sample in run.samples:
         if sample["truncated"]:
