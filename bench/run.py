@@ -78,7 +78,8 @@ def fingerprint(config: RunConfig, models: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _settings(config: RunConfig, model: LoadedModel, task: Task) -> TaskSettings:
+def task_settings(config: RunConfig, model: LoadedModel, task: Task) -> TaskSettings:
+    """What a task of the run builds its documents from. Raises :class:`UserError` for a model of unknown length."""
     longest = model.context_length
     if config.max_length is not None:
         longest = min(config.max_length, longest) if longest is not None else config.max_length
@@ -105,7 +106,7 @@ def make_task(name: str, include_path: Sequence[Path] = ()) -> Task | TaskGroup:
     return get_task(name, fallback=HarnessTasks(include_path=include_path))
 
 
-def _tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]:
+def tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]:
     """The tasks to measure, each once, and the group that one was asked for through.
 
     Raises :class:`TaskError` for a group whose tasks cannot be found.
@@ -147,7 +148,7 @@ def execute(
     """
     cells = grid(config.quant_type, config.budgets, config.window_size, config.quant_format, config.method_settings)
     asked = [make_task(name, [Path(folder) for folder in config.include_path or ()]) for name in config.tasks]
-    tasks = _tasks_of(asked)
+    tasks = tasks_of(asked)
     outcome = Outcome(path)
     started = records.now()
     loaded: dict[str, LoadedModel] = {}
@@ -194,7 +195,7 @@ def execute(
             results: dict[str, TaskResults] = {}
             for task, part_of in tasks:
                 try:
-                    documents = list(task.load(_settings(config, model, task)))
+                    documents = list(task.load(task_settings(config, model, task)))
                     folder.claim_data(task.name, task.data_hash())
                     record["tasks"][task.name] = {
                         "documents": len(documents),

@@ -49,6 +49,21 @@ def run(
     gamma: Annotated[
         float | None, _option("Weight of the variance in a token's importance. Default: published.", SETTINGS)
     ] = None,
+    original_share: Annotated[
+        float | None,
+        _option("mix: share of the past budget that stays at model precision. Default: by OQ ratio.", SETTINGS),
+    ] = None,
+    importance: Annotated[
+        str | None, _option("Importance of a prompt's tokens: mean_var (published) or mean_max.", SETTINGS)
+    ] = None,
+    pool_width: Annotated[int | None, _option("Width of its average pooling, odd. Default: 5.", SETTINGS)] = None,
+    max_pool_width: Annotated[
+        int | None, _option("mean_max: width of the maximum pooling, odd. Default: 15.", SETTINGS)
+    ] = None,
+    decode_rate: Annotated[
+        float | None,
+        _option("In bytes: weight of the newest step in the scores. Default: 1/32.", SETTINGS),
+    ] = None,
     limit: Annotated[int | None, _option("Use at most so many documents of a task.", DATA)] = None,
     sampling_ratio: Annotated[
         float | None, _option("Use this share of the documents, drawn with the seed. Default: 1.0.", DATA)
