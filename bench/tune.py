@@ -267,7 +267,7 @@ def split(config: TuneConfig, task: Task, settings: Callable[[RunConfig], TaskSe
     held_out = [item for item in documents[len(tuning) :] if not any(overlap(item, other) for other in tuning)]
     if len(held_out) < stats.LEAST_DOCUMENTS:
         raise UserError(
-            f"{task.name}: of {len(documents)} documents {len(tuning)} are for tuning and {len(held_out)} of the others "
+            f"{task.name}: of {len(documents)} documents {len(tuning)} are for tuning, and {len(held_out)} others "
             "share no text with those: too few to report on; give a smaller --limit or more documents"
         )
     return Split(task=task, tuning=tuning, held_out=held_out[: config.held_out])

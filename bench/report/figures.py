@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from bench.comparison import not_exercised
 from bench.errors import UserError
+from bench.inspect import StatesMap
 from bench.methods import FULL
 from bench.report.tables import BUDGET, Row
 
@@ -272,4 +273,68 @@ def oq_figure(name: str, rows: Sequence[Row], samples: Sequence[Mapping[str, Any
         "A layer's OQ score over the largest of all layers: the higher, the more of its budget stays Original. "
         "Means over documents; cells with the same ratios share a line."
     )
+    return Figure(name=name, caption=caption, canvas=canvas)
+
+
+def states_figure(name: str, states: StatesMap, title: str, *, window: int | None = None) -> Figure:
+    """The states map of one prompt: a band per layer, filled by the share of heads that hold the tokens there.
+
+    Args:
+        title: what is shown, for the caption.
+        window: the newest tokens, behind a thin line; None draws none.
+    """
+    count = len(states.layers)
+    bins = len(states.original[0])
+    edges = [states.tokens * place / bins for place in range(bins + 1)]
+    with _drawing(WIDTH, 1.2 + 0.13 * count) as canvas:
+        axes = canvas.add_subplot()
+        for place, (original, quantized) in enumerate(zip(states.original, states.quantized, strict=True)):
+            base = [count - 1 - place + 0.06] * (bins + 1)
+            levels = [0.88 * share for share in original]
+            tops = [0.88 * (share + more) for share, more in zip(original, quantized, strict=True)]
+            first, second = (
+                [low + level for low, level in zip(base, [*part, part[-1]], strict=True)] for part in (levels, tops)
+            )
+            look: dict[str, Any] = {"step": "post", "linewidth": 0}
+            labels = ("Original", "Quantized") if place == 0 else (None, None)
+            axes.fill_between(edges, base, first, color=SERIES[0], label=labels[0], **look)
+            axes.fill_between(edges, first, second, color=SERIES[1], label=labels[1], **look)
+        if window is not None:
+            axes.axvline(states.tokens - window, color=FOREGROUND, linewidth=0.6, linestyle=(0, (2, 2)))
+        axes.set_xlim(0, states.tokens)
+        axes.set_ylim(0, count)
+        shown = range(0, count, max(1, count // 10))
+        axes.set_yticks([count - 0.5 - place for place in shown], [str(states.layers[place]) for place in shown])
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_xlabel("position in the prompt")
+        axes.set_ylabel("layer")
+        _legend(canvas, axes)
+    caption = (
+        f"States of {title}: in each layer's band the share of its {states.heads} KV heads that hold the tokens there "
+        "as Original and as Quantized; what is blank has been evicted."
+    )
+    return Figure(name=name, caption=caption, canvas=canvas)
+
+
+def steps_figure(name: str, layers: Sequence[int], demoted: Sequence[Sequence[float]]) -> Figure | None:
+    """Tokens that each layer demoted or evicted over decoding; None without steps.
+
+    Args:
+        demoted: for each of Quantized and Evicted, the total of each layer, mean over heads, [2][L].
+    """
+    if not any(map(any, demoted)):
+        return None
+    with _drawing(WIDTH, HEIGHT * 0.8) as canvas:
+        axes = canvas.add_subplot()
+        for label, values, colour, style in zip(
+            ("became Quantized", "became Evicted"), demoted, (SERIES[1], FOREGROUND), ("-", "--"), strict=True
+        ):
+            axes.plot(layers, values, color=colour, linestyle=style, marker=".", linewidth=1.2, label=label)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.set_xlabel("layer")
+        axes.set_ylabel("tokens per KV head")
+        _legend(canvas, axes)
+    caption = "Tokens that changed their state while decoding, over all steps, mean over the KV heads of a layer."
     return Figure(name=name, caption=caption, canvas=canvas)

@@ -411,8 +411,8 @@ class Page:
     figures: list[Figure]
 
 
-def build(runs: Sequence[Run]) -> Page:
-    """The page of one or more runs."""
+def render(template: str, title: str, **values: Any) -> str:
+    """A page of its own from one of the templates; every value passes through autoescape."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bench.report"),
         autoescape=True,
@@ -420,12 +420,24 @@ def build(runs: Sequence[Run]) -> Page:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections, warnings = _sections(runs)
-    # The page's own files; everything else passes through autoescape.
+    # The page's own files need no escaping.
     style, script = (Markup(_source(environment, name)) for name in ("page.css", "page.js"))
-    html = environment.get_template("page.html.j2").render(
+    return environment.get_template(template).render(
+        title=title,
+        style=style,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **values,
+    )
+
+
+def build(runs: Sequence[Run]) -> Page:
+    """The page of one or more runs."""
+    sections, warnings = _sections(runs)
+    html = render(
+        "page.html.j2",
+        ", ".join(run.name for run in runs),
         runs=runs,
-        names=", ".join(run.name for run in runs),
         answers={run.name: answer(run) for run in runs},
         warnings=warnings,
         sections=sections,
@@ -437,9 +449,6 @@ def build(runs: Sequence[Run]) -> Page:
         records={run.name: json.dumps(run.record, indent=2, ensure_ascii=False) for run in runs if run.record},
         left_out=sum(len(run.rows) - len(headline(run.rows)) for run in runs),
         legend=LEGEND,
-        style=style,
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     return Page(html=html, figures=[figure for section in sections for figure in section.figures])
 
