@@ -84,6 +84,7 @@ class RunConfig:
     rolling_chunk: int = Rolling.chunk
     prefill_chunk: int | None = None
     batch_size: str = "1"
+    states: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:

@@ -24,13 +24,13 @@ from bench import records
 from bench.engine import FAILURES
 from bench.errors import UserError
 from bench.methods import Cell
+from bench.models import LoadedModel
+from bench.records import STATES
 from tasks.base import Compare, Document, Generate, LogLikelihood
 
-STATES = "states.json"
-"""States maps of a folder, by model, task, document and cell; ``report --html`` draws them."""
 EVICTED, QUANTIZED, ORIGINAL = 0, 1, 2
 """Codes of the states in tensors."""
-BINS = 128
+BINS = 96
 """Columns of a states map: neighbours in a longer prompt share one."""
 NAMED = 3
 """Tokens that are named of those which a step demoted or evicted."""
@@ -366,27 +366,40 @@ def prompt_of(document: Document) -> tuple[tuple[int, ...], tuple[int, ...] | No
 
 
 @torch.inference_mode()
-def document_maps(
-    model: Any, document: Document, cells: Sequence[Cell], prefill_chunk: int | None = None
-) -> dict[str, StatesMap]:
-    """States after the prompt of a document, by key of the tri-state cells; without those that cannot compress it."""
-    mine = [cell for cell in cells if cell.config is not None]
+def leave_maps(
+    folder: Path,
+    model: LoadedModel,
+    task: str,
+    document: Document,
+    cells: Sequence[Cell],
+    prefill_chunk: int | None = None,
+) -> None:
+    """Write what the tri-state cells make of a document's prompt; nothing where the folder has it already.
+
+    Cells that cannot compress the prompt are left out: the run itself has recorded their failures.
+    """
+    known = {
+        item["cell"]
+        for item in read_maps(folder)
+        if (item["model"], item["task"], item["document"]) == (model.name, task, document.id)
+    }
+    mine = [cell for cell in cells if cell.config is not None and cell.key not in known]
     ids, _ = prompt_of(document)
     if not mine or len(ids) < 2:
-        return {}
+        return
     widest = max(cell.config.window_size for cell in mine if cell.config is not None)
-    prefill, _ = record_prompt(model, ids, widest, prefill_chunk)
-    maps = {}
+    prefill, _ = record_prompt(model.model, ids, widest, prefill_chunk)
+    maps = []
     for cell in mine:
         assert cell.config is not None
         try:
             cache = TriStateCache.from_prefill(prefill, cell.config)
         except FAILURES:
-            # The run itself has recorded the failure of this cell.
             continue
         layers = [place for place, layer in enumerate(cache.layers) if isinstance(layer, TriStateLayer)]
-        maps[cell.key] = states_map(state_codes(cache), layers)
-    return maps
+        where = {"model": model.name, "task": task, "document": document.id, "cell": cell.key, "label": cell.label}
+        maps.append({**where, "map": states_map(state_codes(cache), layers)})
+    write_maps(folder, maps)
 
 
 def read_maps(folder: Path) -> list[dict[str, Any]]:

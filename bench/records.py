@@ -2,7 +2,8 @@
 
 ``samples.jsonl``  one line per document and cell, appended as it is measured;
 ``record.json``    settings, versions, commit, hardware, hashes of model and data;
-``results.csv``    one row per model, task, metric and cell.
+``results.csv``    one row per model, task, metric and cell;
+``states.json``    states maps of the first document of each task, where the run was asked for them.
 
 Samples are only appended; the other files are replaced whole, so that a run killed at any moment leaves a folder that
 the same command continues.
@@ -28,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from bench.errors import UserError
 
-SAMPLES, RECORD, RESULTS = "samples.jsonl", "record.json", "results.csv"
+SAMPLES, RECORD, RESULTS, STATES = "samples.jsonl", "record.json", "results.csv", "states.json"
 FORMAT_VERSION = 1
 DATA = "data"
 """Part of the fingerprint that is known task by task: the hash of each one's rows."""
@@ -220,7 +221,7 @@ class RunFolder:
 
 def clear(path: Path) -> None:
     """Remove the files of an earlier run, and nothing else."""
-    for name in (SAMPLES, RECORD, RESULTS):
+    for name in (SAMPLES, RECORD, RESULTS, STATES):
         (path / name).unlink(missing_ok=True)
 
 

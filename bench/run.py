@@ -18,6 +18,7 @@ from bench.config import RunConfig
 from bench.engine import Engine, Failure
 from bench.errors import UserError
 from bench.harness import HarnessTasks
+from bench.inspect import leave_maps
 from bench.methods import Cell, grid
 from bench.models import LoadedModel, load
 from bench.predictions import clear_predictions, write_predictions
@@ -214,6 +215,8 @@ def execute(
                     continue
                 outcome.rows.extend(rows(name, results[task.name], cells, part_of))
                 write_predictions(path, task, documents, cells, found, model=name if len(loaded) > 1 else None)
+                if config.states:
+                    leave_maps(path, model, task.name, documents[0], cells, config.prefill_chunk)
                 folder.write_results(outcome.rows)
                 folder.write_record(record)
             for group in asked:

@@ -147,6 +147,15 @@ def run(
         str | None, _option("Run folder; an unfinished run there is continued. Default: runs/TIME.", OUTPUT)
     ] = None,
     fresh: Annotated[bool, _option("Forget what an earlier run left in the folder.", OUTPUT, "--fresh")] = False,
+    states: Annotated[
+        bool | None,
+        _option(
+            "Leave a states map of the first document of each task for report --html; costs one more prefill of it. "
+            "Default: no.",
+            OUTPUT,
+            "--states/--no-states",
+        ),
+    ] = None,
     print_config: Annotated[
         bool, _option("Print the settings and where each comes from, and stop.", OUTPUT, "--print-config")
     ] = False,
