@@ -310,7 +310,7 @@ def share_figure(name: str, rows: Sequence[Row], samples: Sequence[Mapping[str, 
         memory.barh(places, [100 * (row["kv_share"] or 0.0) for row in shown], color=SERIES[4], height=0.7)
         for axes, title in ((time, "% of the time"), (memory, "% of full's KV bytes")):
             axes.set_xlabel(title)
-            axes.set_xlim(left=0)
+            axes.set_xlim(0, 100 * max(1.0, *(row["kv_share"] or 0.0 for row in shown)) if axes is memory else 100)
             axes.xaxis.set_major_locator(MaxNLocator(3))
             axes.tick_params(axis="y", length=0)
         time.set_yticks(places, labels)
