@@ -32,7 +32,7 @@ from filelock import FileLock, Timeout
 from arkv import METHODS, CacheConfig, ConfigError, PrefillCache, TriStateCache, attach
 from bench import records, stats
 from bench.config import RunConfig
-from bench.engine import Engine, Failure
+from bench.engine import FAILURES, Engine, Failure
 from bench.errors import UserError
 from bench.methods import FULL, Cell, budget_text, grid
 from bench.models import LoadedModel
@@ -438,9 +438,9 @@ class Objective:
                     for kl in self.fidelity.divergences(document.request, configs)
                 )
             }
-        except ConfigError as error:
-            # A budget in bytes can prove too small for a window only once the prompt is there.
-            return str(error)
+        except FAILURES as error:
+            # A budget in bytes can prove too small only once the prompt is there, and memory can end.
+            return " ".join(str(error).split())
 
     def _scores(self, found: Sequence[Mapping[str, Any]]) -> list[float | str]:
         """Mean of the tasks' first metrics of each set of settings, all answered from the same prefills."""

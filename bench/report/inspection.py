@@ -34,8 +34,9 @@ Lines = tuple[str, list[str], list[list[str]], list[str]]
 
 @dataclass(frozen=True)
 class Shaded:
-    """A word as it is shown."""
+    """A word as it is shown, behind the white space that it begins with."""
 
+    space: str
     text: str
     shade: int
     kept: int
@@ -50,6 +51,21 @@ class Shaded:
 def shade(word: Word, heads: int) -> int:
     """0 where no head holds the word, else 1 to :data:`SHADES`."""
     return -(-SHADES * word.kept // heads)
+
+
+def shaded(found: Inspection) -> list[Shaded]:
+    """The words of the prompt with their shades."""
+    heads = found.states.shape[0] * found.states.shape[1]
+    return [
+        Shaded(
+            space=word.text[: len(word.text) - len(word.text.lstrip())],
+            text=word.text.lstrip(),
+            shade=shade(word, heads),
+            kept=word.kept,
+            original=word.original,
+        )
+        for word in words(found)
+    ]
 
 
 def _number(value: float) -> str:
@@ -169,7 +185,7 @@ def to_html(found: Inspection) -> str:
         f"{found.label}, {found.source}",
         found=found,
         heads=heads,
-        words=[Shaded(word.text, shade(word, heads), word.kept, word.original) for word in words(found)],
+        words=shaded(found),
         tables=tables,
         left=LEFT,
         figures=figures,
@@ -224,26 +240,22 @@ def _print_map(found: Inspection, console: Console) -> None:
 def _print_words(found: Inspection, console: Console) -> None:
     """The text with shades; without colours the shade of a word stands behind it as a digit."""
     heads = found.states.shape[0] * found.states.shape[1]
-    everything = words(found)
+    everything = shaded(found)
     console.print(Text(f"Words by the share of {heads} heads that hold them", style="italic"))
     half = SHOWN_WORDS // 2
-    skipped = everything[half:-half] if len(everything) > SHOWN_WORDS else []
+    skipped = range(half, len(everything) - half)
     line = Text()
     for place, word in enumerate(everything):
-        if skipped and half <= place < len(everything) - half:
+        if place in skipped:
             if place == half:
                 line.append(f"\n[... {len(skipped)} words; --html shows all ...]\n", style="bold")
             continue
-        level = shade(word, heads)
+        level = word.shade
         style = f"black on rgb({250 - 20 * level},{250 - 9 * level},250)" if level else "dim"
-        text = "".join(char if char in "\n\t" else printable(char) for char in word.text)
-        body = text.strip()
-        begin, end = text.partition(body)[::2] if body else (text, "")
-        line.append(begin)
-        line.append(body, style=f"{style} underline" if level and 2 * word.original > word.kept else style)
-        if body and console.color_system is None:
+        line.append("".join(char if char in "\n\t" else printable(char) for char in word.space))
+        line.append(printable(word.text), style=f"{style} underline" if word.mostly_original else style)
+        if word.text and console.color_system is None:
             line.append(f"/{level}")
-        line.append(end)
     console.print(line, soft_wrap=False)
     marks = (
         "underlined: mostly Original; dim: held by none" if console.color_system else "/0: held by none, /10: by all"
