@@ -171,11 +171,13 @@ def grid(
                 cells[cell.key] = cell
             continue
         quantizes = METHODS[method].get("original_share") != 1.0
+        # What makes the method is not open to settings.
+        mine = {name: value for name, value in settings.items() if name not in METHODS[method]}
         for budget in budgets:
             for window_size in window_sizes:
                 for quant_format in formats if formats and quantizes else (None,):
                     chosen = {} if quant_format is None else {"quant_format": quant_format}
-                    config = CacheConfig.for_method(method, **budget, window_size=window_size, **chosen, **settings)
+                    config = CacheConfig.for_method(method, **budget, window_size=window_size, **chosen, **mine)
                     cell = Cell(method, config)
                     cells[cell.key] = cell
     return list(cells.values())

@@ -3,7 +3,8 @@
 ``samples.jsonl``  one line per document and cell, appended as it is measured;
 ``record.json``    settings, versions, commit, hardware, hashes of model and data;
 ``curve.csv``      divergence over the position, where a task compares distributions;
-``results.csv``    one row per model, task, metric and cell.
+``results.csv``    one row per model, task, metric and cell;
+``states.json``    states maps of the first document of each task, where the run was asked for them.
 
 Samples are only appended; the other files are replaced whole, so that a run killed at any moment leaves a folder that
 the same command continues.
@@ -30,7 +31,7 @@ from filelock import FileLock, Timeout
 
 from bench.errors import UserError
 
-SAMPLES, RECORD, RESULTS = "samples.jsonl", "record.json", "results.csv"
+SAMPLES, RECORD, RESULTS, STATES = "samples.jsonl", "record.json", "results.csv", "states.json"
 FORMAT_VERSION = 1
 CURVE = "curve.csv"
 DATA, PLUGINS = "data", "plugins"
@@ -280,7 +281,7 @@ def _shown(value: Any) -> str:
 
 def clear(path: Path) -> None:
     """Remove the files of an earlier run, and nothing else."""
-    for name in (SAMPLES, RECORD, RESULTS, CURVE):
+    for name in (SAMPLES, RECORD, RESULTS, CURVE, STATES):
         (path / name).unlink(missing_ok=True)
 
 

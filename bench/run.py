@@ -19,6 +19,7 @@ from bench.curve import curve_rows
 from bench.engine import Engine, Failure
 from bench.errors import UserError
 from bench.harness import HarnessTasks
+from bench.inspect import leave_maps
 from bench.methods import Cell, grid
 from bench.models import LoadedModel, load
 from bench.plugins import Plugins
@@ -84,7 +85,8 @@ def fingerprint(config: RunConfig, models: dict[str, str], plugins: Mapping[str,
     }
 
 
-def _settings(config: RunConfig, model: LoadedModel, task: Task) -> TaskSettings:
+def task_settings(config: RunConfig, model: LoadedModel, task: Task) -> TaskSettings:
+    """What a task of the run builds its documents from. Raises :class:`UserError` for a model of unknown length."""
     longest = model.context_length
     if config.max_length is not None:
         longest = min(config.max_length, longest) if longest is not None else config.max_length
@@ -133,7 +135,7 @@ def _asked_for(config: RunConfig, plugins: Plugins) -> tuple[list[Cell], list[Ta
     return cells, asked
 
 
-def _tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]:
+def tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]:
     """The tasks to measure, each once, and the group that one was asked for through.
 
     Raises :class:`TaskError` for a group whose tasks cannot be found.
@@ -175,7 +177,7 @@ def execute(
     """
     plugins = Plugins(config.plugin or ())
     cells, asked = _asked_for(config, plugins)
-    tasks = _tasks_of(asked)
+    tasks = tasks_of(asked)
     outcome = Outcome(path, failures=list(plugins.failures))
     for line in failure_lines(outcome.failures):
         console.print(f"[red]{escape(line)}[/red]", highlight=False)
@@ -224,7 +226,7 @@ def execute(
             results: dict[str, TaskResults] = {}
             for task, part_of in tasks:
                 try:
-                    documents = list(task.load(_settings(config, model, task)))
+                    documents = list(task.load(task_settings(config, model, task)))
                     folder.claim_data(task.name, task.data_hash())
                     record["tasks"][task.name] = {
                         "documents": len(documents),
@@ -244,6 +246,8 @@ def execute(
                 outcome.rows.extend(rows(name, results[task.name], cells, part_of))
                 outcome.curve.extend(curve_rows(results[task.name].all_samples()))
                 write_predictions(path, task, documents, cells, found, model=name if len(loaded) > 1 else None)
+                if config.states:
+                    leave_maps(path, model, task.name, documents[0], cells, config.prefill_chunk)
                 folder.write_results(outcome.rows)
                 folder.write_curve(outcome.curve)
                 folder.write_record(record)

@@ -49,6 +49,21 @@ def run(
     gamma: Annotated[
         float | None, _option("Weight of the variance in a token's importance. Default: published.", SETTINGS)
     ] = None,
+    original_share: Annotated[
+        float | None,
+        _option("mix: share of the past budget that stays at model precision. Default: by OQ ratio.", SETTINGS),
+    ] = None,
+    importance: Annotated[
+        str | None, _option("Importance of a prompt's tokens: mean_var (published) or mean_max.", SETTINGS)
+    ] = None,
+    pool_width: Annotated[int | None, _option("Width of its average pooling, odd. Default: 5.", SETTINGS)] = None,
+    max_pool_width: Annotated[
+        int | None, _option("mean_max: width of the maximum pooling, odd. Default: 15.", SETTINGS)
+    ] = None,
+    decode_rate: Annotated[
+        float | None,
+        _option("In bytes: weight of the newest step in the scores. Default: 1/32.", SETTINGS),
+    ] = None,
     limit: Annotated[int | None, _option("Use at most so many documents of a task.", DATA)] = None,
     sampling_ratio: Annotated[
         float | None, _option("Use this share of the documents, drawn with the seed. Default: 1.0.", DATA)
@@ -144,6 +159,15 @@ def run(
         str | None, _option("Run folder; an unfinished run there is continued. Default: runs/TIME.", OUTPUT)
     ] = None,
     fresh: Annotated[bool, _option("Forget what an earlier run left in the folder.", OUTPUT, "--fresh")] = False,
+    states: Annotated[
+        bool | None,
+        _option(
+            "Leave a states map of the first document of each task for report --html; costs one more prefill of it. "
+            "Default: no.",
+            OUTPUT,
+            "--states/--no-states",
+        ),
+    ] = None,
     print_config: Annotated[
         bool, _option("Print the settings and where each comes from, and stop.", OUTPUT, "--print-config")
     ] = False,

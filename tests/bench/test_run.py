@@ -15,8 +15,9 @@ from bench import run
 from bench.config import RunConfig
 from bench.engine import Engine
 from bench.errors import UserError
+from bench.inspect import read_maps
 from bench.methods import Cell
-from bench.records import CURVE, RECORD, RESULTS, SAMPLES, RunFolder, read_record
+from bench.records import CURVE, RECORD, RESULTS, SAMPLES, STATES, RunFolder, read_record
 from bench.run import Outcome, execute
 from tests.bench.conftest import SENTENCES, define_toys, read_lines
 
@@ -322,3 +323,15 @@ def test_the_default_model_finds_the_needle_with_the_full_cache(tmp_path: Path) 
     assert full["score"] == 1.0
     assert window["score"] < 1.0
     assert window["kv_share"] < 0.2
+
+
+def test_states_are_left_once(tiny_folder: Path, tmp_path: Path) -> None:
+    go(tiny_folder, tmp_path / "run", samples=1)
+    assert not (tmp_path / "run" / STATES).exists()
+    go(tiny_folder, tmp_path / "run", samples=1, states=True)
+    window, mix = read_maps(tmp_path / "run")
+    assert (window["task"], window["label"]) == ("needle", "window C=64 tokens per layer")
+    assert sum(map(sum, mix["map"].quantized)) > 0 == sum(map(sum, window["map"].quantized))
+    before = (tmp_path / "run" / STATES).read_bytes()
+    go(tiny_folder, tmp_path / "run", samples=1, states=True)
+    assert (tmp_path / "run" / STATES).read_bytes() == before
