@@ -115,7 +115,7 @@ class RunConfig:
 
     @property
     def batch(self) -> int | None:
-        """Continuations that are read in one forward; None for as many as fit."""
+        """Documents, and continuations, that are answered side by side; None for as many as fit."""
         return None if self.batch_size == "auto" else int(self.batch_size)
 
     @property

@@ -108,7 +108,11 @@ def run(
         int | None, _option("Tokens of a prompt that are read in one forward. Default: all at once.", DATA)
     ] = None,
     batch_size: Annotated[
-        str | None, _option("Choices of a question that are read in one forward, or auto. Default: 1.", DATA)
+        str | None,
+        _option(
+            "Documents answered side by side, and choices read in one forward; auto: what takes 1 GiB. Default: 1.",
+            DATA,
+        ),
     ] = None,
     data_dir: Annotated[
         str | None, _option("Folder with local rows (gsm8k/test.jsonl, ...) instead of a download.", DATA)
