@@ -67,6 +67,7 @@ class RunConfig:
     apply_chat_template: bool = False
     system_instruction: str | None = None
     enable_thinking: bool | None = None
+    confirm_run_unsafe_code: bool = False
     gen_kwargs: str | None = None
     include_path: tuple[str, ...] | None = None
     rolling_prefill: float = Rolling.prefill_share

@@ -95,6 +95,14 @@ def run(
     gen_kwargs: Annotated[
         str | None, _option("lm-eval tasks: generation settings, as max_gen_toks=512. Default: the task's own.", DATA)
     ] = None,
+    confirm_run_unsafe_code: Annotated[
+        bool | None,
+        _option(
+            "lm-eval tasks whose metric runs code that the model writes, such as humaneval: run it, on this machine.",
+            DATA,
+            "--confirm-run-unsafe-code",
+        ),
+    ] = None,
     include_path: Annotated[str | None, _option("Folders with lm-eval task files of your own.", DATA)] = None,
     rolling_prefill: Annotated[
         float | None,
