@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from bench.commands import doctor, list_, report, run, score, speed
+from bench.commands import check, doctor, list_, report, run, score, speed
 from bench.errors import UserError
 from tasks.base import TaskError
 
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("report")(report.report)
+app.command("check")(check.check)
 app.command("score")(score.score)
 app.command("speed")(speed.speed)
 app.command("list")(list_.list_things)
