@@ -6,7 +6,8 @@ noise can explain passes, and so does what is smaller than the tolerance, howeve
 interval needs, every single one must be worse.
 
 Speed is never compared in seconds. Each document was decoded by ``full`` and by the method, one right after the other;
-the ratio of the two belongs to the document, and what is compared is that ratio, on a logarithmic scale.
+the ratio of the two belongs to the document, and what is compared is that ratio, on a logarithmic scale. Times are now
+and then far off, so their change is a Hodges-Lehmann estimate (:func:`bench.stats.pseudomedian`), not a mean.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from bench.errors import UserError
@@ -27,7 +28,7 @@ from bench.methods import FULL
 from bench.records import RECORD, RESULTS, SAMPLES, read_record, read_samples, write_atomic
 from bench.report.page import Run, difference
 from bench.report.tables import Row, bytes_text, headline, in_markdown, percent_text, read_results, score_text
-from bench.stats import LEAST_DOCUMENTS, Interval, difference_interval
+from bench.stats import LEAST_DOCUMENTS, Interval, difference_interval, pseudomedian
 
 Sample = Mapping[str, Any]
 Document = tuple[str, str]
@@ -36,7 +37,7 @@ Document = tuple[str, str]
 OK, WORSE, BETTER, MISSING, NEW, OPEN = "ok", "worse", "better", "missing", "new", "open"
 FAILING = (WORSE, MISSING)
 
-SAME_MACHINE, OTHER_MACHINE = 0.05, 0.25
+SAME_MACHINE, OTHER_MACHINE = 0.03, 0.25
 """Tolerances of speed. On other hardware the ratio of two methods is another one."""
 LEAST_TOLERANCE = 1e-3
 """Of a score or divergence, whatever its size: what another order of additions makes of bfloat16."""
@@ -196,18 +197,19 @@ def judge(
         baseline: of the same documents.
         tolerance: how much worse passes, in the values' unit.
     """
-    gains = [(new - old) * (1 if higher_is_better else -1) for new, old in zip(run, baseline, strict=True)]
-    change = fmean(run) - fmean(baseline)
+    changes = [new - old for new, old in zip(run, baseline, strict=True)]
+    mean = fmean(changes)
     interval = None
-    if len(gains) >= LEAST_DOCUMENTS:
+    if len(changes) >= LEAST_DOCUMENTS:
         # No interval where every document changed by the same: then there is nothing to be unsure of.
-        interval = difference_interval(run, baseline) or Interval(change, change)
-    if interval is not None:
-        low, high = sorted((interval.low, interval.high) if higher_is_better else (-interval.low, -interval.high))
-    else:
-        low, high = min(gains), max(gains)
-    outcome = WORSE if high < -tolerance else BETTER if low > tolerance else OK
-    return outcome, change, interval
+        interval = difference_interval(run, baseline) or Interval(mean, mean)
+    ends = interval or Interval(min(changes), max(changes))
+    return _outcome(ends, tolerance, higher_is_better=higher_is_better), mean, interval
+
+
+def _outcome(ends: Interval, tolerance: float, *, higher_is_better: bool) -> str:
+    low, high = ends if higher_is_better else (-ends.high, -ends.low)
+    return WORSE if high < -tolerance else BETTER if low > tolerance else OK
 
 
 def _step_ms(sample: Sample) -> float | None:
@@ -450,20 +452,19 @@ def _speed(model: str, cell: str, twin: str, mine: _Side, other: _Side, toleranc
 
     now, before = ratios(mine, twin), ratios(other, cell)
     documents = [document for document in before if document in now]
-    if len(documents) < LEAST_DOCUMENTS:
-        note = f"{len(documents)} documents with times of it and of full: speed is not judged"
+    changes = [now[document] - before[document] for document in documents]
+    change, interval = pseudomedian(changes) if changes else (0.0, None)
+    if interval is None:
+        note = f"{len(documents)} documents with times of it and of full: too few to judge speed"
         return Finding(outcome=OPEN, **named, note=note)
-    run, baseline = ([side[document] for document in documents] for side in (now, before))
     limit = -math.log1p(-tolerance)
-    outcome, change, interval = judge(run, baseline, limit, higher_is_better=True)
-    assert interval is not None
     # The change at which the interval, as wide as it is, would lie beyond the tolerance.
     failing = -math.expm1(-limit - (interval.high - change))
     return Finding(
-        outcome=outcome,
+        outcome=_outcome(interval, limit, higher_is_better=True),
         **named,
-        baseline=f"{math.exp(fmean(baseline)):.2f}",
-        run=f"{math.exp(fmean(run)):.2f}",
+        baseline=f"{math.exp(median(before[document] for document in documents)):.2f}",
+        run=f"{math.exp(median(now[document] for document in documents)):.2f}",
         change=_change_text(
             math.expm1(change),
             Interval(math.expm1(interval.low), math.expm1(interval.high)),

@@ -39,7 +39,7 @@ def check(
         float | None,
         typer.Option(
             help="Share of the baseline's tokens/s over those of full in the same run. "
-            "Default: 0.05, or 0.25 when the baseline's record names other hardware.",
+            "Default: 0.03, or 0.25 when the baseline's record names other hardware.",
             rich_help_panel=TOLERANCES,
             show_default=False,
         ),
