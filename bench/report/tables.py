@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -418,6 +419,49 @@ def in_markdown(text: str) -> str:
     for char in "\\|*_<`":
         text = text.replace(char, f"\\{char}")
     return text
+
+
+LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "…": r"\ldots{}",
+        "×": r"$\times$",
+        **{char: f"\\{char}" for char in "&%$#_{}"},
+    }
+)
+"""What stands for characters that LaTeX would obey, or that not every font has."""
+LATEX_LEFT_OUT = ("against full", "KV bytes")
+"""Columns of :data:`EVERYTHING` that a page has no room for."""
+
+
+def in_latex(text: str) -> str:
+    """``text`` in LaTeX, as it stands; a sign before a digit is a minus, not a hyphen."""
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", text.translate(LATEX))
+
+
+def to_latex(tables: Sequence[Sequence[Row]]) -> str:
+    """The comparisons as tables for a paper; they need the package booktabs."""
+    columns = [column for column in EVERYTHING if column.header not in LATEX_LEFT_OUT]
+    lines = ["% Needs \\usepackage{booktabs}. Written by arkv-bench report."]
+    for comparison in itertools.chain.from_iterable(map(compare, tables)):
+        lines += ["", r"\begin{table}", r"\centering", r"\small", rf"\caption{{{in_latex(comparison.title)}}}"]
+        lines += [rf"\begin{{tabular}}{{@{{}}{''.join('l' if column.left else 'r' for column in columns)}@{{}}}}"]
+        lines += [r"\toprule", " & ".join(in_latex(column.header) for column in columns) + r" \\"]
+        for group in comparison.groups:
+            lines.append(r"\midrule")
+            for row in group:
+                cells = [in_latex(column.cell(row)) for column in columns]
+                cells = [rf"\textbf{{{cell}}}" if row["leading"] and cell else cell for cell in cells]
+                lines.append(" & ".join(cells) + r" \\")
+        lines += [r"\bottomrule", r"\end{tabular}"]
+        lines += [rf"\par\smallskip\footnotesize {in_latex(note)}." for note in comparison.notes]
+        lines.append(r"\end{table}")
+    return "\n".join([*lines, ""])
 
 
 def to_csv(tables: Sequence[Sequence[Row]]) -> str:
