@@ -126,7 +126,10 @@ def run(
         bool, _option("Run code that comes with a hub model. Only if you trust it.", DATA, "--trust-remote-code")
     ] = False,
     preset: Annotated[
-        str | None, _option("Settings by name (see list presets) or from a YAML file; flags win.", OUTPUT)
+        str | None,
+        _option(
+            "Settings by name (see list presets) or from a YAML file; of several the last wins, and flags win.", OUTPUT
+        ),
     ] = None,
     outdir: Annotated[
         str | None, _option("Run folder; an unfinished run there is continued. Default: runs/TIME.", OUTPUT)
