@@ -144,10 +144,11 @@ def write_baseline(run: Path, baseline: Path) -> int:
     """
     found = read(run)
     record = dict(found.record or {})
-    if not record.get("finished") or record.get("failures"):
+    if not record.get("finished") or not found.rows or record.get("failures"):
         what = "has failures" if record.get("failures") else "has not ended"
         raise UserError(f"{run} {what}: a baseline must be whole; run its command again")
-    if run.resolve() == baseline.resolve():
+    baseline = baseline.resolve()
+    if run.resolve() == baseline:
         raise UserError(f"--against {baseline}: that is the run itself; give the baseline a folder of its own", 2)
     if baseline.is_dir():
         if others := sorted({item.name for item in baseline.iterdir()} - {RECORD, RESULTS, SAMPLES}):
@@ -439,7 +440,7 @@ def _bytes(
 
 def _speed(model: str, cell: str, twin: str, mine: _Side, other: _Side, tolerance: float) -> Finding:
     """Tokens/s over those of ``full`` on the same document, over all tasks."""
-    named: dict[str, Any] = {"model": model, "cell": other.label(cell), "what": "tokens/s of full's"}
+    named: dict[str, Any] = {"model": model, "cell": other.label(cell), "what": "tokens/s over full's"}
 
     def ratios(side: _Side, key: str) -> dict[Document, float]:
         full = side.by_cell.get((model, FULL), {})

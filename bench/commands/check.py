@@ -77,13 +77,13 @@ def check(
         typer.echo(line)
     typer.echo(gate.summary(report))
     text = gate.to_markdown(report)
-    if markdown is not None:
-        try:
+    try:
+        if markdown is not None:
             write_atomic(markdown, text)
-        except OSError as error:
-            raise UserError(f"--markdown {markdown}: cannot be written ({error.strerror})") from None
-    if summary_file := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with open(summary_file, "a", encoding="utf-8") as file:
-            file.write(text)
+        if summary_file := os.environ.get("GITHUB_STEP_SUMMARY"):
+            with open(summary_file, "a", encoding="utf-8") as file:
+                file.write(text)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
     if report.failed:
         raise typer.Exit(1)

@@ -167,7 +167,7 @@ def test_ten_percent_slower_fails(measured: Path, tmp_path: Path) -> None:
     # Once in a while too many of twelve documents stall.
     assert len(failed) >= 18
     for report in failed:
-        assert worse(report) == {("mix", "tokens/s of full's")}
+        assert worse(report) == {("mix", "tokens/s over full's")}
         (line,) = [item for item in report.findings if item.outcome == WORSE]
         assert "tolerance 3.0 %" in line.change
 
@@ -436,7 +436,7 @@ def test_the_command_prints_a_line_each_and_a_summary_for_ci(
     assert step.read_text().startswith("before\n### arkv-bench check passed")
     assert step.read_text().endswith(text)
     head, rows = text.split("<details>", 1)
-    assert "| worse | mix 12.5 % of each prompt's bytes int4 | tokens/s of full's |" in head
+    assert "| worse | mix 12.5 % of each prompt's bytes int4 | tokens/s over full's |" in head
     assert rows.count("| ok |") == 22
     assert command(bad, "--against", baseline, "--speed-tolerance", "0.3") == 0
     assert command(bad, "--against", baseline, "--no-speed") == 0
@@ -506,4 +506,4 @@ def test_runs_with_real_times(model: Path, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(TriStateLayer, "attend_step", slower)
     go(model, tmp_path / "slow", **settings)
-    assert worse(gate(tmp_path / "slow", tmp_path / "baseline")) == {("mix", "tokens/s of full's")}
+    assert worse(gate(tmp_path / "slow", tmp_path / "baseline")) == {("mix", "tokens/s over full's")}
