@@ -37,7 +37,7 @@ test: env-newest ## everything: lint, types, fast tests, slow tests, the regress
 
 # On hardware of its own the baseline's speed says little, so that here only a slowdown to a half fails. Exit code 2: not
 # to be compared, as where another Python has other reference texts.
-gate: env ## the presets' results against results/ci: scores, divergence, bytes
+gate: env ## the preset ci against results/ci: scores, divergence, bytes
 	@"$(VENV)/bin/arkv-bench" run --preset ci --outdir runs/ci --fresh
 	@"$(VENV)/bin/arkv-bench" check runs/ci --against results/ci --speed-tolerance 0.5 || [ $$? = 2 ]
 
