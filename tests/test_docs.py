@@ -15,7 +15,7 @@ import typer.main
 import yaml
 
 from bench.cli import app, main
-from bench.config import resolve
+from bench.config import FIELDS, resolve
 from tests.bench.conftest import save_tiny_model
 from tests.bench.test_run import go
 
@@ -27,12 +27,15 @@ OFFLINE = {"needle", "fidelity"}
 
 
 def commands(text: str) -> Iterator[str]:
-    """Lines of the bash blocks, without comments, and steps of the workflows."""
+    """Lines of the bash blocks, without comments; of scripts those of the suite; and the steps of workflows."""
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
-        yield from (shlex.join(typed) for line in block.splitlines() if (typed := shlex.split(line, comments=True)))
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("arkv-bench ") or not block.startswith("#!"):
+                yield from filter(None, [shlex.join(shlex.split(line, comments=True))])
     for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
-        for job in (yaml.safe_load(block) or {}).get("jobs", {}).values():
-            yield from (step["run"] for step in job["steps"] if "run" in step)
+        for content in yaml.safe_load_all(block):
+            for job in content.get("jobs", {}).values():
+                yield from (step["run"] for step in job["steps"] if "run" in step)
 
 
 TYPED = sorted({line for page in PAGES for line in commands(page.read_text(encoding="utf-8"))})
@@ -77,10 +80,8 @@ def test_settings_of_runs_make_sense(line: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path)
     typed = settings(line)
-    preset = typed.pop("preset")
-    for switch in ("fresh", "print_config"):
-        typed.pop(switch)
-    assert resolve({name: value for name, value in typed.items() if value}, preset)[0].tasks
+    flags = {name: value for name, value in typed.items() if name in FIELDS and value}
+    assert resolve(flags, typed["preset"])[0].tasks
 
 
 def write_files(folder: Path) -> None:
@@ -146,6 +147,8 @@ def test_runs_run(line: str, tiny_folder: Path, tmp_path: Path, monkeypatch: pyt
     preset = settings(line)["preset"]
     typed = settings(line)["tasks"] or (resolve({}, preset)[0].tasks if preset else "needle")
     asked = set(typed.split(",") if isinstance(typed, str) else typed)
+    if "--executor" in line:
+        pytest.skip("needs a cluster")
     if not asked <= OFFLINE | {"animals"}:
         pytest.skip(f"{', '.join(sorted(asked - OFFLINE))}: needs rows that do not come with the suite")
     small = ["--lengths", "300", "--samples", "1", "--continuation", "4", "--limit", "1", "--dtype", "float32"]
