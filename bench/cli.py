@@ -1,5 +1,4 @@
-"""The command line. Exit codes: 0 done, 1 something failed on the way, 2 what was asked for makes no sense, 130 stopped
-by Ctrl-C."""
+"""The command line and its exit codes."""
 
 from __future__ import annotations
 
@@ -10,9 +9,16 @@ from typing import Any
 
 import typer
 
-from bench.commands import doctor, inspect, list_, report, run, score, speed, tune
+from bench.commands import check, doctor, inspect, list_, report, run, score, speed, tune
 from bench.errors import UserError
 from tasks.base import TaskError
+
+EXIT_CODES = {
+    0: "done",
+    1: "something failed on the way, or check found a regression",
+    2: "what was asked for makes no sense",
+    130: "stopped by Ctrl-C",
+}
 
 app = typer.Typer(
     name="arkv-bench",
@@ -21,10 +27,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="At this memory budget, which KV-cache method keeps a model's answers, and what does it cost? "
     "Start with [bold]arkv-bench run --preset demo[/bold]: it needs no download but the default model.",
+    epilog="Exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + ".",
     rich_markup_mode="rich",
 )
 app.command("run")(run.run)
 app.command("report")(report.report)
+app.command("check")(check.check)
 app.command("score")(score.score)
 app.command("speed")(speed.speed)
 app.command("tune")(tune.tune)
@@ -57,7 +65,7 @@ def with_dashes(arguments: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of ``arkv-bench``."""
+    """Entry point of ``arkv-bench``; exits with one of :data:`EXIT_CODES`."""
     # Progress bars of libraries would write over ours; the environment decides when it already has an opinion.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

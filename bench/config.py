@@ -1,4 +1,4 @@
-"""Settings of a run: defaults, then a preset, then a file, then what was typed."""
+"""Settings of a run: defaults, then presets and files in the order given, then what was typed."""
 
 from __future__ import annotations
 
@@ -228,13 +228,14 @@ def resolve(flags: Mapping[str, Any], preset: str | None) -> tuple[RunConfig, di
 
     Args:
         flags: what was typed; None means not given.
+        preset: names and files, separated by commas; of two that set the same, the later one wins.
     """
     values: dict[str, Any] = {}
     origin = dict.fromkeys(FIELDS, "default")
-    if preset is not None:
-        for name, value in load_preset(preset).items():
+    for source in _parse_list(preset, str, "--preset") if preset is not None else ():
+        for name, value in load_preset(source).items():
             values[name] = parse_value(name, value)
-            origin[name] = f"preset {preset}"
+            origin[name] = f"preset {source}"
     for name, value in flags.items():
         if value is not None:
             values[name] = parse_value(name, value)

@@ -34,6 +34,10 @@ def report(
         Path | None,
         typer.Option("--html", help="Write one page with tables and figures.", metavar="FILE", show_default=False),
     ] = None,
+    latex: Annotated[
+        Path | None,
+        typer.Option("--latex", help="Write the tables for a paper (booktabs).", metavar="FILE", show_default=False),
+    ] = None,
     figures: Annotated[
         Path | None,
         typer.Option("--figures", help="Write the figures as SVG, PNG and PDF.", metavar="DIR", show_default=False),
@@ -46,12 +50,16 @@ def report(
     [bold]arkv-bench report runs/demo[/bold]
     [bold]arkv-bench report runs/a runs/b --format markdown -o table.md[/bold]
     [bold]arkv-bench report runs/a --against published.csv[/bold]
-    [bold]arkv-bench report runs/a runs/b --html page.html --figures figures[/bold]
+    [bold]arkv-bench report runs/a runs/b --html page.html --figures figures --latex table.tex[/bold]
     """
-    if html is not None or figures is not None:
+    if html is not None or figures is not None or latex is not None:
         if against is not None:
-            raise UserError("--against is a table of its own: leave it out, or leave out --html and --figures", 2)
-        _write_page(runs, html, figures)
+            message = "--against is a table of its own: leave it out, or leave out --html, --figures and --latex"
+            raise UserError(message, 2)
+        if latex is not None:
+            _write_latex(runs, latex)
+        if html is not None or figures is not None:
+            _write_page(runs, html, figures)
         if output is None:
             return
     from bench.records import write_atomic
@@ -86,6 +94,18 @@ def report(
     else:
         write_atomic(output, text)
         typer.echo(f"wrote {output}")
+
+
+def _write_latex(runs: list[Path], latex: Path) -> None:
+    from bench.records import write_atomic
+    from bench.report.tables import headline, read_results, to_latex
+
+    text = to_latex([headline(read_results(path)) for path in runs])
+    try:
+        write_atomic(latex, text)
+    except OSError as error:
+        raise UserError(f"--latex {latex}: cannot be written ({error.strerror})") from None
+    typer.echo(f"wrote {latex}")
 
 
 def _write_page(runs: list[Path], html: Path | None, figures: Path | None) -> None:

@@ -165,7 +165,10 @@ def run(
         _option("Python files with methods or tasks of your own (docs/plugins.md); may be repeated.", GRID),
     ] = None,
     preset: Annotated[
-        str | None, _option("Settings by name (see list presets) or from a YAML file; flags win.", OUTPUT)
+        str | None,
+        _option(
+            "Settings by name (see list presets) or from a YAML file; of several the last wins, and flags win.", OUTPUT
+        ),
     ] = None,
     outdir: Annotated[
         str | None, _option("Run folder; an unfinished run there is continued. Default: runs/TIME.", OUTPUT)

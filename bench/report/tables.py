@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,7 @@ def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _score(value: float | None, digits: int = 3, sign: str = "") -> str:
+def score_text(value: float | None, digits: int = 3, sign: str = "") -> str:
     """So many decimals; more for a small number, which else would lose its second digit, fewer for percentages."""
     if value is None:
         return ""
@@ -115,15 +116,17 @@ def _interval(low: float | None, high: float | None) -> str:
     """Both ends with the decimals that the larger one needs."""
     if low is None or high is None:
         return ""
-    digits = len(_score(max(abs(low), abs(high)), 2).partition(".")[2])
+    digits = len(score_text(max(abs(low), abs(high)), 2).partition(".")[2])
     return f"[{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f} %"
+def percent_text(value: float | None, sign: str = "") -> str:
+    """A share in percent."""
+    return "" if value is None else f"{100 * value:{sign}.1f} %"
 
 
-def _bytes(value: float | None) -> str:
+def bytes_text(value: float | None) -> str:
+    """Bytes with their unit, in powers of 1,000."""
     if value is None:
         return ""
     for unit in ("B", "kB", "MB", "GB"):
@@ -145,7 +148,7 @@ def _states(row: Row) -> str:
 
 
 def _share(row: Row) -> str:
-    return _percent(row["kv_share"]) + ("*" if off_budget(row) else "")
+    return percent_text(row["kv_share"]) + ("*" if off_budget(row) else "")
 
 
 def off_budget(row: Row) -> bool:
@@ -189,12 +192,12 @@ EVERYTHING = (
         Column("method", lambda row: row["method"], left=True),
         Column("format", lambda row: row["quant_format"] or ""),
     ),
-    Column("score", lambda row: _score(row["score"])),
+    Column("score", lambda row: score_text(row["score"])),
     Column("95 % interval", lambda row: _interval(row["score_low"], row["score_high"])),
-    Column("minus full", lambda row: _score(row["difference"], sign="+")),
+    Column("minus full", lambda row: score_text(row["difference"], sign="+")),
     Column("95 % interval", lambda row: _interval(row["difference_low"], row["difference_high"])),
     Column("against full", _against_full, left=True),
-    Column("KV bytes", lambda row: _bytes(row["kv_bytes_mean"])),
+    Column("KV bytes", lambda row: bytes_text(row["kv_bytes_mean"])),
     *(Column("KV of full", _share), STATES, TTFT, TPOT),
 )
 """One line per row, for Markdown and wide terminals."""
@@ -214,18 +217,18 @@ STACKED = (
     *(BUDGET, Column("method", _method, left=True, needed=True)),
     Column(
         "score",
-        lambda row: _two_lines(_score(row["score"]), _interval(row["score_low"], row["score_high"])),
+        lambda row: _two_lines(score_text(row["score"]), _interval(row["score_low"], row["score_high"])),
         needed=True,
     ),
     Column(
         "minus full",
         lambda row: _two_lines(
-            _score(row["difference"], sign="+"), _interval(row["difference_low"], row["difference_high"])
+            score_text(row["difference"], sign="+"), _interval(row["difference_low"], row["difference_high"])
         ),
         needed=True,
     ),
     Column("p", lambda row: "" if row["p_holm"] is None else p_text(row["p_holm"])),
-    Column("KV\nof full", lambda row: _two_lines(_share(row), _bytes(row["kv_bytes_mean"])), needed=True),
+    Column("KV\nof full", lambda row: _two_lines(_share(row), bytes_text(row["kv_bytes_mean"])), needed=True),
     STATES,
     Column("TTFT s\nTPOT ms", lambda row: _two_lines(TTFT.cell(row), TPOT.cell(row))),
 )
@@ -298,7 +301,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     if any(map(not_exercised, rows)):
         notes.append("not exercised: every prompt and answer fits the budget, so that nothing was compressed")
     off = [
-        f"{row['method']} {_percent(row['kv_share_of_prompt'])} of {_budget(row)}" for row in rows if off_budget(row)
+        f"{row['method']} {percent_text(row['kv_share_of_prompt'])} of {_budget(row)}"
+        for row in rows
+        if off_budget(row)
     ]
     if off:
         notes.append(
@@ -307,7 +312,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         notes += dict.fromkeys(filter(None, map(_why_off, filter(off_budget, rows))))
     for row in rows:
         if row["method"] != FULL and row["cache_size"] is None and row["cache_ratio"] is None:
-            stands = f"{row['method']} stands at {_percent(row['kv_share_of_prompt'])} of the prompt's bytes"
+            stands = f"{row['method']} stands at {percent_text(row['kv_share_of_prompt'])} of the prompt's bytes"
             notes.append(f"{stands}: it is of one size, whatever the budget")
     truncated = max((row["truncated_documents"] or 0) for row in rows)
     if truncated:
@@ -333,7 +338,7 @@ def _why_off(row: Row) -> str:
 def detectable(rows: Sequence[Row]) -> list[str]:
     """What differences to ``full`` so many documents could have shown."""
     compared = [row for row in rows if row["p_value"] is not None]
-    known = sorted({_score(row["detectable_difference"], 2) for row in compared} - {""}, key=float)
+    known = sorted({score_text(row["detectable_difference"], 2) for row in compared} - {""}, key=float)
     if known:
         span = " to ".join(dict.fromkeys((known[0], known[-1])))
         return [f"smallest difference to full that so many documents show in 4 of 5 cases: {span}"]
@@ -407,11 +412,11 @@ def to_markdown(tables: Sequence[Sequence[Row]]) -> str:
     lines: list[str] = []
     for rows in tables:
         for comparison in compare(rows):
-            lines += [f"**{_in_cell(comparison.title)}**", ""]
+            lines += [f"**{in_markdown(comparison.title)}**", ""]
             lines.append("| " + " | ".join(column.header for column in EVERYTHING) + " |")
             lines.append("|" + "".join("---|" if column.left else "---:|" for column in EVERYTHING))
             for row in itertools.chain.from_iterable(comparison.groups):
-                cells = [_in_cell(column.cell(row)) for column in EVERYTHING]
+                cells = [in_markdown(column.cell(row)) for column in EVERYTHING]
                 lines.append(
                     "| " + " | ".join(f"**{cell}**" if row["leading"] and cell else cell for cell in cells) + " |"
                 )
@@ -419,10 +424,54 @@ def to_markdown(tables: Sequence[Sequence[Row]]) -> str:
     return "\n".join([*lines, " ".join(LEGEND), ""])
 
 
-def _in_cell(text: str) -> str:
+def in_markdown(text: str) -> str:
+    """``text`` in a cell of a Markdown table, as it stands."""
     for char in "\\|*_<`":
         text = text.replace(char, f"\\{char}")
     return text
+
+
+LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "…": r"\ldots{}",
+        "×": r"$\times$",
+        **{char: f"\\{char}" for char in "&%$#_{}"},
+    }
+)
+"""What stands for characters that LaTeX would obey, or that not every font has."""
+LATEX_LEFT_OUT = ("against full", "KV bytes")
+"""Columns of :data:`EVERYTHING` that a page has no room for."""
+
+
+def in_latex(text: str) -> str:
+    """``text`` in LaTeX, as it stands; a sign before a digit is a minus, not a hyphen."""
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", text.translate(LATEX))
+
+
+def to_latex(tables: Sequence[Sequence[Row]]) -> str:
+    """The comparisons as tables for a paper; they need the package booktabs."""
+    columns = [column for column in EVERYTHING if column.header not in LATEX_LEFT_OUT]
+    lines = ["% Needs \\usepackage{booktabs}. Written by arkv-bench report."]
+    for comparison in itertools.chain.from_iterable(map(compare, tables)):
+        lines += ["", r"\begin{table}", r"\centering", r"\small", rf"\caption{{{in_latex(comparison.title)}}}"]
+        lines += [rf"\begin{{tabular}}{{@{{}}{''.join('l' if column.left else 'r' for column in columns)}@{{}}}}"]
+        lines += [r"\toprule", " & ".join(in_latex(column.header) for column in columns) + r" \\"]
+        for group in comparison.groups:
+            lines.append(r"\midrule")
+            for row in group:
+                cells = [in_latex(column.cell(row)) for column in columns]
+                cells = [rf"\textbf{{{cell}}}" if row["leading"] and cell else cell for cell in cells]
+                lines.append(" & ".join(cells) + r" \\")
+        lines += [r"\bottomrule", r"\end{tabular}"]
+        lines += [rf"\par\smallskip\footnotesize {in_latex(note)}." for note in comparison.notes]
+        lines.append(r"\end{table}")
+    return "\n".join([*lines, ""])
 
 
 def to_csv(tables: Sequence[Sequence[Row]]) -> str:

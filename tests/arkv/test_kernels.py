@@ -97,6 +97,7 @@ def test_slots_per_split(
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["interpreter", "gpu"])
 def test_agreement_with_the_twin(where: str) -> None:
     """All of ``kernel_cases.py``, in a process that imports Triton anew."""
@@ -163,6 +164,7 @@ def check(found: list[Any]) -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_it_compiles(compiled: Compile) -> None:
     check(compiled(80, "k4v3", 128))
 

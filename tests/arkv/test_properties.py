@@ -15,8 +15,8 @@ from arkv.quantization import Layout, QuantizedTensor, rotation
 from arkv.scoring import causal_visibility, pool, prefill_statistics, window_attention
 from tests.arkv.conftest import Driver, held_sets
 
-few = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-many = settings(few, max_examples=150)
+few = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+many = settings(few, max_examples=80)
 
 
 # -- number formats ----------------------------------------------------------------------------------------------------

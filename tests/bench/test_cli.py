@@ -41,23 +41,72 @@ def fail(capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
-@pytest.mark.parametrize("command", [None, *COMMANDS])
-def test_help(command: str | None) -> None:
-    done = shell(*([command] if command else []), "--help")
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What a command that must succeed prints, without the frames of its help."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert not caught.value.code
+        return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+    return run
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(say: Any, command: str) -> None:
+    assert "Usage: " in say(command, "--help")
+
+
+def test_the_help_of_all_names_every_command_and_exit_code() -> None:
+    done = shell("--help")
     assert done.returncode == 0, done.stderr
-    assert "Usage: " in done.stdout
+    text = " ".join(done.stdout.replace("│", " ").split())
+    assert [command for command in COMMANDS if f" {command} " not in text] == []
+    for said in ("0 done", "1 something failed", "2 what was asked for makes no sense", "130 stopped by Ctrl-C"):
+        assert said in text
 
 
-def test_the_command_line_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, bench.cli; print([m for m in ('torch', 'transformers', 'lm_eval', 'pandas') if m in sys.modules])"
-    )
+def test_help_imports_nothing_heavy() -> None:
+    """Modules that take time to import: whatever --help needs beyond typer and rich would be felt."""
+    code = """
+import sys, bench.cli
+try:
+    bench.cli.main(["--help"])
+except SystemExit:
+    heavy = "torch transformers lm_eval pandas numpy scipy datasets yaml jinja2 matplotlib optuna"
+    print([name for name in heavy.split() if name in sys.modules])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout == "[]\n"
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_defaults_stand_in_the_help() -> None:
-    text = " ".join(shell("run", "--help").stdout.replace("│", " ").split())
+@pytest.mark.parametrize("name", ["bash", "zsh", "fish"])
+def test_shells_are_completed(name: str) -> None:
+    """As the shell asks: through environment variables, with what has been typed so far."""
+    asked = (
+        {"COMP_WORDS": "arkv-bench re", "COMP_CWORD": "1"}
+        if name == "bash"
+        else {"_TYPER_COMPLETE_ARGS": "arkv-bench re"}
+    )
+    asked |= {"_ARKV_BENCH_COMPLETE": f"complete_{name}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    code = "import sys; sys.argv[0] = 'arkv-bench'; from bench.cli import main; main([])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=quiet_environment(**asked),
+    )
+    assert "report" in done.stdout
+    assert "doctor" not in done.stdout
+
+
+def test_defaults_stand_in_the_help(say: Any) -> None:
+    text = say("run", "--help")
     for said in ("Default: smollm2-135m", "Default: needle", "Default: all five", "Default: 512", "Default: 32"):
         assert said in text
 

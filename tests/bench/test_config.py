@@ -35,6 +35,15 @@ def test_flags_win_over_a_preset_and_a_preset_over_defaults(tmp_path: Path) -> N
     assert (origin["cache_size"], origin["limit"], origin["seed"]) == (f"preset {file}", "flag", "default")
 
 
+def test_a_file_wins_over_the_preset_before_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("samples: 2\n")
+    config, origin = resolve({"seed": 3}, f"demo,{file}")
+    assert (config.samples, config.seed, config.budget_unit) == (2, 3, "bytes")
+    assert (origin["samples"], origin["budget_unit"]) == (f"preset {file}", "preset demo")
+    assert resolve({}, f"{file},demo")[0].samples != 2
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_loads_and_says_what_it_is(name: str) -> None:
     config, _ = resolve({}, name)

@@ -379,6 +379,7 @@ def test_ratios_are_means_over_documents() -> None:
     assert layer_means(SAMPLES) == {"mix-512": [pytest.approx(0.6), 1.0]}
 
 
+@pytest.mark.slow
 def test_figures_are_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run")
     with pytest.raises(SystemExit) as ended:

@@ -60,6 +60,7 @@ def prompt() -> torch.Tensor:
     return torch.randint(0, 97, (1, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 def test_importing_kvpress_patches_nothing() -> None:
     """In a process of its own: the import wraps every attention function, once."""
     code = (

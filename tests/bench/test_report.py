@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bench.cli import main
 from bench.errors import UserError
 from bench.records import COLUMNS, RESULTS
 from bench.report.speed import speed_table
@@ -21,6 +22,7 @@ from bench.report.tables import (
     print_comparison,
     read_results,
     to_csv,
+    to_latex,
     to_markdown,
 )
 from bench.speed import Timing, summarize
@@ -342,3 +344,30 @@ def test_parts_of_a_group_with_a_score_of_its_own_are_left_out() -> None:
     group, part = row("mix", 0.5, task="mmlu"), row("mix", 0.4, task="mmlu_law", part_of="mmlu")
     dataset = row("mix", 40.0, task="longbench:trec", part_of="longbench")
     assert headline([part, group, dataset]) == [group, dataset]
+
+
+def test_latex_has_every_row_and_obeys_no_name() -> None:
+    nasty = row("mix", 0.875, model=r"a_b\\input{x}%$&#~^{}|<>", leading=True)
+    text = to_latex([[nasty, *ROWS]])
+    assert text.count(r"\toprule") == text.count(r"\bottomrule") == text.count(r"\begin{table}") == 2
+    assert r"a\_b\textbackslash{}\textbackslash{}input\{x\}\%\$\&\#\textasciitilde{}\textasciicircum{}\{\}" in text
+    body = [line for line in text.splitlines() if line.endswith(r" \\")]
+    assert len(body) == 2 + 1 + len(ROWS)
+    assert len({line.replace(r"\&", "").count("&") for line in body}) == 1
+    assert r"\textbf{mix}" in text
+    assert "$-$0.125 & [$-$0.23, $-$0.03]" in text
+    assert "not distinguishable" not in text.split(r"\bottomrule")[0]
+    # Braces and environments are balanced.
+    plain = text.replace(r"\{", "").replace(r"\}", "")
+    assert plain.count("{") == plain.count("}")
+    assert text.count(r"\begin{") == text.count(r"\end{")
+
+
+def test_latex_is_written_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, ROWS)
+    for target, code in ((tmp_path / "table.tex", 0), (tmp_path / "absent" / "table.tex", 1)):
+        with pytest.raises(SystemExit) as ended:
+            main(["report", str(tmp_path), "--latex", str(target)])
+        assert ended.value.code == code
+    assert (tmp_path / "table.tex").read_text() == to_latex([read_results(tmp_path)])
+    assert "cannot be written" in capsys.readouterr().err

@@ -179,3 +179,26 @@ def test_wording() -> None:
     assert stats.verdict(-0.3, 0.0311) == "worse, p 0.031"
     assert stats.verdict(-0.3, 0.0001, higher_is_better=False) == "better, p <0.001"
     assert stats.verdict(0.1, None) == ""
+
+
+def test_pseudomedian_is_that_of_the_textbook() -> None:
+    # Depression scores before and after a treatment: Hollander & Wolfe, example 3.1 and its continuations.
+    before = [1.83, 0.50, 1.62, 2.48, 1.68, 1.88, 1.55, 3.06, 1.30]
+    after = [0.878, 0.647, 0.598, 2.05, 1.06, 1.29, 1.06, 3.14, 1.29]
+    estimate, interval = stats.pseudomedian([new - old for new, old in zip(after, before, strict=True)])
+    assert estimate == pytest.approx(-0.46)
+    assert interval == pytest.approx((-0.786, -0.010))
+    assert stats.pseudomedian([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, None)
+
+
+@pytest.mark.parametrize("n", [12, 80])
+def test_pseudomedian_stays_where_most_values_are(n: int) -> None:
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(200):
+        values = rng.normal(size=n)
+        values[rng.random(n) < 0.05] *= 50
+        interval = stats.pseudomedian(values)[1]
+        assert interval is not None
+        found += interval.low < 0 < interval.high
+    assert 180 <= found <= 199

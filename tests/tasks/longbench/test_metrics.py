@@ -18,7 +18,7 @@ from tasks.longbench.metrics import METRICS, score
 from tests.tasks.longbench import reading
 from tests.tasks.longbench.conftest import derived, real_rows
 
-PAIRS = 2_000
+PAIRS = 500
 
 ENGLISH = [
     *["The", "a", "an", "cat,", "sat.", "on", "the", "MAT;", "it's", "1,000", "well-known", "U.S.", "naïve", "café"],
@@ -165,12 +165,14 @@ def test_rouge_counts_a_word_once_and_knows_full_stops_only() -> None:
     assert metrics.rouge("...", "same") == 0.0
 
 
+@pytest.mark.slow
 def test_two_long_texts_without_full_stops_score_nothing() -> None:
     words = [f"w{i}" for i in range(1_000)]
     assert metrics.rouge(" ".join(words), " ".join(words)) == 0.0
     assert metrics.rouge(" ".join(words[:980]), " ".join(words[:980])) > 0.99
 
 
+@pytest.mark.slow
 def test_how_long_a_text_may_be_does_not_depend_on_the_caller() -> None:
     text = " ".join(f"v{i}" for i in range(980))
 
@@ -272,7 +274,12 @@ PINNED: dict[str, tuple[float, ...]] = {
 }
 
 
-@pytest.mark.parametrize("name", DATASETS)
+LONG_ANSWERS = ("gov_report", "multi_news")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG_ANSWERS else name for name in DATASETS]
+)
 def test_real_rows_have_the_pinned_scores(name: str, shared_data: Path) -> None:
     dataset = DATASETS[name]
     rows = real_rows(shared_data, name)[:2]

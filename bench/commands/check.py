@@ -1,0 +1,89 @@
+"""``arkv-bench check``: the regression gate."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.errors import UserError
+
+TOLERANCES = "Tolerances: how much worse passes although it is beyond noise"
+
+
+def check(
+    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    against: Annotated[
+        Path, typer.Option(help="The baseline: a folder that --update wrote, or another run.", show_default=False)
+    ],
+    update: Annotated[bool, typer.Option("--update", help="Make RUN the new baseline instead of checking it.")] = False,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the findings as Markdown.", metavar="FILE", show_default=False)
+    ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Let pass what the baseline has and RUN has not measured.")
+    ] = False,
+    score_tolerance: Annotated[
+        float, typer.Option(help="Share of the baseline's score, where more is better.", rich_help_panel=TOLERANCES)
+    ] = 0.02,
+    kl_tolerance: Annotated[
+        float,
+        typer.Option(help="Share of the baseline's KL, perplexity, ... (less is better).", rich_help_panel=TOLERANCES),
+    ] = 0.05,
+    bytes_tolerance: Annotated[
+        float, typer.Option(help="Share of the baseline's KV bytes.", rich_help_panel=TOLERANCES)
+    ] = 0.01,
+    speed_tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the baseline's tokens/s over those of full in the same run. "
+            "Default: 0.03, or 0.25 when the baseline's record names other hardware.",
+            rich_help_panel=TOLERANCES,
+            show_default=False,
+        ),
+    ] = None,
+    no_speed: Annotated[
+        bool, typer.Option("--no-speed", help="Do not judge speed.", rich_help_panel=TOLERANCES)
+    ] = False,
+) -> None:
+    """Fail when a run is worse than a baseline: scores, KL divergence, KV bytes, tokens/s over full's.
+
+    Both must have answered the same documents with the same model. A change fails when its whole 95 % interval over
+    the documents lies beyond the tolerance. Exit codes: 0 passed, 1 worse or incomplete, 2 must not be compared.
+
+    [bold]arkv-bench run --preset ci --outdir runs/ci[/bold]
+    [bold]arkv-bench check runs/ci --against results/ci --markdown check.md[/bold]
+    [bold]arkv-bench check runs/ci --against results/ci --update[/bold]
+    """
+    from bench import check as gate
+    from bench.records import write_atomic
+    from bench.report.tables import bytes_text
+
+    tolerances = gate.Tolerances(
+        score=score_tolerance,
+        divergence=kl_tolerance,
+        kv_bytes=bytes_tolerance,
+        speed=speed_tolerance,
+        judge_speed=not no_speed,
+    )
+    if update:
+        size = gate.write_baseline(run, against)
+        typer.echo(f"wrote {against}, {bytes_text(size)}")
+        return
+    report = gate.check(gate.read(run), gate.read(against), tolerances, partial=partial)
+    for line in gate.lines(report):
+        typer.echo(line)
+    typer.echo(gate.summary(report))
+    text = gate.to_markdown(report)
+    try:
+        if markdown is not None:
+            write_atomic(markdown, text)
+        if summary_file := os.environ.get("GITHUB_STEP_SUMMARY"):
+            with open(summary_file, "a", encoding="utf-8") as file:
+                file.write(text)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
+    if report.failed:
+        raise typer.Exit(1)
