@@ -29,7 +29,7 @@ class ProgressReporter:
         done: steps that an earlier run had done; they do not count for the time left.
     """
 
-    def __init__(self, console: Console, label: str, total: int, done: int = 0, unit: str = "documents") -> None:
+    def __init__(self, console: Console, label: str, total: int, done: int = 0, unit: str = "answers") -> None:
         self.console, self.label, self.total, self.unit = console, label, total, unit
         self.done, self.skipped = done, done
         self._bar: Progress | None = None
@@ -64,7 +64,7 @@ class ProgressReporter:
             elapsed = current - self._start
             left = elapsed / (self.done - self.skipped) * (self.total - self.done)
             self.console.print(
-                f"{self.label}: {self.done}/{self.total} answers, {duration(elapsed)} elapsed, "
+                f"{self.label}: {self.done}/{self.total} {self.unit}, {duration(elapsed)} elapsed, "
                 f"{duration(left)} left{'; ' + note if note else ''}",
                 markup=False,
                 highlight=False,

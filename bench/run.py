@@ -15,16 +15,19 @@ from rich.markup import escape
 
 from bench import records
 from bench.config import RunConfig
+from bench.curve import curve_rows
 from bench.engine import Engine, Failure
 from bench.errors import UserError
 from bench.harness import HarnessTasks
+from bench.inspect import leave_maps
 from bench.methods import Cell, grid
 from bench.models import LoadedModel, load
+from bench.plugins import Plugins
 from bench.predictions import clear_predictions, write_predictions
 from bench.progress import ProgressReporter
 from bench.results import TaskResults, group_rows, rows, to_sample
 from tasks.base import Document, Task, TaskError, TaskGroup, TaskSettings
-from tasks.registry import get_task
+from tasks.registry import TaskSources, get_task
 
 
 @dataclass
@@ -33,8 +36,11 @@ class Outcome:
 
     path: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    """Divergence over the position, of tasks that compare distributions."""
     failures: list[dict[str, str]] = field(default_factory=list)
-    """``model``, ``task`` and ``error``; ``cell`` and ``document`` where one cell failed in one document."""
+    """``model``, ``task`` and ``error``; ``cell`` and ``document`` where one cell failed in one document. Of a plugin,
+    ``plugin`` and ``error``."""
     measured: int = 0
     """Samples measured now, as opposed to found in the folder."""
 
@@ -50,7 +56,7 @@ def _file_hash(path: Path | None) -> str | None:
     return None if path is None or not path.is_file() else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def fingerprint(config: RunConfig, models: dict[str, str]) -> dict[str, Any]:
+def fingerprint(config: RunConfig, models: dict[str, str], plugins: Mapping[str, str]) -> dict[str, Any]:
     """Everything that changes an answer and is not part of a sample's key.
 
     A folder may grow by documents, tasks and cells; it must not mix models, data, precision or versions.
@@ -75,10 +81,12 @@ def fingerprint(config: RunConfig, models: dict[str, str]) -> dict[str, Any]:
         "haystack": _file_hash(config.haystack),
         "text": _file_hash(config.text),
         "continuation": config.continuation,
+        records.PLUGINS: dict(plugins),
     }
 
 
-def _settings(config: RunConfig, model: LoadedModel, task: Task) -> TaskSettings:
+def task_settings(config: RunConfig, model: LoadedModel, task: Task) -> TaskSettings:
+    """What a task of the run builds its documents from. Raises :class:`UserError` for a model of unknown length."""
     longest = model.context_length
     if config.max_length is not None:
         longest = min(config.max_length, longest) if longest is not None else config.max_length
@@ -97,15 +105,37 @@ def _settings(config: RunConfig, model: LoadedModel, task: Task) -> TaskSettings
     )
 
 
-def make_task(name: str, include_path: Sequence[Path] = ()) -> Task | TaskGroup:
-    """A task of the suite, or a task or group of lm-eval.
+def make_task(name: str, include_path: Sequence[Path] = (), plugins: Plugins | None = None) -> Task | TaskGroup:
+    """A task of the suite, of a plugin, or a task or group of lm-eval.
 
     Raises :class:`TaskError` for an unknown name, with the nearest ones.
     """
-    return get_task(name, fallback=HarnessTasks(include_path=include_path))
+    return get_task(name, fallback=TaskSources(plugins or Plugins(), HarnessTasks(include_path=include_path)))
 
 
-def _tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]:
+def _asked_for(config: RunConfig, plugins: Plugins) -> tuple[list[Cell], list[Task | TaskGroup]]:
+    """The grid and the tasks, without what a plugin that has failed may have had.
+
+    Raises:
+        UserError, arkv.ConfigError, TaskError: what was asked for makes no sense, or nothing of it is left.
+    """
+    methods = plugins.usable_methods(config.quant_type)
+    budgets, formats = config.budgets, config.quant_format
+    cells = grid(methods, budgets, config.window_size, formats, config.method_settings, plugins.methods)
+    asked = []
+    for name in config.tasks:
+        try:
+            asked.append(make_task(name, [Path(folder) for folder in config.include_path or ()], plugins))
+        except TaskError as error:
+            if not error.usage or not plugins.failures:
+                raise
+            plugins.lose(str(error))
+    if not cells or not asked:
+        raise UserError("; ".join(failure_lines(plugins.failures)))
+    return cells, asked
+
+
+def tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]:
     """The tasks to measure, each once, and the group that one was asked for through.
 
     Raises :class:`TaskError` for a group whose tasks cannot be found.
@@ -145,10 +175,12 @@ def execute(
     Raises:
         UserError, arkv.ConfigError, TaskError: what was asked for makes no sense; nothing has been measured.
     """
-    cells = grid(config.quant_type, config.budgets, config.window_size, config.quant_format, config.method_settings)
-    asked = [make_task(name, [Path(folder) for folder in config.include_path or ()]) for name in config.tasks]
-    tasks = _tasks_of(asked)
-    outcome = Outcome(path)
+    plugins = Plugins(config.plugin or ())
+    cells, asked = _asked_for(config, plugins)
+    tasks = tasks_of(asked)
+    outcome = Outcome(path, failures=list(plugins.failures))
+    for line in failure_lines(outcome.failures):
+        console.print(f"[red]{escape(line)}[/red]", highlight=False)
     started = records.now()
     loaded: dict[str, LoadedModel] = {}
     for reference in config.model:
@@ -158,7 +190,7 @@ def execute(
             raise UserError(f"--model: {reference!r} has the name of another one, {model.name!r}; rename its folder")
         loaded[model.name] = model
     models = {model.name: model.fingerprint for model in loaded.values()}
-    with records.RunFolder(path, fingerprint(config, models), fresh=fresh) as folder:
+    with records.RunFolder(path, fingerprint(config, models, plugins.hashes), fresh=fresh) as folder:
         if fresh:
             clear_predictions(path)
         begun = folder.previous or {"started": started, "command": records.command_line(), "continued": []}
@@ -194,7 +226,7 @@ def execute(
             results: dict[str, TaskResults] = {}
             for task, part_of in tasks:
                 try:
-                    documents = list(task.load(_settings(config, model, task)))
+                    documents = list(task.load(task_settings(config, model, task)))
                     folder.claim_data(task.name, task.data_hash())
                     record["tasks"][task.name] = {
                         "documents": len(documents),
@@ -212,8 +244,12 @@ def execute(
                     console.print(f"[red]{escape(task.name)}: {escape(str(error))}[/red]", highlight=False)
                     continue
                 outcome.rows.extend(rows(name, results[task.name], cells, part_of))
+                outcome.curve.extend(curve_rows(results[task.name].all_samples()))
                 write_predictions(path, task, documents, cells, found, model=name if len(loaded) > 1 else None)
+                if config.states:
+                    leave_maps(path, model, task.name, documents[0], cells, config.prefill_chunk)
                 folder.write_results(outcome.rows)
+                folder.write_curve(outcome.curve)
                 folder.write_record(record)
             for group in asked:
                 if isinstance(group, TaskGroup):
@@ -265,12 +301,16 @@ def _measure(
     with ProgressReporter(console, f"{model} {task.name}", total, done) as progress:
         work = [(document, left[document.id]) for document in documents if document.id in left]
         for document, answered in engine.answer_batch(work):
+            where = {"model": model, "task": task.name, "cell": answered.cell.key, "document": document.id}
             if isinstance(answered, Failure):
-                where = {"model": model, "task": task.name, "cell": answered.cell.key, "document": document.id}
                 failures.append({**where, "error": answered.error})
             else:
-                folder.append(to_sample(model, task, document, _prompt_hash(document), answered))
-                outcome.measured += 1
+                sample = to_sample(model, task, document, _prompt_hash(document), answered)
+                try:
+                    folder.append(sample)
+                    outcome.measured += 1
+                except records.NotFinite as error:
+                    failures.append({**where, "error": str(error)})
             progress.advance()
     for line in failure_lines(failures):
         console.print(f"[red]{escape(line)}[/red]", highlight=False)
@@ -278,11 +318,14 @@ def _measure(
 
 
 def failure_lines(failures: Iterable[Mapping[str, str]]) -> list[str]:
-    """What failed, for a person: a line per task, and per cell of a task with its first error."""
+    """What failed, for a person: a line per plugin, per task, and per cell of a task with its first error."""
+    failures = list(failures)
+    lines = [f"plugin {failure['plugin']}: {failure['error']}" for failure in failures if "plugin" in failure]
     groups: dict[tuple[str, str, str | None], list[Mapping[str, str]]] = {}
     for failure in failures:
+        if "plugin" in failure:
+            continue
         groups.setdefault((failure["model"], failure["task"], failure.get("cell")), []).append(failure)
-    lines = []
     for (model, task, cell), mine in groups.items():
         first = mine[0]
         if cell is None:

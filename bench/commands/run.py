@@ -49,6 +49,21 @@ def run(
     gamma: Annotated[
         float | None, _option("Weight of the variance in a token's importance. Default: published.", SETTINGS)
     ] = None,
+    original_share: Annotated[
+        float | None,
+        _option("mix: share of the past budget that stays at model precision. Default: by OQ ratio.", SETTINGS),
+    ] = None,
+    importance: Annotated[
+        str | None, _option("Importance of a prompt's tokens: mean_var (published) or mean_max.", SETTINGS)
+    ] = None,
+    pool_width: Annotated[int | None, _option("Width of its average pooling, odd. Default: 5.", SETTINGS)] = None,
+    max_pool_width: Annotated[
+        int | None, _option("mean_max: width of the maximum pooling, odd. Default: 15.", SETTINGS)
+    ] = None,
+    decode_rate: Annotated[
+        float | None,
+        _option("In bytes: weight of the newest step in the scores. Default: 1/32.", SETTINGS),
+    ] = None,
     limit: Annotated[int | None, _option("Use at most so many documents of a task.", DATA)] = None,
     sampling_ratio: Annotated[
         float | None, _option("Use this share of the documents, drawn with the seed. Default: 1.0.", DATA)
@@ -70,6 +85,14 @@ def run(
     ] = None,
     continuation: Annotated[
         int | None, _option("fidelity: tokens that are read and compared behind a prompt. Default: 64.", DATA)
+    ] = None,
+    per_layer: Annotated[
+        bool | None,
+        _option(
+            "fidelity: the error of every layer's attention output too. Default: no.",
+            DATA,
+            "--per-layer/--no-per-layer",
+        ),
     ] = None,
     num_fewshot: Annotated[
         int | None, _option("lm-eval tasks: examples in the prompt. Default: the task's own.", DATA)
@@ -137,6 +160,10 @@ def run(
     trust_remote_code: Annotated[
         bool, _option("Run code that comes with a hub model. Only if you trust it.", DATA, "--trust-remote-code")
     ] = False,
+    plugin: Annotated[
+        list[str] | None,
+        _option("Python files with methods or tasks of your own (docs/plugins.md); may be repeated.", GRID),
+    ] = None,
     preset: Annotated[
         str | None, _option("Settings by name (see list presets) or from a YAML file; flags win.", OUTPUT)
     ] = None,
@@ -144,6 +171,15 @@ def run(
         str | None, _option("Run folder; an unfinished run there is continued. Default: runs/TIME.", OUTPUT)
     ] = None,
     fresh: Annotated[bool, _option("Forget what an earlier run left in the folder.", OUTPUT, "--fresh")] = False,
+    states: Annotated[
+        bool | None,
+        _option(
+            "Leave a states map of the first document of each task for report --html; costs one more prefill of it. "
+            "Default: no.",
+            OUTPUT,
+            "--states/--no-states",
+        ),
+    ] = None,
     print_config: Annotated[
         bool, _option("Print the settings and where each comes from, and stop.", OUTPUT, "--print-config")
     ] = False,
@@ -162,6 +198,7 @@ def run(
         # A switch without an opposite that was not given leaves the preset's value.
         if key not in ("preset", "fresh", "print_config") and not (key == "trust_remote_code" and value is False)
     }
+    flags["plugin"] = ",".join(plugin) if plugin else None
     from bench.config import FIELDS, resolve
 
     config, origin = resolve(flags, preset)
@@ -174,6 +211,7 @@ def run(
 
     from rich.console import Console
 
+    from bench.records import DISK_FULL
     from bench.report.averages import print_averages
     from bench.report.tables import headline, print_comparison
     from bench.run import execute, failure_lines
@@ -185,6 +223,11 @@ def run(
     except KeyboardInterrupt:
         message = f"stopped; what was measured is in {path}: the same command with --outdir {path} continues"
         raise UserError(message, exit_code=130) from None
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        message = f"stopped: {error.strerror}; free some: the same command with --outdir {path} continues"
+        raise UserError(message) from None
     if asked_for := headline(outcome.rows):
         print_comparison([asked_for], console)
         print_averages(outcome.rows, console)
