@@ -305,8 +305,9 @@ def _measure(
             if isinstance(answered, Failure):
                 failures.append({**where, "error": answered.error})
             else:
+                sample = to_sample(model, task, document, _prompt_hash(document), answered)
                 try:
-                    folder.append(to_sample(model, task, document, _prompt_hash(document), answered))
+                    folder.append(sample)
                     outcome.measured += 1
                 except records.NotFinite as error:
                     failures.append({**where, "error": str(error)})

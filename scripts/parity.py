@@ -150,6 +150,8 @@ def compare(model: Any, tokenizer: Any, label: str, name: str, data: Path, limit
             raise SystemExit(f"{name}, {document.id}: {outcome.error}")
         answers[outcome.cell.key][document.id] = outcome.answer
     full = answers[FULL]
+    # Prompts are built a second time: the examples are drawn as at first, with lm-eval's default seed.
+    task.official.set_fewshot_seed(seed=1234)
     official = evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, max_length=longest, batch_size=8, device=str(model.device)),
         {"tasks": {name: task.official}, "groups": {}, "group_map": {}},

@@ -85,7 +85,10 @@ def test_settings_of_runs_make_sense(line: str, tmp_path: Path, monkeypatch: pyt
 
 
 def write_files(folder: Path) -> None:
-    """The files that the tutorial has the reader write."""
+    """The files that the tutorial has the reader write, and the preset that a search leaves."""
+    found = folder / "runs" / "tuned" / "preset.yaml"
+    found.parent.mkdir(parents=True)
+    found.write_text("cache_size: [512]\n")
     for block in re.findall(r"```yaml\n# (\S+)\n(.*?)```", (ROOT / "docs/tutorial.md").read_text(), re.DOTALL):
         path = folder / block[0]
         path.parent.mkdir(exist_ok=True)
