@@ -102,7 +102,7 @@ class FidelityTask(Task):
             self.metrics = (*type(self).metrics, Metric(name="attention_error", higher_is_better=False))
         text = _read(options)
         self._data_hash = hashlib.sha256(text.encode()).hexdigest()
-        ids = tuple(settings.tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = tuple(settings.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         bos = settings.tokenizer.bos_token_id
         begin = () if bos is None else (bos,)
         source = options.text or "the reference text of this Python"

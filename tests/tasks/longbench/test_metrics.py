@@ -18,7 +18,7 @@ from tasks.longbench.metrics import METRICS, score
 from tests.tasks.longbench import reading
 from tests.tasks.longbench.conftest import derived, real_rows
 
-PAIRS = 500
+PAIRS = pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
 
 ENGLISH = [
     *["The", "a", "an", "cat,", "sat.", "on", "the", "MAT;", "it's", "1,000", "well-known", "U.S.", "naïve", "café"],
@@ -93,7 +93,7 @@ def changed(rng: random.Random, text: str, make: Callable[[], str]) -> str:
     return make()
 
 
-def pairs(metric: str) -> Iterator[tuple[str, str]]:
+def pairs(metric: str, count: int) -> Iterator[tuple[str, str]]:
     rng = random.Random(metric)
     sources = {
         "en": lambda: joined(rng, ENGLISH, " ", 14),
@@ -102,7 +102,7 @@ def pairs(metric: str) -> Iterator[tuple[str, str]]:
         "numbers": lambda: joined(rng, NUMBERS, " ", 6),
     }
     home = {"qa_f1_zh": "zh", "rouge_zh": "zh", "code_sim": "code", "count": "numbers"}.get(metric, "en")
-    for _ in range(PAIRS):
+    for _ in range(count):
         make = sources[home if rng.random() < 0.6 else rng.choice(list(sources))]
         if metric in ("retrieval", "retrieval_zh"):
             answer = f"{'Paragraph ' if metric == 'retrieval' else '段落'}{rng.choice([3, 12, 30])}"
@@ -114,18 +114,20 @@ def pairs(metric: str) -> Iterator[tuple[str, str]]:
         yield changed(rng, answer, make), answer
 
 
+@PAIRS
 @pytest.mark.parametrize("metric", reading.PLAIN)
-def test_scores_equal_a_second_reading(metric: str) -> None:
-    found = [(METRICS[metric](p, a, ()), reading.PLAIN[metric](p, a)) for p, a in pairs(metric)]
-    assert len(found) == PAIRS
+def test_scores_equal_a_second_reading(metric: str, count: int) -> None:
+    found = [(METRICS[metric](p, a, ()), reading.PLAIN[metric](p, a)) for p, a in pairs(metric, count)]
+    assert len(found) == count
     assert max(abs(ours - theirs) for ours, theirs in found) <= 1e-9
     assert len({theirs for _, theirs in found}) >= 5, "the pairs are too alike"
 
 
-def test_classification_equals_a_second_reading() -> None:
+@PAIRS
+def test_classification_equals_a_second_reading(count: int) -> None:
     rng = random.Random("classification")
     seen = set()
-    for _ in range(PAIRS):
+    for _ in range(count):
         classes = rng.sample(CLASSES, rng.randint(1, len(CLASSES)))
         answer = rng.choice(classes if rng.random() < 0.9 else CLASSES)
         prediction = changed(rng, answer, lambda: joined(rng, CLASSES, " ", 5))
