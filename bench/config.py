@@ -49,7 +49,8 @@ class RunConfig:
     cache_size: tuple[int, ...] = (512,)
     cache_ratio: tuple[float, ...] | None = None
     budget_unit: str = "tokens"
-    window_size: tuple[int, ...] = (32,)
+    window_size: tuple[int, ...] = ()
+    """Empty: each method's own."""
     quant_format: tuple[str, ...] | None = None
     tau1: float | None = None
     tau2: float | None = None
@@ -142,7 +143,7 @@ class RunConfig:
     def to_json(self) -> dict[str, Any]:
         """As JSON, with paths as text and lists as lists."""
         return {
-            name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            name: str(value) if isinstance(value, Path) else list(value) or None if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
         }
 

@@ -147,6 +147,7 @@ def grid(
 
     Args:
         budgets: ``cache_size`` or ``cache_ratio`` of each budget.
+        window_sizes: none take each method's own.
         formats: formats of Quantized tokens; None takes each method's own.
         settings: further settings of the cache, the same for all.
         own: methods of the user's own by name.
@@ -174,10 +175,11 @@ def grid(
         # What makes the method is not open to settings.
         mine = {name: value for name, value in settings.items() if name not in METHODS[method]}
         for budget in budgets:
-            for window_size in window_sizes:
+            for window_size in window_sizes or (None,):
                 for quant_format in formats if formats and quantizes else (None,):
-                    chosen = {} if quant_format is None else {"quant_format": quant_format}
-                    config = CacheConfig.for_method(method, **budget, window_size=window_size, **chosen, **mine)
+                    chosen = {"window_size": window_size, "quant_format": quant_format}
+                    given = {name: value for name, value in chosen.items() if value is not None}
+                    config = CacheConfig.for_method(method, **budget, **given, **mine)
                     cell = Cell(method, config)
                     cells[cell.key] = cell
     return list(cells.values())

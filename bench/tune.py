@@ -86,7 +86,7 @@ PARAMETERS: dict[str, Parameter] = {
     "tau2": Parameter(low=0.1, high=10.0),
     "tau3": Parameter(low=0.1, high=10.0),
     "gamma": Parameter(low=0.0, high=400.0),
-    "window_size": Parameter(low=8, high=64, step=8),
+    "window_size": Parameter(low=8, high=128, step=8),
     "original_share": Parameter(low=0.0, high=0.3),
     "importance": Parameter(choices=("mean_var", "mean_max")),
     "pool_width": Parameter(low=1, high=15, step=2),
