@@ -202,19 +202,21 @@ def test_models_whose_layers_hold_no_keys_and_values_are_refused_by_name(cache: 
         cache(hybrid, *argument)
 
 
-@pytest.mark.parametrize("head_dim", [80, 82])
-def test_a_head_dim_that_a_format_cannot_store_is_refused_with_a_format_that_can(head_dim: int) -> None:
+@pytest.mark.parametrize(("quant_format", "head_dim"), [("int2", 82), ("k4v3", 84)])
+def test_a_head_dim_that_a_format_cannot_store_is_refused_with_a_format_that_can(
+    quant_format: str, head_dim: int
+) -> None:
     config = LlamaConfig(num_hidden_layers=2, head_dim=head_dim)
     with pytest.raises(ConfigError) as error:
-        TriStateCache(config, CacheConfig(cache_size=64, quant_format="int4"))
+        TriStateCache(config, CacheConfig(cache_size=64, quant_format=quant_format))
     message = str(error.value)
-    assert "quant_format='int4'" in message
+    assert f"quant_format={quant_format!r}" in message
     assert str(head_dim) in message
     works = [name for name in ("int8", "fp8") if name in message]
     assert works, message
     TriStateCache(config, CacheConfig(cache_size=64, quant_format=works[0]))
     # A method that quantizes nothing does not care.
-    TriStateCache(config, CacheConfig(cache_size=64, quant_format="int4", original_share=1.0))
+    TriStateCache(config, CacheConfig(cache_size=64, quant_format=quant_format, original_share=1.0))
 
 
 def test_a_cache_takes_a_model_config_alone() -> None:

@@ -144,6 +144,7 @@ def untimed(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_kill_9_in_the_middle_and_continue(tmp_path: Path, tiny: Any) -> None:
     """Every document is answered exactly once by every cell, whatever moment the first process died at, and the table
     is that of a run that nobody disturbed."""
