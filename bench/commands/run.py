@@ -10,6 +10,7 @@ import typer
 from bench.errors import UserError
 
 GRID, SETTINGS, DATA, OUTPUT = "The grid", "Settings of the methods", "Models and data", "Output"
+WHERE = "Where it runs"
 
 
 def _option(help_: str, panel: str, *names: str) -> Any:
@@ -125,6 +126,34 @@ def run(
     trust_remote_code: Annotated[
         bool, _option("Run code that comes with a hub model. Only if you trust it.", DATA, "--trust-remote-code")
     ] = False,
+    device_map: Annotated[
+        str | None,
+        _option("auto spreads a model over the GPUs that there are (accelerate). Default: one device.", DATA),
+    ] = None,
+    model_kwargs: Annotated[
+        str | None,
+        _option("For transformers when it loads a model: key=value,..., or a mapping as YAML or JSON.", DATA),
+    ] = None,
+    executor: Annotated[str | None, _option("local, or ray: on the workers of a cluster. Default: local.", WHERE)] = None,
+    address: Annotated[
+        str | None,
+        _option(
+            "Ray: host:port or ray://host:port of a cluster, auto for the one of this machine (or RAY_ADDRESS), local "
+            "for one of this run's own. Default: auto.",
+            WHERE,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, _option("Ray: workers, each with a model of its own. Default: as many as there is room for.", WHERE)
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, _option("Ray: GPUs of a worker. Default: 1, or 0 on a cluster without any.", WHERE)
+    ] = None,
+    cpus_per_worker: Annotated[int | None, _option("Ray: cores and threads of a worker. Default: 1.", WHERE)] = None,
+    retries: Annotated[
+        int | None,
+        _option("Ray: how often documents whose worker died are tried again before they fail. Default: 3.", WHERE),
+    ] = None,
     preset: Annotated[
         str | None, _option("Settings by name (see list presets) or from a YAML file; flags win.", OUTPUT)
     ] = None,

@@ -1,0 +1,30 @@
+"""Everything in this process, one unit after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from bench.executors.base import Answered, Answerer, Executor, Setup, Unit
+
+
+class LocalExecutor(Executor):
+    """A loop. Answers come one by one, so that what is stopped loses no more than one."""
+
+    documents_per_unit = 1
+
+    def __init__(self, setup: Setup) -> None:
+        self._answerer = Answerer(setup)
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to put away."""
+
+    def run(self, units: Iterable[Unit]) -> Iterator[Answered]:
+        for unit in units:
+            yield from self._answerer.answer(unit)
+
+    def status(self) -> str:
+        return ""
+
+    def record(self) -> dict[str, Any]:
+        return {"name": "local", "models": self._answerer.loaded}
