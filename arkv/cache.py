@@ -27,7 +27,7 @@ class NotAttached(ConfigError, AttributeError):
     """A model used keys and values itself that only this library's attention function can read."""
 
 
-class _Handle:
+class Handle:
     """What a model receives in the place of keys and values, to pass it on to the attention function."""
 
     def __getattr__(self, name: str) -> Any:
@@ -43,7 +43,7 @@ _NOT_ATTACHED = (
 )
 
 
-class LayerHandle(_Handle):
+class LayerHandle(Handle):
     """The handle of one layer of a :class:`TriStateCache`."""
 
     def __init__(self, cache: TriStateCache, layer_idx: int) -> None:
@@ -302,7 +302,7 @@ class PrefillLayer(DynamicLayer):
         return self.keys, self.values
 
 
-class _PrefillHandle(_Handle):
+class _PrefillHandle(Handle):
     """The handle of one layer of a :class:`PrefillCache`."""
 
     def __init__(self, layer: PrefillLayer) -> None:

@@ -2,22 +2,23 @@
 cache and answers from it.
 
 The stock full cache is read with the model's own attention function, as it would be without this suite. All cells go
-through the same steps: decode greedily, token by token, or read given tokens and score them.
+through the same steps: decode greedily, token by token, or read given tokens and score them. Several documents can be
+answered side by side, from caches of their own (:class:`arkv.CacheBatch`): then that function is SDPA for all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from arkv import ConfigError, PrefillCache, TriStateCache, attach, storage_bytes
+from arkv import CacheBatch, ConfigError, PrefillCache, TriStateCache, attach, storage_bytes
 from bench import peers
 from bench.errors import UserError
 from bench.methods import FULL, Cell
@@ -37,11 +38,19 @@ from tasks.base import (
     Scored,
 )
 
+_T = TypeVar("_T")
+
 _BLOCK = 512
 """Most tokens of a row whose logits over the whole vocabulary are held at once."""
 
 _AUTO_BYTES = 1 << 30
 """What the logits of an automatic batch, and its copies of the cache, take at most, if it has more than one row."""
+
+_AUTO_DOCUMENTS = 32
+"""Most documents of an automatic batch, which is what a killed run has to measure again."""
+
+_PREFILL_TOKENS = 512
+"""Most tokens, with padding, of prompts that are computed in one forward: longer ones keep a device busy alone."""
 
 
 FAILURES = (ConfigError, UserError, RuntimeError)
@@ -57,8 +66,26 @@ class Failure:
     """In one line."""
 
 
-_Failed = dict[str, Failure]
-"""By the key of the cell."""
+@dataclass(eq=False)
+class _Job:
+    """A document and the cells that are to answer it."""
+
+    document: Document
+    cells: Sequence[Cell]
+    answered: set[str] = field(default_factory=set)
+    """Keys of cells."""
+    failed: dict[str, Failure] = field(default_factory=dict)
+    """By the key of the cell."""
+
+    def request(self, kind: type[_T]) -> _T:
+        """The document's request, which is of this kind."""
+        request = self.document.request
+        assert isinstance(request, kind)
+        return request
+
+    def waits_for(self, cell: Cell) -> bool:
+        """The cell is asked for, and has neither answered nor failed."""
+        return cell in self.cells and cell.key not in self.answered and cell.key not in self.failed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +93,12 @@ class Measurement:
     """What answering one document with one cell gave and cost.
 
     States and bytes are those of the cache at the end of decoding. For scored continuations they are those that all of
-    them were read from, after compression; of several contexts, or windows of a text, the mean.
+    them were read from, after compression; of several contexts, or windows of a text, the mean. They are those of the
+    document's own cache, whatever stands beside it in a batch.
+
+    Times are the document's share: a forward of several rows counts for each of them in equal parts. So the times of
+    all documents add up to that of the work, and times to the first token and per output token tell the throughput of
+    a batch, not how long anybody would wait; they are latencies where documents are answered one by one.
     """
 
     cell: Cell
@@ -98,6 +130,7 @@ class Measurement:
     tpot_ms: float | None = None
     """Milliseconds per output token after the first; None for a single token and where nothing is generated."""
     peak_memory_bytes: int | None
+    """While the cell answered the document and those beside it."""
     oq_ratios: list[float] = field(default_factory=list)
     """Per compressible layer, where the method uses them."""
 
@@ -141,6 +174,30 @@ class _Held:
     kv_bytes: int = 0
     full_kv_bytes: int = 0
     oq_ratios: list[float] = field(default_factory=list)
+
+
+@dataclass(kw_only=True, eq=False)
+class _Answering:
+    """A cell's answer to a generation request in the making."""
+
+    job: _Job
+    request: Generate
+    prefill: _Prefill
+    compressed: _Compressed
+    tokens: list[int] = field(default_factory=list)
+    begin: int | None = None
+    """Where the answer begins; None while the model is thinking."""
+    first_s: float = 0.0
+    decode_s: float = 0.0
+
+
+@dataclass(kw_only=True, eq=False)
+class _Context:
+    """A context of a job and what is asked behind it: continuations by their place in the request."""
+
+    job: _Job
+    ids: tuple[int, ...]
+    continuations: dict[int, tuple[int, ...]]
 
 
 @dataclass
@@ -198,8 +255,9 @@ class Engine:
         model: a transformers causal language model in eval mode.
         tokenizer: its tokenizer.
         cells: the grid.
-        batch_size: continuations of a context that are read in one forward, each from its own copy of the cache; None
-            for as many as take a gibibyte.
+        batch_size: documents that are answered side by side, and continuations that are read in one forward, each from
+            a cache of its own; None for as many as take a gibibyte. Methods of others answer one by one, and so do all
+            where a text is read as a whole or distributions are compared.
         prefill_chunk: tokens of a prompt that are read in one forward, to save memory; None for all.
     """
 
@@ -215,7 +273,10 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.cells = list(cells)
-        self.batch_size = batch_size
+        config = model.config.get_text_config(decoder=True)
+        kinds = {*(getattr(config, "layer_types", None) or ())}
+        # Other attention is not known to CacheBatch.
+        self.batch_size = batch_size if kinds <= {"full_attention", "sliding_attention"} else 1
         self.prefill_chunk = prefill_chunk
         self.device = model.device
         end = model.generation_config.eos_token_id
@@ -229,58 +290,144 @@ class Engine:
         for _ in self.answer(Document(id="warm-up", request=request), self.cells):
             pass
 
-    @torch.inference_mode()
     def answer(self, document: Document, cells: Sequence[Cell]) -> Iterator[Measurement | Failure]:
         """Compute the document's contexts once, then answer with each of ``cells``, in their order.
 
         Cells that fail come last and do not stop the others. What all share is the failure of all.
         """
-        answered = set()
-        failed: _Failed = {}
-        try:
-            for measured in self._measure(document.request, cells, failed):
-                answered.add(measured.cell.key)
-                yield measured
-        except FAILURES as error:
-            for cell in cells:
-                if cell.key not in answered:
-                    failed.setdefault(cell.key, Failure(cell=cell, error=_said(error)))
-        yield from failed.values()
+        for _, outcome in self.answer_batch([(document, cells)]):
+            yield outcome
 
-    def _measure(self, request: Request, cells: Sequence[Cell], failed: _Failed) -> Iterator[Measurement]:
-        if isinstance(request, Generate):
-            prefill = self._prefill(request.prompt_ids)
-            for cell in cells:
-                with _noting(failed, cell):
-                    yield self._generate(cell, request, prefill)
-        elif isinstance(request, LogLikelihood):
-            yield from self._log_likelihoods(request, cells, failed)
-        elif isinstance(request, Compare):
-            yield from self._compare(request, cells, failed)
+    @torch.inference_mode()
+    def answer_batch(
+        self, work: Sequence[tuple[Document, Sequence[Cell]]]
+    ) -> Iterator[tuple[Document, Measurement | Failure]]:
+        """Answer any number of documents with the cells of each, ``batch_size`` of them side by side.
+
+        There is one outcome for each document and cell. Batches come in the order of ``work`` and each one's failures
+        come last. What the documents of a batch share, such as the memory of a forward, is the failure of all.
+        """
+        for jobs in self._side_by_side([_Job(document, cells) for document, cells in work]):
+            for job, measured in self._measure(jobs):
+                job.answered.add(measured.cell.key)
+                yield job.document, measured
+            for job in jobs:
+                for failure in job.failed.values():
+                    yield job.document, failure
+
+    def _measure(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, Measurement]]:
+        """Answer jobs whose requests are of one kind."""
+        kind = type(jobs[0].document.request)
+        if kind is Generate:
+            yield from self._generate(jobs)
+        elif kind is LogLikelihood:
+            yield from self._log_likelihoods(jobs)
         else:
-            yield from self._rolling(request, cells, failed)
+            for job in jobs:
+                with _noting([job], job.cells):
+                    yield from self._compare(job) if kind is Compare else self._rolling(job)
+
+    # --- What is done side by side ---
+
+    def _side_by_side(self, jobs: Iterable[_Job]) -> Iterator[list[_Job]]:
+        """Batches of jobs in their order, each of requests of one kind."""
+        batch: list[_Job] = []
+        held = 0
+        for job in jobs:
+            request = job.document.request
+            needed = self._bytes_needed(request)
+            full = len(batch) >= (self.batch_size or _AUTO_DOCUMENTS)
+            if self.batch_size is None:
+                full = full or held + needed > _AUTO_BYTES
+            if batch and (full or type(request) is not type(batch[0].document.request)):
+                yield batch
+                batch, held = [], 0
+            batch.append(job)
+            held += needed
+        if batch:
+            yield batch
+
+    def _bytes_needed(self, request: Request) -> int:
+        """About what a document takes while a cell answers it: its prefill, and a cache as large as the full one."""
+        config = self.model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_token: int = 2 * config.num_hidden_layers * heads * head_dim * self.model.dtype.itemsize
+        new = request.max_new_tokens if isinstance(request, Generate) else 0
+        return per_token * (2 * request.prompt_tokens + new)
+
+    @staticmethod
+    def _cells_of(jobs: Iterable[_Job]) -> list[Cell]:
+        """The cells of all jobs, each once."""
+        return list({cell.key: cell for job in jobs for cell in job.cells}.values())
+
+    @staticmethod
+    def _groups(cell: Cell, waiting: Sequence[_T]) -> Iterator[Sequence[_T]]:
+        """What waits for the cell: all at once, or one by one where it is a method of others."""
+        size = len(waiting) if cell.peer is None else 1
+        for start in range(0, len(waiting), size or 1):
+            yield waiting[start : start + size]
 
     # --- The steps that every kind of request is made of ---
 
     def _ids(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        """[B, T] of rows of token ids, padded on the right, where nothing that comes before can see it."""
+        """[B, T] of rows of token ids, padded on the left."""
         longest = max(map(len, rows))
-        return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=self.device)
+        return torch.tensor([[*[0] * (longest - len(row)), *row] for row in rows], device=self.device)
 
-    def _prefill(self, ids: Sequence[int]) -> _Prefill:
-        """Compute a context."""
-        if not ids:
-            return _Prefill(ids=())
-        cache = PrefillCache(self.model, self.window_size)
+    def _forward(self, caches: Sequence[Cache], rows: Sequence[Sequence[int]], **options: Any) -> torch.Tensor:
+        """Logits [B, T, V] of new tokens behind each of the caches; rows are padded on the left."""
+        ids = self._ids(rows)
+        logits: torch.Tensor
+        if len(caches) == 1:
+            logits = self.model(ids, past_key_values=caches[0], **options).logits
+        else:
+            batch = CacheBatch(caches, [len(row) for row in rows])
+            positions = batch.position_ids().to(self.device)
+            logits = self.model(ids, position_ids=positions, past_key_values=batch, **options).logits
+        return logits
+
+    def _prefills(self, wanted: Sequence[tuple[_Job, tuple[int, ...]]]) -> dict[int, _Prefill]:
+        """Contexts by their place in ``wanted``; one that cannot be computed fails all cells of its job."""
+        prefills: dict[int, _Prefill] = {}
+        for places in self._prefill_batches([ids for _, ids in wanted]):
+            with _noting([wanted[place][0] for place in places], self._cells_of(wanted[place][0] for place in places)):
+                done = self._prefill([wanted[place][1] for place in places])
+                prefills.update(zip(places, done, strict=True))
+        return prefills
+
+    def _prefill_batches(self, contexts: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+        """Places of contexts that are computed in one forward: short ones, neighbours in length."""
+        batch: list[int] = []
+        for place in sorted(range(len(contexts)), key=lambda place: len(contexts[place])):
+            length = len(contexts[place])
+            # An empty context takes part in no forward.
+            alone = self.prefill_chunk is not None or (batch and not contexts[batch[0]])
+            if batch and (alone or length * (len(batch) + 1) > _PREFILL_TOKENS):
+                yield batch
+                batch = []
+            batch.append(place)
+        if batch:
+            yield batch
+
+    def _prefill(self, contexts: Sequence[tuple[int, ...]]) -> list[_Prefill]:
+        """Compute contexts in one forward, or a single one in chunks."""
+        if not all(contexts):
+            return [_Prefill(ids=()) for _ in contexts]
+        caches = [PrefillCache(self.model, self.window_size) for _ in contexts]
+        chunk = self.prefill_chunk or max(map(len, contexts))
         clock = Stopwatch(self.device)
         with attach(self.model), clock:
-            for chunk in self._ids([ids]).split(self.prefill_chunk or len(ids), dim=1):
-                logits = self.model(chunk, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        return _Prefill(ids=tuple(ids), cache=cache, logits=logits, seconds=clock.seconds)
+            for start in range(0, max(map(len, contexts)), chunk):
+                rows = [ids[start : start + chunk] for ids in contexts]
+                logits = self._forward(caches, rows, logits_to_keep=1)[:, -1]
+        return [
+            _Prefill(ids=ids, cache=cache, logits=row, seconds=clock.seconds / len(contexts))
+            for ids, cache, row in zip(contexts, caches, logits.split(1), strict=True)
+        ]
 
     def _compress(self, cell: Cell, prefill: _Prefill) -> _Compressed:
         """The cell's own cache of a context, which may be empty."""
-        reset_peak_memory(self.device)
         if cell.peer is not None:
             return self._compress_peer(cell.peer, prefill)
         cache: Cache
@@ -314,9 +461,11 @@ class Engine:
             kv_bytes=storage_bytes(done.cache),
         )
 
-    def _attention(self, cell: Cell, cache: Cache) -> contextlib.AbstractContextManager[Any]:
-        """Under this, the model can read the cell's cache and copies of it."""
-        return peers.decoding(self.model, cache) if cell.config is None else attach(self.model)
+    def _attention(self, cell: Cell, caches: Sequence[Cache]) -> contextlib.AbstractContextManager[Any]:
+        """Under this, the model can read the cell's caches and copies of them."""
+        if cell.peer is not None or (cell.config is None and self.batch_size == 1):
+            return peers.decoding(self.model, caches[0])
+        return attach(self.model)
 
     @staticmethod
     def _fork(cache: Cache) -> Cache:
@@ -342,25 +491,50 @@ class Engine:
             **counts, kv_bytes=storage_bytes(cache), full_kv_bytes=prefill.cache.full_bytes(seen), oq_ratios=ratios
         )
 
-    def _read(self, cache: Cache, ids: torch.Tensor, chunk: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """Feed ``ids`` [B, T] in chunks: the place of each one's first token, and its log-probabilities [B, t, V]."""
-        for start in range(0, ids.shape[1], chunk):
-            logits = self.model(ids[:, start : start + chunk], past_key_values=cache).logits
-            yield start, logits.float().log_softmax(dim=-1)
+    def _read(
+        self, caches: Sequence[Cache], rows: Sequence[Sequence[int]], chunk: int
+    ) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """Feed each of the caches its row of token ids in chunks.
+
+        Yields the place of a chunk's first token in the rows, and the log-probabilities [t, V] behind each row's tokens
+        in it, of which there may be none.
+        """
+        for begin in range(0, max(map(len, rows)), chunk):
+            parts = [row[begin : begin + chunk] for row in rows]
+            going = [place for place, part in enumerate(parts) if part]
+            logits = self._forward([caches[place] for place in going], [parts[place] for place in going])
+            log_probabilities = logits.float().log_softmax(dim=-1)
+            found = [log_probabilities[0, :0]] * len(rows)
+            for place, mine in zip(going, log_probabilities, strict=True):
+                found[place] = mine[-len(parts[place]) :]
+            yield begin, found
 
     # --- Generation ---
 
-    def _generate(self, cell: Cell, request: Generate, prefill: _Prefill) -> Measurement:
-        compressed = self._compress(cell, prefill)
-        cache = compressed.cache
-        assert compressed.logits is not None
-        with self._attention(cell, cache):
-            tokens, first, decode = self._decode(cache, compressed.logits, request)
-        held = self._held(cell, cache, prefill)
+    def _generate(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, Measurement]]:
+        requests = [job.request(Generate) for job in jobs]
+        prefills = self._prefills([(job, request.prompt_ids) for job, request in zip(jobs, requests, strict=True)])
+        for cell in self._cells_of(jobs):
+            waiting = [place for place, job in enumerate(jobs) if job.waits_for(cell)]
+            for group in self._groups(cell, waiting):
+                reset_peak_memory(self.device)
+                rows = []
+                for place in group:
+                    job, request, prefill = jobs[place], requests[place], prefills[place]
+                    with _noting([job], [cell]):
+                        compressed = self._compress(cell, prefill)
+                        rows.append(_Answering(job=job, request=request, prefill=prefill, compressed=compressed))
+                with _noting([row.job for row in rows], [cell]):
+                    self._decode(cell, rows)
+                    yield from [(row.job, self._generated(cell, row)) for row in rows]
+
+    def _generated(self, cell: Cell, row: _Answering) -> Measurement:
+        compressed, tokens = row.compressed, row.tokens
+        held = self._held(cell, compressed.cache, row.prefill)
         return Measurement(
             cell=cell,
-            answer=Generated(text=self._text(tokens, request), token_ids=tuple(tokens)),
-            prompt_tokens=request.prompt_tokens,
+            answer=Generated(text=self._text(tokens, row.request), token_ids=tuple(tokens)),
+            prompt_tokens=row.request.prompt_tokens,
             generated_tokens=len(tokens),
             tokens_original=held.original,
             tokens_quantized=held.quantized,
@@ -370,29 +544,32 @@ class Engine:
             full_kv_bytes=held.full_kv_bytes,
             prefill_s=compressed.prefill_s,
             compress_s=compressed.compress_s,
-            ttft_ms=1000.0 * (compressed.prefill_s + (compressed.compress_s or 0.0) + first.seconds),
-            decode_s=decode.seconds,
-            tpot_ms=1000.0 * decode.seconds / (len(tokens) - 1) if len(tokens) > 1 else None,
+            ttft_ms=1000.0 * (compressed.prefill_s + (compressed.compress_s or 0.0) + row.first_s),
+            decode_s=row.decode_s,
+            tpot_ms=1000.0 * row.decode_s / (len(tokens) - 1) if len(tokens) > 1 else None,
             peak_memory_bytes=peak_memory_bytes(self.device),
             oq_ratios=held.oq_ratios,
         )
 
-    def _decode(self, cache: Cache, logits: torch.Tensor, request: Generate) -> tuple[list[int], Stopwatch, Stopwatch]:
-        """Greedy decoding. Returns the tokens, the clock of the first one and that of the others."""
-        first, rest = Stopwatch(self.device), Stopwatch(self.device)
-        with first:
-            tokens = [int(self._answerable(logits, request).argmax(dim=-1))]
-        # Where the answer begins; None while the model is thinking.
-        begin = 0 if request.think_end is None else None
-        while True:
-            if begin is None and request.think_end is not None and self._ends_in(tokens, (request.think_end,)):
-                begin = len(tokens)
-            if self._ended(tokens, begin, request):
-                return tokens, first, rest
-            with rest:
-                step = torch.tensor([tokens[-1:]], device=self.device)
-                logits = self.model(step, past_key_values=cache).logits[:, -1]
-                tokens.append(int(logits.argmax(dim=-1)))
+    def _decode(self, cell: Cell, rows: Sequence[_Answering]) -> None:
+        """Greedy decoding, side by side; a row that has ended takes no further part."""
+        if not rows:
+            return
+        for row in rows:
+            clock = Stopwatch(self.device)
+            assert row.compressed.logits is not None
+            with clock:
+                row.tokens.append(int(self._answerable(row.compressed.logits, row.request).argmax(dim=-1)))
+            row.first_s = clock.seconds
+        with self._attention(cell, [row.compressed.cache for row in rows]):
+            while rows := [row for row in rows if not self._ended(row)]:
+                clock = Stopwatch(self.device)
+                with clock:
+                    logits = self._forward([row.compressed.cache for row in rows], [row.tokens[-1:] for row in rows])
+                    tokens = logits[:, -1].argmax(dim=-1).tolist()
+                for row, token in zip(rows, tokens, strict=True):
+                    row.tokens.append(token)
+                    row.decode_s += clock.seconds / len(rows)
 
     def _answerable(self, logits: torch.Tensor, request: Generate) -> torch.Tensor:
         """Logits [1, V] of the first token, of which some cannot begin an answer."""
@@ -401,12 +578,15 @@ class Engine:
         ends = torch.tensor([*self.end_ids, *request.end_ids], device=logits.device)
         return logits.index_fill(-1, ends, -torch.inf)
 
-    def _ended(self, tokens: list[int], begin: int | None, request: Generate) -> bool:
-        if len(tokens) >= request.max_new_tokens or tokens[-1] in self.end_ids:
+    def _ended(self, row: _Answering) -> bool:
+        request, tokens = row.request, row.tokens
+        if request.think_end is None:
+            row.begin = 0
+        elif row.begin is None and self._ends_in(tokens, (request.think_end,)):
+            row.begin = len(tokens)
+        if len(tokens) >= request.max_new_tokens or tokens[-1] in self.end_ids or tokens[-1] in request.end_ids:
             return True
-        if tokens[-1] in request.end_ids:
-            return True
-        return begin is not None and self._ends_in(tokens[begin:], request.stop)
+        return row.begin is not None and self._ends_in(tokens[row.begin :], request.stop)
 
     def _ends_in(self, tokens: list[int], strings: tuple[str, ...]) -> bool:
         """One of ``strings`` has just been completed."""
@@ -427,104 +607,125 @@ class Engine:
 
     # --- Given continuations ---
 
-    def _log_likelihoods(self, request: LogLikelihood, cells: Sequence[Cell], failed: _Failed) -> Iterator[Measurement]:
-        by_context: dict[tuple[int, ...], list[int]] = {}
-        for place, item in enumerate(request.continuations):
-            by_context.setdefault(item.context_ids, []).append(place)
-        readings = {cell.key: _Reading() for cell in cells}
-        for context, places in by_context.items():
-            # The last token is read from the cache, so that even the first one of a continuation is predicted from it.
-            prefill = self._prefill(context[:-1])
-            continuations = {place: request.continuations[place].token_ids for place in places}
-            for cell in cells:
-                if cell.key in failed:
+    def _log_likelihoods(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, Measurement]]:
+        contexts: list[_Context] = []
+        for job in jobs:
+            request = job.request(LogLikelihood)
+            mine: dict[tuple[int, ...], _Context] = {}
+            for place, item in enumerate(request.continuations):
+                ids = item.context_ids
+                mine.setdefault(ids, _Context(job=job, ids=ids, continuations={})).continuations[place] = item.token_ids
+            contexts += mine.values()
+        readings = {(job, cell.key): _Reading() for job in jobs for cell in job.cells}
+        size = self.batch_size or len(jobs)
+        for start in range(0, len(contexts), size):
+            self._read_contexts(contexts[start : start + size], readings)
+        for job in jobs:
+            request = job.request(LogLikelihood)
+            scored_tokens = sum(len(item.token_ids) for item in request.continuations)
+            for cell in job.cells:
+                if job.waits_for(cell):
+                    yield job, readings[job, cell.key].measurement(cell, request, scored_tokens)
+
+    def _read_contexts(self, contexts: Sequence[_Context], readings: Mapping[tuple[_Job, str], _Reading]) -> None:
+        """Score what is asked behind ``contexts``, with all cells."""
+        # The last token is read from the cache, so that even the first one of a continuation is predicted from it.
+        prefills = self._prefills([(context.job, context.ids[:-1]) for context in contexts])
+        for cell in self._cells_of(context.job for context in contexts):
+            waiting = [place for place, context in enumerate(contexts) if context.job.waits_for(cell)]
+            for group in self._groups(cell, waiting):
+                reset_peak_memory(self.device)
+                mine: list[_Context] = []
+                compressed: list[_Compressed] = []
+                held: list[_Held] = []
+                for place in group:
+                    with _noting([contexts[place].job], [cell]):
+                        done = self._compress(cell, prefills[place])
+                        held.append(self._held(cell, done.cache, prefills[place]))
+                        compressed.append(done)
+                        mine.append(contexts[place])
+                if not mine:
                     continue
-                with _noting(failed, cell):
-                    compressed = self._compress(cell, prefill)
-                    held = self._held(cell, compressed.cache, prefill)
+                with _noting([context.job for context in mine], [cell]):
+                    caches = [item.cache for item in compressed]
                     clock = Stopwatch(self.device)
-                    reading = readings[cell.key]
-                    with self._attention(cell, compressed.cache), clock:
-                        reading.scored |= self._choices(cell, compressed.cache, context[-1], continuations)
-                    reading.add(compressed, held, clock.seconds, peak_memory_bytes(self.device))
-        scored_tokens = sum(len(item.token_ids) for item in request.continuations)
-        for cell in cells:
-            if cell.key not in failed:
-                yield readings[cell.key].measurement(cell, request, scored_tokens)
+                    with self._attention(cell, caches), clock:
+                        scored = self._choices(cell, caches, mine)
+                    seconds, peak = clock.seconds / len(mine), peak_memory_bytes(self.device)
+                    for context, before, now, found in zip(mine, compressed, held, scored, strict=True):
+                        reading = readings[context.job, cell.key]
+                        reading.scored |= found
+                        reading.add(before, now, seconds, peak)
 
-    def _choices(
-        self, cell: Cell, cache: Cache, first: int, continuations: dict[int, tuple[int, ...]]
-    ) -> dict[int, Scored]:
-        """Score continuations behind the token ``first``. ``cache`` is used up.
+    def _choices(self, cell: Cell, caches: Sequence[Cache], contexts: Sequence[_Context]) -> list[dict[int, Scored]]:
+        """Score the continuations of each context, of whose last token alone is not in its cache yet.
 
-        ``first`` is read once for all of them and predicts their first tokens. The others are read in one forward from
-        copies of the cache, token by token where it is a peer's; continuations that differ in their last token only
-        share theirs.
+        That token is read once for all of them and predicts their first tokens. The others are read from copies of the
+        cache, several in one forward, token by token where it is a peer's; continuations that differ in their last
+        token only share theirs. ``caches`` are used up.
         """
-        ((_, log_probabilities),) = self._read(cache, self._ids([[first]]), chunk=1)
-        parts = {place: [_score(log_probabilities[0], tokens[:1])] for place, tokens in continuations.items()}
-        sharing: dict[tuple[int, ...], list[int]] = {}
-        for place, tokens in continuations.items():
-            if len(tokens) > 1:
-                sharing.setdefault(tokens[:-1], []).append(place)
+        ((_, first),) = self._read(caches, [context.ids[-1:] for context in contexts], chunk=1)
+        parts = [
+            {place: [_score(row, tokens[:1])] for place, tokens in context.continuations.items()}
+            for row, context in zip(first, contexts, strict=True)
+        ]
+        sharing: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        for number, context in enumerate(contexts):
+            for place, tokens in context.continuations.items():
+                if len(tokens) > 1:
+                    sharing.setdefault((number, tokens[:-1]), []).append(place)
         batch_size, chunk = (1, 1) if cell.peer is not None else (self.batch_size, _BLOCK)
-        for batch in self._batches(list(sharing), batch_size, storage_bytes(cache)):
-            twin = self._fork(cache)
-            if len(batch) > 1:
-                twin.batch_repeat_interleave(len(batch))
-            for begin, log_probabilities in self._read(twin, self._ids(batch), chunk):
-                for row, shared in zip(log_probabilities, batch, strict=True):
+        for batch in self._row_batches(list(sharing), batch_size, max(map(storage_bytes, caches))):
+            twins = [self._fork(caches[number]) for number, _ in batch]
+            for begin, log_probabilities in self._read(twins, [tokens for _, tokens in batch], chunk):
+                for shared, row in zip(batch, log_probabilities, strict=True):
+                    number = shared[0]
                     for place in sharing[shared]:
-                        if targets := continuations[place][1 + begin : 1 + begin + row.shape[0]]:
-                            parts[place].append(_score(row, targets))
-        return {place: _sum(scores) for place, scores in parts.items()}
+                        tokens = contexts[number].continuations[place]
+                        if targets := tokens[1 + begin : 1 + begin + row.shape[0]]:
+                            parts[number][place].append(_score(row, targets))
+        return [{place: _sum(scores) for place, scores in mine.items()} for mine in parts]
 
-    def _batches(
-        self, rows: Sequence[tuple[int, ...]], batch_size: int | None, cache_bytes: int
-    ) -> Iterator[Sequence[tuple[int, ...]]]:
-        """Rows of ids that are read in one forward: neighbours in length, for little padding.
-
-        A single token is decoded, where several are read as a block: one must not stand beside the other.
-        """
-        for single in (True, False):
-            mine = sorted((row for row in rows if (len(row) == 1) == single), key=len)
-            size = batch_size
-            if size is None and mine:
-                vocabulary = self.model.get_output_embeddings().weight.shape[0]
-                logits_bytes = min(len(mine[-1]), _BLOCK) * vocabulary * torch.float32.itemsize
-                size = max(1, _AUTO_BYTES // (logits_bytes + cache_bytes))
-            for start in range(0, len(mine), size or 1):
-                yield mine[start : start + (size or 1)]
+    def _row_batches(
+        self, rows: Sequence[tuple[int, tuple[int, ...]]], batch_size: int | None, cache_bytes: int
+    ) -> Iterator[Sequence[tuple[int, tuple[int, ...]]]]:
+        """Numbered rows of ids that are read in one forward: neighbours in length, for little padding."""
+        rows = sorted(rows, key=lambda row: len(row[1]))
+        size = batch_size
+        if size is None and rows:
+            vocabulary = self.model.get_output_embeddings().weight.shape[0]
+            logits_bytes = min(len(rows[-1][1]), _BLOCK) * vocabulary * torch.float32.itemsize
+            size = max(1, _AUTO_BYTES // (logits_bytes + cache_bytes))
+        for start in range(0, len(rows), size or 1):
+            yield rows[start : start + (size or 1)]
 
     # --- Whole texts ---
 
-    def _rolling(self, request: Rolling, cells: Sequence[Cell], failed: _Failed) -> Iterator[Measurement]:
-        readings = {cell.key: _Reading() for cell in cells}
+    def _rolling(self, job: _Job) -> Iterator[tuple[_Job, Measurement]]:
+        request = job.request(Rolling)
+        readings = {cell.key: _Reading() for cell in job.cells}
         for place, window in enumerate(request.windows):
             inputs = window.context_ids + window.token_ids[:-1]
             # Something to compress where there is more than one token, and something to read from it.
             prompt = min(max(1, int(request.prefill_share * len(inputs))), len(inputs) - 1)
             prefill, parts = self._scored_prefill(window, inputs[:prompt])
-            rest = self._ids([inputs[prompt:]])
-            for cell in cells:
-                if cell.key in failed:
-                    continue
-                with _noting(failed, cell):
+            for cell in filter(job.waits_for, job.cells):
+                reset_peak_memory(self.device)
+                with _noting([job], [cell]):
                     compressed = self._compress(cell, prefill)
                     # Peers can be read as they decode, and in no other way.
                     chunk = 1 if cell.peer is not None else request.chunk
                     clock = Stopwatch(self.device)
                     mine = list(parts)
-                    with self._attention(cell, compressed.cache), clock:
-                        for begin, log_probabilities in self._read(compressed.cache, rest, chunk):
-                            mine += _window_score(window, prompt + begin, log_probabilities[0])
+                    with self._attention(cell, [compressed.cache]), clock:
+                        for begin, (row,) in self._read([compressed.cache], [inputs[prompt:]], chunk):
+                            mine += _window_score(window, prompt + begin, row)
                     held = self._held(cell, compressed.cache, prefill)
                     reading = readings[cell.key]
                     reading.scored[place] = _sum(mine)
                     reading.add(compressed, held, clock.seconds, peak_memory_bytes(self.device))
-        for cell in cells:
-            if cell.key not in failed:
-                yield readings[cell.key].measurement(cell, request, request.prompt_tokens)
+        for cell in filter(job.waits_for, job.cells):
+            yield job, readings[cell.key].measurement(cell, request, request.prompt_tokens)
 
     def _scored_prefill(self, window: Continuation, ids: tuple[int, ...]) -> tuple[_Prefill, list[Scored]]:
         """Compute the first tokens of a window, and score those that they predict."""
@@ -534,36 +735,37 @@ class Engine:
         clock = Stopwatch(self.device)
         parts: list[Scored] = []
         with attach(self.model), clock:
-            for begin, log_probabilities in self._read(cache, self._ids([ids]), _BLOCK):
-                parts += _window_score(window, begin, log_probabilities[0])
-        return _Prefill(ids=ids, cache=cache, logits=log_probabilities[:, -1], seconds=clock.seconds), parts
+            for begin, (row,) in self._read([cache], [ids], _BLOCK):
+                parts += _window_score(window, begin, row)
+        return _Prefill(ids=ids, cache=cache, logits=row[-1:], seconds=clock.seconds), parts
 
     # --- Distributions ---
 
-    def _compare(self, request: Compare, cells: Sequence[Cell], failed: _Failed) -> Iterator[Measurement]:
-        prefill = self._prefill(request.context_ids[:-1])
+    def _compare(self, job: _Job) -> Iterator[tuple[_Job, Measurement]]:
+        request = job.request(Compare)
+        (prefill,) = self._prefill([request.context_ids[:-1]])
         # The full cache is read first, whether it is asked for or not; every other cell is compared with it.
         reference: list[torch.Tensor] = []
         full = self._compared(Cell(FULL), request, prefill, reference)
-        for cell in cells:
+        for cell in job.cells:
             if cell.method == FULL:
-                yield full
+                yield job, full
                 continue
-            with _noting(failed, cell):
-                yield self._compared(cell, request, prefill, reference)
+            with _noting([job], [cell]):
+                yield job, self._compared(cell, request, prefill, reference)
 
     def _compared(self, cell: Cell, request: Compare, prefill: _Prefill, reference: list[torch.Tensor]) -> Measurement:
         """Read token by token; ``full`` leaves its log-probabilities [V] in ``reference``."""
-        inputs = self._ids([request.context_ids[-1:] + request.continuation_ids[:-1]])
+        reset_peak_memory(self.device)
+        inputs = request.context_ids[-1:] + request.continuation_ids[:-1]
         compressed = self._compress(cell, prefill)
         clock = Stopwatch(self.device)
         steps: list[tuple[float, bool, float]] = []
-        with self._attention(cell, compressed.cache), clock:
-            for place, log_probabilities in self._read(compressed.cache, inputs, chunk=1):
-                mine = log_probabilities[0, 0]
+        with self._attention(cell, [compressed.cache]), clock:
+            for place, (mine,) in self._read([compressed.cache], [inputs], chunk=1):
                 if cell.method == FULL:
-                    reference.append(mine)
-                steps.append(_difference(reference[place], mine, request.continuation_ids[place]))
+                    reference.append(mine[0])
+                steps.append(_difference(reference[place], mine[0], request.continuation_ids[place]))
         held = self._held(cell, compressed.cache, prefill)
         kl, agrees, delta_nll = zip(*steps, strict=True)
         return Measurement(
@@ -586,12 +788,14 @@ class Engine:
 
 
 @contextlib.contextmanager
-def _noting(failed: _Failed, cell: Cell) -> Iterator[None]:
-    """Note in ``failed`` that the cell could not do what is under this."""
+def _noting(jobs: Sequence[_Job], cells: Sequence[Cell]) -> Iterator[None]:
+    """Note in ``jobs`` that ``cells`` could not do what is under this, as far as they have not done it."""
     try:
         yield
     except FAILURES as error:
-        failed[cell.key] = Failure(cell=cell, error=_said(error))
+        for job in jobs:
+            for cell in filter(job.waits_for, cells):
+                job.failed[cell.key] = Failure(cell=cell, error=_said(error))
 
 
 def _said(error: Exception) -> str:

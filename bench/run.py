@@ -263,17 +263,15 @@ def _measure(
         console.print(found, markup=False, highlight=False, soft_wrap=True)
     failures: list[dict[str, str]] = []
     with ProgressReporter(console, f"{model} {task.name}", total, done) as progress:
-        for document in documents:
-            if document.id not in left:
-                continue
-            for answered in engine.answer(document, left[document.id]):
-                if isinstance(answered, Failure):
-                    where = {"model": model, "task": task.name, "cell": answered.cell.key, "document": document.id}
-                    failures.append({**where, "error": answered.error})
-                else:
-                    folder.append(to_sample(model, task, document, _prompt_hash(document), answered))
-                    outcome.measured += 1
-                progress.advance()
+        work = [(document, left[document.id]) for document in documents if document.id in left]
+        for document, answered in engine.answer_batch(work):
+            if isinstance(answered, Failure):
+                where = {"model": model, "task": task.name, "cell": answered.cell.key, "document": document.id}
+                failures.append({**where, "error": answered.error})
+            else:
+                folder.append(to_sample(model, task, document, _prompt_hash(document), answered))
+                outcome.measured += 1
+            progress.advance()
     for line in failure_lines(failures):
         console.print(f"[red]{escape(line)}[/red]", highlight=False)
     outcome.failures += failures

@@ -1,0 +1,117 @@
+"""Several samples in one forward, each with a cache of its own.
+
+Letters: ``B`` batch, ``Hq`` query heads, ``H`` KV heads, ``T`` new tokens of the longest row, ``N`` tokens that a layer
+attends to, ``D`` head dim.
+
+The model's matrices, which are most of the work of a decoding step, are read once for all rows; attention goes row by
+row. So rows of any length stand side by side, nothing in a cache is padded, and each holds what it would hold alone,
+byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from arkv.cache import Handle
+
+
+class CacheBatch(Cache):
+    """Caches of one sample each, behind one forward.
+
+    Made anew for every forward; the caches go on from one to the next. Rows are padded on the left:
+
+    >>> batch = CacheBatch(caches, lengths=[3, 5])                              # doctest: +SKIP
+    >>> with attach(model):                                                     # doctest: +SKIP
+    ...     model(ids, position_ids=batch.position_ids(), past_key_values=batch)
+
+    Args:
+        caches: one of one sample for each row, of any kinds whose layers have full or sliding-window attention.
+        lengths: new tokens of each row, of which there is at least one.
+    """
+
+    def __init__(self, caches: Sequence[Cache], lengths: Sequence[int]) -> None:
+        if len(caches) != len(lengths) or min(lengths, default=0) < 1:
+            raise ValueError(f"{len(caches)} caches and rows of {list(lengths)} tokens: each needs one token or more")
+        # What the model asks of layers, whether they slide, is the same for all rows.
+        super().__init__(layers=caches[0].layers)
+        self.caches = list(caches)
+        self.lengths = list(lengths)
+
+    def position_ids(self) -> torch.Tensor:
+        """Positions [B, T] of the new tokens; 0 for padding."""
+        longest = max(self.lengths)
+        rows = []
+        for cache, length in zip(self.caches, self.lengths, strict=True):
+            seen = cache.get_seq_length()
+            rows.append([0] * (longest - length) + list(range(seen, seen + length)))
+        return torch.tensor(rows)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen by the longest row."""
+        return max(cache.get_seq_length(layer_idx) for cache in self.caches)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Take the new keys and values [B, H, T, D] of a layer; returns what the attention function needs, twice."""
+        rows = []
+        for row, (cache, length) in enumerate(zip(self.caches, self.lengths, strict=True)):
+            seen = cache.get_seq_length(layer_idx) + length
+            key, value = (tensor[row : row + 1, :, -length:] for tensor in (key_states, value_states))
+            rows.append(_Row(*cache.update(key, value, layer_idx, *args, **kwargs), length, seen))
+        handle = _BatchHandle(rows, getattr(self.layers[layer_idx], "sliding_window", None))
+        return handle, handle
+
+
+class _Row(NamedTuple):
+    """What the update of one row's cache returned, and its tokens: new ones, and all that were seen."""
+
+    key: Any
+    value: Any
+    length: int
+    seen: int
+
+
+class _BatchHandle(Handle):
+    """The handle of one layer of a :class:`CacheBatch`."""
+
+    def __init__(self, rows: Sequence[_Row], sliding_window: int | None) -> None:
+        self.rows = rows
+        self.sliding_window = sliding_window
+
+    def attend(
+        self, module: torch.nn.Module, query: torch.Tensor, mask: Any, scaling: float, **kwargs: Any
+    ) -> torch.Tensor:
+        """Attention output [B, T, Hq, D], zero for padding; each row is causal, whatever ``mask`` says."""
+        outputs = []
+        for place, row in enumerate(self.rows):
+            mine = query[place : place + 1, :, -row.length :]
+            if isinstance(row.key, torch.Tensor):
+                visible = self._visible(row.length, row.key.shape[2], query.device)
+                output, _ = sdpa_attention_forward(module, mine, row.key, row.value, visible, scaling=scaling, **kwargs)
+            else:
+                output = row.key.attend(
+                    module, mine, self._visible(row.length, row.seen, query.device), scaling, **kwargs
+                )
+            missing = query.shape[2] - row.length
+            outputs.append(torch.nn.functional.pad(output, (0, 0, 0, 0, missing, 0)) if missing else output)
+        return torch.cat(outputs)
+
+    def _visible(self, length: int, held: int, device: torch.device) -> torch.Tensor | None:
+        """What ``length`` new tokens see of the last ``held`` ones, themselves included: bool [1, 1, T, N].
+
+        None where SDPA needs no mask: one token sees all that its layer returns, a prompt of its own is causal.
+        """
+        if length == 1 or (held == length and (self.sliding_window is None or length <= self.sliding_window)):
+            return None
+        new = torch.arange(held - length, held, device=device)[:, None]
+        distance = new - torch.arange(held, device=device)
+        visible = distance >= 0
+        if self.sliding_window is not None:
+            visible &= distance < self.sliding_window
+        return visible[None, None]
