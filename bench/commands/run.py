@@ -134,7 +134,9 @@ def run(
         str | None,
         _option("For transformers when it loads a model: key=value,..., or a mapping as YAML or JSON.", DATA),
     ] = None,
-    executor: Annotated[str | None, _option("local, or ray: on the workers of a cluster. Default: local.", WHERE)] = None,
+    executor: Annotated[
+        str | None, _option("local, or ray: on the workers of a cluster. Default: local.", WHERE)
+    ] = None,
     address: Annotated[
         str | None,
         _option(

@@ -29,7 +29,9 @@ class Unit:
     @property
     def cost(self) -> int:
         """A rough measure of the time that it takes, to begin with what takes longest."""
-        return sum(document.request.prompt_tokens + len(cells) * _read_tokens(document) for document, cells in self.work)
+        return sum(
+            document.request.prompt_tokens + len(cells) * _read_tokens(document) for document, cells in self.work
+        )
 
     def split(self) -> list[Unit]:
         """A unit for each document."""
@@ -127,16 +129,12 @@ class Answerer:
     def answer(self, unit: Unit) -> Iterator[Answered]:
         """Every cell's answer, as it comes."""
         engine = self.engine(unit.model)
-        for document, cells in unit.work:
-            for result in engine.answer(document, cells):
-                yield Answered(unit, document, result)
+        for document, result in engine.answer_batch(unit.work):
+            yield Answered(unit, document, result)
 
 
 class Executor(AbstractContextManager["Executor"], Protocol):
     """Has units answered; a context manager."""
-
-    documents_per_unit: int
-    """How many documents a unit should have at most."""
 
     def run(self, units: Iterable[Unit]) -> Iterator[Answered]:
         """Everything that the units ask for, each answer once, in any order.
@@ -146,6 +144,9 @@ class Executor(AbstractContextManager["Executor"], Protocol):
 
     def status(self) -> str:
         """How it goes, for a line of progress; may be empty."""
+
+    def loaded(self) -> Mapping[str, Mapping[str, str]]:
+        """Device and dtype of the models that have been loaded so far, by name."""
 
     def record(self) -> dict[str, Any]:
         """What took part, for the run's record."""

@@ -11,10 +11,13 @@ from bench.executors.base import Answered, Answerer, Executor, Setup, Unit
 class LocalExecutor(Executor):
     """A loop. Answers come one by one, so that what is stopped loses no more than one."""
 
-    documents_per_unit = 1
-
     def __init__(self, setup: Setup) -> None:
         self._answerer = Answerer(setup)
+
+    def __enter__(self) -> LocalExecutor:
+        # What the device or the weights have against it is known before anything is written.
+        self._answerer.engine(next(iter(self._answerer.setup.models)))
+        return self
 
     def __exit__(self, *_: object) -> None:
         """Nothing to put away."""
@@ -26,5 +29,8 @@ class LocalExecutor(Executor):
     def status(self) -> str:
         return ""
 
+    def loaded(self) -> dict[str, dict[str, str]]:
+        return self._answerer.loaded
+
     def record(self) -> dict[str, Any]:
-        return {"name": "local", "models": self._answerer.loaded}
+        return {"name": "local"}

@@ -80,6 +80,15 @@ class Introduction(NamedTuple):
     hardware: dict[str, Any]
 
 
+class Reply(NamedTuple):
+    """What a worker makes of a unit."""
+
+    results: list[tuple[str, Measurement | Failure]]
+    """Document ids, and what each cell made of them."""
+    loaded: dict[str, dict[str, str]]
+    """Device and dtype of every model that the worker has loaded, by name."""
+
+
 class Worker:
     """What runs in the process of a worker."""
 
@@ -108,10 +117,11 @@ class Worker:
                 )
         return None
 
-    def answer(self, unit: Unit) -> list[tuple[str, Measurement | Failure]]:
-        """Document ids and what each cell made of them."""
+    def answer(self, unit: Unit) -> Reply:
+        """Answer all of a unit."""
         assert self._answerer is not None
-        return [(answered.document.id, answered.result) for answered in self._answerer.answer(unit)]
+        results = [(answered.document.id, answered.result) for answered in self._answerer.answer(unit)]
+        return Reply(results, self._answerer.loaded)
 
 
 @dataclass
@@ -171,8 +181,6 @@ class RayExecutor(Executor):
         UserError: Ray is not installed.
     """
 
-    documents_per_unit = 1
-
     def __init__(self, config: RunConfig, setup: Setup, fingerprints: Mapping[str, str], console: Console) -> None:
         self._ray = ray_library()
         self._config = config
@@ -183,6 +191,7 @@ class RayExecutor(Executor):
         self._hands = _Hands()
         self._known: list[_Hand] = []
         self._deaths_in_a_row = 0
+        self._loaded: dict[str, dict[str, str]] = {}
         self._temporary: str | None = None
         self._scheduler: Scheduler | None = None
         self.wanted = 0
@@ -238,16 +247,15 @@ class RayExecutor(Executor):
     def _hire(self) -> None:
         """Start the workers and wait for them. Raises :class:`UserError`."""
         config, nodes = self._config, self._ray.nodes()
-        have = {
-            kind: sum(node["Resources"].get(kind, 0) for node in nodes if node["Alive"]) for kind in ("CPU", "GPU")
-        }
+        have = {kind: sum(node["Resources"].get(kind, 0) for node in nodes if node["Alive"]) for kind in ("CPU", "GPU")}
         self._gpus = (1.0 if have["GPU"] else 0.0) if config.gpus_per_worker is None else config.gpus_per_worker
         room = capacity(nodes, config.cpus_per_worker, self._gpus)
         self.wanted = config.workers or room
         if room < self.wanted or not room:
+            asked = f"--workers={self.wanted}" if self.wanted else "--executor=ray"
             raise UserError(
-                f"--workers={self.wanted or config.workers or 1}: with {config.cpus_per_worker} CPUs and {self._gpus:g} GPUs each, the "
-                f"cluster has room for {room}: {sum(node['Alive'] for node in nodes)} nodes, {have['CPU']:g} CPUs, "
+                f"{asked}: with {config.cpus_per_worker} CPUs and {self._gpus:g} GPUs each, the cluster has room for "
+                f"{room} workers: {sum(node['Alive'] for node in nodes)} nodes, {have['CPU']:g} CPUs, "
                 f"{have['GPU']:g} GPUs"
             )
         kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
@@ -293,7 +301,7 @@ class RayExecutor(Executor):
         if isinstance(said, Introduction):
             hand.introduction = said
             if different := [name for name in _VERSIONS if said.versions[name] != self._versions[name]]:
-                theirs, mine = (", ".join(f"{name} {has[name]}" for name in different) for has in (said.versions, self._versions))
+                theirs, mine = (_named(has, different) for has in (said.versions, self._versions))
                 return self._dismiss(hand, f"{hand.place} has {theirs}; this process has {mine}: install the same")
             self._hands.starting[hand.actor.prepare.remote(self._setup, self._fingerprints)] = hand
             return None
@@ -363,7 +371,7 @@ class RayExecutor(Executor):
         assert self._scheduler is not None
         hand, ticket = self._hands.asked.pop(ref)
         try:
-            answers = self._ray.get(ref)
+            answers, loaded = self._ray.get(ref)
         except self._ray.exceptions.RayTaskError as error:
             if not isinstance(error.cause, UserError):
                 raise
@@ -373,6 +381,7 @@ class RayExecutor(Executor):
             yield from self._lose(hand, f"died: {_last_line(error)}", replace=True)
             return
         self._deaths_in_a_row = 0
+        self._loaded |= loaded
         documents = {document.id: document for document, _ in ticket.unit.work}
         broken = [(name, item) for name, item in answers if isinstance(item, Failure) and _says(item, *_BROKEN)]
         again = [(name, item) for name, item in answers if isinstance(item, Failure) and _says(item, _OUT_OF_MEMORY)]
@@ -422,6 +431,9 @@ class RayExecutor(Executor):
         ends = [_rate(rates[0]), _rate(rates[-1])]
         return f"{text}, {' to '.join(dict.fromkeys(ends))} documents/min each"
 
+    def loaded(self) -> dict[str, dict[str, str]]:
+        return self._loaded
+
     def record(self) -> dict[str, Any]:
         """Every worker that took part."""
         workers = []
@@ -430,6 +442,10 @@ class RayExecutor(Executor):
                 facts = {"node": hand.introduction.node, "hardware": hand.introduction.hardware, "ended": hand.ended}
                 workers.append({"name": hand.name, "documents": hand.documents, "failures": hand.failures, **facts})
         return {"name": "ray", "retries": self._config.retries, "workers": workers}
+
+
+def _named(found: Mapping[str, str], names: Iterable[str]) -> str:
+    return ", ".join(f"{name} {found[name]}" for name in names)
 
 
 def _rate(per_second: float) -> str:

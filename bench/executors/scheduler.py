@@ -26,10 +26,11 @@ class Ticket:
 
 
 class Scheduler:
-    """Hands units out, the largest of those waiting first, and those that were lost before all others.
+    """Hands units out in their order, but those that were lost before all others and, once all have been read, the
+    largest first, so that all workers end at about the same time.
 
-    What waits is bounded: the source is read no further ahead than two units for each worker. A worker gets units of the
-    model that it has as long as there are any.
+    What waits is bounded: the source is read no further ahead than two units for each worker. A worker gets units of
+    the model that it has as long as there are any.
 
     Args:
         units: the source, read as needed.
@@ -45,7 +46,10 @@ class Scheduler:
         self.waiting = 0
         """Units read and with no worker."""
         self._workers: dict[str, deque[Ticket]] = {}
+        self._holding: list[dict[str, None]] = [{} for _ in range(DEPTH + 1)]
+        """Workers by how many units each has."""
         self._models: dict[str, str] = {}
+        """Of the newest unit of each worker."""
         self._count = 0
 
     @property
@@ -66,33 +70,45 @@ class Scheduler:
     def join(self, worker: str) -> None:
         """A new worker, ready to work."""
         self._workers[worker] = deque()
+        self._holding[0][worker] = None
 
     def assign(self) -> Iterator[tuple[str, Ticket]]:
         """What to hand out now: to workers without any unit first, then one more for each."""
         self._read()
-        for held in range(DEPTH):
-            for worker, tickets in self._workers.items():
-                # Towards the end, a unit that waits behind another one could be done by somebody else.
-                if len(tickets) == held and self.waiting and (held == 0 or self._source is not None):
-                    ticket = self._next(self._models.get(worker))
-                    self._models[worker] = ticket.unit.model
-                    tickets.append(ticket)
-                    yield worker, ticket
-            self._read()
+        for held, workers in enumerate(self._holding[:-1]):
+            # Towards the end, a unit that waits behind another one could be done by somebody else.
+            while workers and self.waiting and (held == 0 or self._source is not None):
+                worker = next(iter(workers))
+                ticket = self._next(self._models.get(worker))
+                self._models[worker] = ticket.unit.model
+                self._move(worker, held, held + 1)
+                self._workers[worker].append(ticket)
+                yield worker, ticket
+                self._read()
+
+    def _move(self, worker: str, before: int, after: int) -> None:
+        del self._holding[before][worker]
+        self._holding[after][worker] = None
 
     def _read(self) -> None:
         while self._source is not None and self.waiting < 2 * max(1, len(self._workers)):
             unit = next(self._source, None)
             if unit is None:
                 self._source = None
+                for model, heap in self._waiting.items():
+                    self._waiting[model] = [self._entry(ticket, count) for *_, count, ticket in heap]
+                    heapq.heapify(self._waiting[model])
             else:
                 self._wait(Ticket(unit))
 
     def _wait(self, ticket: Ticket) -> None:
         self._count += 1
         self.waiting += 1
-        entry = (-ticket.losses, -ticket.unit.cost, self._count, ticket)
-        heapq.heappush(self._waiting.setdefault(ticket.unit.model, []), entry)
+        heapq.heappush(self._waiting.setdefault(ticket.unit.model, []), self._entry(ticket, self._count))
+
+    def _entry(self, ticket: Ticket, count: int) -> tuple[int, int, int, Ticket]:
+        size = 0 if self._source is not None else ticket.unit.cost
+        return -ticket.losses, -size, count, ticket
 
     def _next(self, model: str | None) -> Ticket:
         if model not in self._waiting:
@@ -109,13 +125,16 @@ class Scheduler:
 
         Returns what of it is given up.
         """
-        self._workers[worker].remove(ticket)
+        tickets = self._workers[worker]
+        tickets.remove(ticket)
+        self._move(worker, len(tickets) + 1, len(tickets))
         return None if remaining is None else self._again(Ticket(remaining, ticket.losses))
 
     def leave(self, worker: str) -> Unit | None:
         """A worker is gone. Its units wait again; the one that it was working on may be given up, and is returned."""
         self._models.pop(worker, None)
         tickets = self._workers.pop(worker)
+        del self._holding[len(tickets)][worker]
         for ticket in list(tickets)[1:]:
             self._wait(ticket)
         return self._again(tickets[0]) if tickets else None
