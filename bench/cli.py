@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from bench.commands import doctor, list_, report, run, score, speed
+from bench.commands import doctor, list_, plan, report, run, score, speed
 from bench.errors import UserError
 from tasks.base import TaskError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("run")(run.run)
+app.command("plan")(plan.plan)
 app.command("report")(report.report)
 app.command("score")(score.score)
 app.command("speed")(speed.speed)

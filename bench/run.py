@@ -128,6 +128,20 @@ def _tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]
     return list(tasks.values())
 
 
+def _asked(config: RunConfig) -> list[Task | TaskGroup]:
+    return [make_task(name, [Path(folder) for folder in config.include_path or ()]) for name in config.tasks]
+
+
+def planned_tasks(config: RunConfig) -> list[Task]:
+    """What a run would measure. Raises :class:`TaskError`."""
+    return [task for task, _ in _tasks_of(_asked(config))]
+
+
+def documents_of(config: RunConfig, model: DescribedModel, task: Task) -> list[Document]:
+    """The documents of a task for a model. Raises :class:`TaskError`, :class:`UserError`."""
+    return list(task.load(_settings(config, model, task)))
+
+
 def execute(
     config: RunConfig,
     path: Path,
@@ -149,7 +163,7 @@ def execute(
         UserError, arkv.ConfigError, TaskError: what was asked for makes no sense; nothing has been measured.
     """
     cells = grid(config.quant_type, config.budgets, config.window_size, config.quant_format, config.method_settings)
-    asked = [make_task(name, [Path(folder) for folder in config.include_path or ()]) for name in config.tasks]
+    asked = _asked(config)
     tasks = _tasks_of(asked)
     started = records.now()
     models: dict[str, DescribedModel] = {}
@@ -260,7 +274,7 @@ class _Run:
 
     def _begin(self, name: str, task: Task, part_of: str | None) -> Iterator[Unit]:
         folder = self.folder
-        documents = list(task.load(_settings(self.config, self.models[name], task)))
+        documents = documents_of(self.config, self.models[name], task)
         folder.claim_data(task.name, task.data_hash())
         self._record["tasks"][task.name] = {
             "documents": len(documents),

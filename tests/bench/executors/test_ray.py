@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import io
 import os
+import shutil
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,11 +68,10 @@ def samples(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
     return found
 
 
-def table(path: Path) -> list[list[str]]:
+def table(path: Path) -> list[dict[str, str]]:
     """Rows of results.csv without times."""
-    head, *rows = [line.split(",") for line in (path / RESULTS).read_text().splitlines()]
-    kept = [place for place, name in enumerate(head) if name not in TIMES]
-    return [[row[place] for place in kept] for row in rows]
+    with open(path / RESULTS, newline="") as file:
+        return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
 
 
 # --- Without a cluster ---
@@ -117,7 +119,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     before = dict(os.environ)
     os.environ.update(quiet_environment(RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=str(Path(__file__).parents[3])))
-    small: dict[str, Any] = {"object_store_memory": 80_000_000, "include_dashboard": False}
+    # Paths of sockets are short.
+    folder = tempfile.mkdtemp(prefix="ray-")
+    small: dict[str, Any] = {"object_store_memory": 80_000_000, "include_dashboard": False, "temp_dir": folder}
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
     try:
         for _ in range(2):
@@ -125,6 +129,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         yield found
     finally:
         found.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
         os.environ.clear()
         os.environ.update(before)
 
@@ -237,7 +242,7 @@ def test_a_document_that_kills_its_workers_fails_alone(
             return executor.Worker.answer(self, unit)
 
     go(config(model, samples=3), tmp_path / "here")
-    poison = list(samples(tmp_path / "here"))[0][2]
+    poison = next(iter(samples(tmp_path / "here")))[2]
     monkeypatch.setattr(executor, "Worker", Poisoned)
     outcome, said = go(on(cluster, model, samples=3, retries=1), tmp_path / "there")
     assert [(item["document"], item["cell"]) for item in outcome.failures] == [
