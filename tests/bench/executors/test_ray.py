@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import io
 import os
-import shutil
 import signal
 import socket
 import tempfile
@@ -112,26 +111,40 @@ def test_settings_of_ray_without_ray(model: Path) -> None:
 # --- On a cluster of two nodes ---
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """One worker fits on each of the two nodes; the driver is attached to a third one without any cores."""
+def start_cluster() -> Any:
+    """One worker fits on each of two nodes; the driver is attached to a head without any cores."""
     from ray.cluster_utils import Cluster
 
-    before = dict(os.environ)
-    os.environ.update(quiet_environment(RAY_USAGE_STATS_ENABLED="0", PYTHONPATH=str(Path(__file__).parents[3])))
-    # Paths of sockets are short.
-    folder = tempfile.mkdtemp(prefix="ray-")
-    small: dict[str, Any] = {"object_store_memory": 80_000_000, "include_dashboard": False, "temp_dir": folder}
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    small: dict[str, Any] = {"object_store_memory": 80_000_000, "include_dashboard": False}
+    found = Cluster()
     try:
+        found.add_node(num_cpus=0, **small)
         for _ in range(2):
             found.add_node(num_cpus=1, **small)
-        yield found
-    finally:
+    except BaseException:
         found.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-        os.environ.clear()
-        os.environ.update(before)
+        raise
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    before = dict(os.environ)
+    # Paths of sockets are short.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        root = str(Path(__file__).parents[3])
+        os.environ.update(quiet_environment(RAY_USAGE_STATS_ENABLED="0", RAY_TMPDIR=folder, PYTHONPATH=root))
+        try:
+            found = start_cluster()
+        except Exception as error:
+            # Ray gives a node 30 seconds, which a busy machine may need more than.
+            if "timed out during startup" not in str(error):
+                raise
+            found = start_cluster()
+        yield found
+        found.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def on(cluster: Any, model: Path, **settings: Any) -> RunConfig:
