@@ -142,7 +142,7 @@ class RunConfig:
         if self.executor not in EXECUTORS:
             raise UserError(f"--executor={self.executor}: use {' or '.join(EXECUTORS)}", exit_code=2)
         if self.executor == "local":
-            for name in ("address", "workers", "gpus_per_worker", "cpus_per_worker"):
+            for name in ("address", "workers", "gpus_per_worker", "cpus_per_worker", "retries"):
                 if getattr(self, name) != FIELDS[name].default:
                     option = f"--{name.replace('_', '-')}"
                     raise UserError(f"{option}={getattr(self, name)}: it needs --executor ray", exit_code=2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 import shutil
 import socket
@@ -28,6 +29,7 @@ from bench.errors import UserError
 from bench.executors.base import Answered, Answerer, Executor, Setup, Unit
 from bench.executors.scheduler import Scheduler, Ticket
 from bench.models import describe
+from bench.progress import LOG_INTERVAL_S
 
 CONNECT_S = 18.0
 """How long a cluster has to answer."""
@@ -219,7 +221,9 @@ class RayExecutor(Executor):
         address = self._config.address
         settings: dict[str, Any] = {"address": address, "logging_level": logging.CRITICAL, "log_to_driver": False}
         if address == "local":
-            self._temporary = tempfile.mkdtemp(prefix="arkv-ray-")
+            # The path of a socket has 107 characters at most, and Ray needs sixty of them.
+            short = len(tempfile.gettempdir()) < 30
+            self._temporary = tempfile.mkdtemp(prefix="arkv-ray-", dir=None if short else "/tmp")
             settings |= {"_temp_dir": self._temporary, "object_store_memory": OBJECT_STORE_BYTES}
             self._ray.init(include_dashboard=False, **settings)
             return
@@ -258,6 +262,9 @@ class RayExecutor(Executor):
                 f"{room} workers: {sum(node['Alive'] for node in nodes)} nodes, {have['CPU']:g} CPUs, "
                 f"{have['GPU']:g} GPUs"
             )
+        if not self._gpus and self._setup.device == "auto":
+            # It may see the GPUs of its machine, which are not its own.
+            self._setup = dataclasses.replace(self._setup, device="cpu")
         kept = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         self._remote = self._ray.remote(Worker).options(
             num_cpus=config.cpus_per_worker,
@@ -269,8 +276,10 @@ class RayExecutor(Executor):
             self._start()
         begin = time.monotonic()
         while self._hands.starting:
-            waited = time.monotonic() - begin
-            if waited > (START_S if self._hands.working else PATIENCE_S):
+            # One that is there may be fetching its model.
+            fetching = any(hand.introduction is not None for hand in self._hands.starting.values())
+            patience = START_S if self._hands.working else math.inf if fetching else PATIENCE_S
+            if time.monotonic() - begin > patience:
                 break
             for ref in self._ready(list(self._hands.starting)):
                 if problem := self._step(ref):
@@ -293,11 +302,12 @@ class RayExecutor(Executor):
         except self._ray.exceptions.RayTaskError as error:
             return self._dismiss(hand, f"{hand.place} could not be started: {error.cause}")
         except self._ray.exceptions.RayError as error:
-            reason = _last_line(error)
-            if self._died(hand):
-                self._start()
-                return None
-            return self._dismiss(hand, f"{hand.place} could not be started: {reason}")
+            problem = self._dismiss(hand, f"{hand.place} could not be started: {_last_line(error)}")
+            self._deaths_in_a_row += 1
+            if self._deaths_in_a_row >= DEATHS:
+                return problem
+            self._start()
+            return None
         if isinstance(said, Introduction):
             hand.introduction = said
             if different := [name for name in _VERSIONS if said.versions[name] != self._versions[name]]:
@@ -317,12 +327,6 @@ class RayExecutor(Executor):
         hand.ended = problem
         self._ray.kill(hand.actor)
         return problem
-
-    def _died(self, hand: _Hand) -> bool:
-        """Note a death; False where too many have died in a row to go on."""
-        hand.ended = "died"
-        self._deaths_in_a_row += 1
-        return self._deaths_in_a_row < DEATHS
 
     def _need_workers(self, problem: str) -> None:
         if not self._hands.working:
@@ -348,6 +352,7 @@ class RayExecutor(Executor):
             scheduler.join(name)
         hands = self._hands
         alone_since: float | None = None
+        heard = time.monotonic()
         while True:
             for name, ticket in scheduler.assign():
                 hand = hands.working[name]
@@ -360,7 +365,13 @@ class RayExecutor(Executor):
                 alone_since = alone_since or time.monotonic()
                 if not hands.starting or time.monotonic() - alone_since > PATIENCE_S:
                     self._need_workers("no worker is left")
-            for ref in self._ready([*hands.asked, *hands.starting]):
+            ready = self._ready([*hands.asked, *hands.starting])
+            if ready:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > LOG_INTERVAL_S and not self._console.is_terminal:
+                heard = time.monotonic()
+                self._say(f"{self.status()}; no answer for {LOG_INTERVAL_S:.0f} seconds")
+            for ref in ready:
                 if ref in hands.asked:
                     yield from self._take(ref)
                 elif problem := self._step(ref):

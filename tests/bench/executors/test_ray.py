@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
 import os
+import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +111,73 @@ def test_an_address_that_is_none(model: Path, tmp_path: Path) -> None:
 def test_settings_of_ray_without_ray(model: Path) -> None:
     with pytest.raises(UserError, match=r"--workers=2: it needs --executor ray"):
         config(model, workers=2)
+
+
+@pytest.mark.slow
+def test_an_address_where_somebody_else_listens(model: Path, tmp_path: Path) -> None:
+    """In a process of its own: what Ray has begun there cannot be stopped."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        done = shell("--executor", "ray", "--address", address, "--model", model, "--outdir", tmp_path / "run")
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert f"arkv-bench: --address={address}: no Ray cluster answered there within 18 s" in done.stderr
+
+
+def command(*arguments: object) -> dict[str, Any]:
+    return {
+        "args": [sys.executable, "-m", "bench.cli", "run", *map(str, arguments)],
+        "cwd": Path(__file__).parents[3],
+        "text": True,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+    }
+
+
+def shell(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(**command(*arguments), env=quiet_environment(**environment), check=False, timeout=300)
+
+
+def running_in(folder: str) -> list[str]:
+    """Command lines that name the folder: those of Ray's processes name their session's."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = process.read_bytes().replace(b"\0", b" ").decode()
+            found += [line] if folder in line else []
+    return found
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_cluster_of_its_own_and_a_driver_that_is_killed(model: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments: list[object] = ["--executor", "ray", "--address", "local", "--workers", 1, "--outdir", run]
+    arguments += ["--model", model, "--lengths", 2000, "--samples", 12, "--quant-type", "full,mix", "--device", "cpu"]
+    arguments += ["--cache-size", 64, "--quant-format", "int8", "--dtype", "float32"]
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
+        driver = subprocess.Popen(**command(*arguments), env=quiet_environment(TMPDIR=folder))
+        wait_for(lambda: (run / SAMPLES).is_file() and len((run / SAMPLES).read_bytes().splitlines()) >= 4)
+        driver.kill()
+        driver.communicate()
+        wait_for(lambda: not running_in(folder))
+        shutil.rmtree(next(Path(folder).iterdir()))
+        before = samples(run)
+        assert 4 <= len(before) < 24
+        done = shell(*arguments, TMPDIR=folder)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"{len(before)} of 24 answers are in" in done.stdout
+        assert "raylet" not in done.stdout
+        assert not running_in(folder)
+        assert list(Path(folder).iterdir()) == []
+    assert len(samples(run)) == 24
+    assert before.items() <= samples(run).items()
 
 
 # --- On a cluster of two nodes ---
@@ -263,7 +335,7 @@ def test_a_document_that_kills_its_workers_fails_alone(
     ]
     assert "2 workers were lost over it" in outcome.failures[0]["error"]
     assert outcome.measured == 4
-    assert said.count(" died: ") == 2
+    assert sum(line.startswith("worker ") for line in said.splitlines()) == 2
     assert {key for key in samples(tmp_path / "here") if key[2] != poison} == samples(tmp_path / "there").keys()
 
 
