@@ -88,6 +88,7 @@ class RunConfig:
     apply_chat_template: bool = False
     system_instruction: str | None = None
     enable_thinking: bool | None = None
+    confirm_run_unsafe_code: bool = False
     gen_kwargs: str | None = None
     include_path: tuple[str, ...] | None = None
     rolling_prefill: float = Rolling.prefill_share
@@ -168,7 +169,7 @@ class RunConfig:
 
     @property
     def batch(self) -> int | None:
-        """Continuations that are read in one forward; None for as many as fit."""
+        """Documents, and continuations, that are answered side by side; None for as many as fit."""
         return None if self.batch_size == "auto" else int(self.batch_size)
 
     @property

@@ -16,6 +16,7 @@ import io
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -72,6 +73,7 @@ class _Options:
     fewshot_as_multiturn: bool = False
     system_instruction: str | None = None
     enable_thinking: bool | None = None
+    confirm_run_unsafe_code: bool = False
     rolling_prefill: float = Rolling.prefill_share
     rolling_chunk: int = Rolling.chunk
 
@@ -203,7 +205,8 @@ class HarnessTask(Task):
     ``"key=value,key=value"``, laid over the task's generation settings), ``apply_chat_template`` (default False),
     ``fewshot_as_multiturn`` (default True with a chat template), ``system_instruction``, ``enable_thinking`` (given to
     the chat template; if True, what comes before ``</think>`` is not part of the answer, nor looked through for stop
-    strings), and ``rolling_prefill`` and ``rolling_chunk``, see :class:`tasks.base.Rolling`.
+    strings), ``confirm_run_unsafe_code`` (default False: tasks whose metric runs code that the model writes are
+    refused), and ``rolling_prefill`` and ``rolling_chunk``, see :class:`tasks.base.Rolling`.
 
     ``limit`` takes the first documents, as lm-eval does. Prompts beyond the model's length lose their beginning.
     ``metrics`` are known after :meth:`load`; a metric is named ``metric,filter``, as lm-eval's tables have it.
@@ -312,6 +315,8 @@ class HarnessTask(Task):
                     lm=_replay([stored[row] for row in rows]),
                     task_dict={"tasks": {self.name: self._task}, "groups": {}, "group_map": {}},
                     log_samples=False,
+                    # Whoever has not confirmed it could not load the task.
+                    confirm_run_unsafe_code=True,
                     **_selection(rows, name=self.name),
                 )
         except OverflowError as error:
@@ -334,8 +339,11 @@ class HarnessTask(Task):
             raise TaskError(f"{self.name} is a group of tasks, not a task", usage=True)
         manager = _manager(found.path.parent)
         config = {**(manager.task_index[self.name].cfg or {}), **self._overrides}
-        if config.get("unsafe_code"):
-            raise TaskError(f"{self.name} runs code that the model writes; that is not supported")
+        if options.confirm_run_unsafe_code:
+            # The metric of such tasks asks a second time, by this.
+            os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")
+        else:
+            self._check_safe(bool(config.get("unsafe_code")))
         shots = config.get("num_fewshot")
         if options.num_fewshot not in (None, shots):
             if shots == 0:
@@ -347,12 +355,22 @@ class HarnessTask(Task):
         # A task in a group is how lm-eval lets a caller change single settings of a task it knows.
         loaded = manager.load([{"group": "arkv-bench", "task": [{"task": self.name, **overrides}]}])
         task = loaded["tasks"][self.name]
+        if not options.confirm_run_unsafe_code:
+            # Its file may include another one that says so.
+            self._check_safe(getattr(task, "UNSAFE_CODE", False))
         if getattr(task, "MULTIMODAL", False):
             raise TaskError(f"{self.name} asks about images or sound; only text is supported")
         if options.gen_kwargs and task.OUTPUT_TYPE == "generate_until":
             task.set_config("generation_kwargs", dict(options.gen_kwargs), update=True)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
         return task
+
+    def _check_safe(self, unsafe: bool) -> None:
+        if unsafe:
+            raise TaskError(
+                f"{self.name} runs code that the model writes, on this machine: give --confirm-run-unsafe-code if that "
+                "is what you want"
+            )
 
     def _document(self, identifier: str, settings: TaskSettings, options: _Options) -> Document:
         instances = self._instances[identifier]

@@ -96,6 +96,14 @@ def run(
     gen_kwargs: Annotated[
         str | None, _option("lm-eval tasks: generation settings, as max_gen_toks=512. Default: the task's own.", DATA)
     ] = None,
+    confirm_run_unsafe_code: Annotated[
+        bool | None,
+        _option(
+            "lm-eval tasks whose metric runs code that the model writes, such as humaneval: run it, on this machine.",
+            DATA,
+            "--confirm-run-unsafe-code",
+        ),
+    ] = None,
     include_path: Annotated[str | None, _option("Folders with lm-eval task files of your own.", DATA)] = None,
     rolling_prefill: Annotated[
         float | None,
@@ -109,7 +117,11 @@ def run(
         int | None, _option("Tokens of a prompt that are read in one forward. Default: all at once.", DATA)
     ] = None,
     batch_size: Annotated[
-        str | None, _option("Choices of a question that are read in one forward, or auto. Default: 1.", DATA)
+        str | None,
+        _option(
+            "Documents answered side by side, and choices read in one forward; auto: what takes 1 GiB. Default: 1.",
+            DATA,
+        ),
     ] = None,
     data_dir: Annotated[
         str | None, _option("Folder with local rows (gsm8k/test.jsonl, ...) instead of a download.", DATA)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from types import FunctionType, ModuleType
 from typing import Any
@@ -13,9 +13,9 @@ import torch
 
 from arkv import TriStateCache, attach
 from bench import peers
-from bench.engine import Engine, Failure, Measurement
+from bench.engine import Engine, Failure, Measurement, _Job
 from bench.methods import Cell, grid
-from tasks.base import Compare, Continuation, Document, Generate, LogLikelihood, Rolling
+from tasks.base import Compare, Compared, Continuation, Document, Generate, Generated, LogLikelihood, Rolling
 
 METHODS = ["full", "window", "origin", "quant", "mix"]
 
@@ -507,3 +507,197 @@ def test_a_prompt_read_in_chunks_is_answered_the_same(tiny: Any) -> None:
         assert one.answer == other.answer
         assert one.kv_bytes == other.kv_bytes
         assert one.tokens_evicted == other.tokens_evicted
+
+
+# --- Documents side by side ---
+
+BYTES: dict[str, Any] = {"budget_unit": "bytes", "tau1": 1.0, "tau2": 1.0, "tau3": 1.0}
+"""Layers of a tiny model share bytes very unevenly under low taus."""
+
+
+def few_cells() -> list[Cell]:
+    """Every method, and a share of each prompt's bytes."""
+    return [*cells(), *grid(["mix"], [{"cache_ratio": 0.3}], [8], ["int8"], BYTES)]
+
+
+def all_cells() -> list[Cell]:
+    """Every method in both units, with budgets that are the same for all prompts and with shares of each."""
+    sizes = [{"cache_size": 64}, {"cache_ratio": 0.3}]
+    return [*grid(METHODS, sizes, [8], ["int8"], {}), *grid(METHODS[1:], sizes, [8], ["int8"], BYTES)]
+
+
+few_and_all = pytest.mark.parametrize(
+    ("make_cells", "batch_size"), [(few_cells, 4), pytest.param(all_cells, None, marks=pytest.mark.slow)]
+)
+
+
+def several(tiny: Any) -> list[Document]:
+    """Prompts longer and shorter than a budget; answers of several lengths, two of which end before their limit."""
+    questions = [document(length, new, seed=length) for length, new in ((200, 12), (20, 20), (90, 1), (150, 16))]
+    for length in (120, 30):
+        question = document(length, 20, seed=length)
+        middle = tiny.tokenizer.decode(generated(tiny, question)[5:7])
+        questions.append(replace(question, request=replace(question.request, stop=(middle,))))
+    return questions
+
+
+def side_by_side(
+    tiny: Any, grid_: list[Cell], questions: list[Document], batch_size: int | None
+) -> dict[tuple[str, str], Measurement]:
+    """By document and cell."""
+    engine = Engine(tiny.model, tiny.tokenizer, grid_, batch_size=batch_size)
+    found = {}
+    for question, item in engine.answer_batch([(question, grid_) for question in questions]):
+        assert isinstance(item, Measurement), item
+        assert (question.id, item.cell.key) not in found
+        found[question.id, item.cell.key] = item
+    assert len(found) == len(questions) * len(grid_)
+    return found
+
+
+TIMES = ("prefill_s", "compress_s", "ttft_ms", "decode_s", "tpot_ms")
+
+
+def assert_same_but_times(one: Measurement, other: Measurement) -> None:
+    """Text, states and bytes to the last; log-likelihoods and ratios but for rounding."""
+    left, right = (
+        replace(item, **dict.fromkeys(TIMES, 0.0), oq_ratios=[], answer=Generated(text="")) for item in (one, other)
+    )
+    assert left == right
+    assert one.oq_ratios == pytest.approx(other.oq_ratios, rel=1e-3)
+    if isinstance(one.answer, Generated):
+        assert one.answer == other.answer
+    else:
+        assert sums(one) == pytest.approx(sums(other), abs=1e-4)
+        assert [item.is_greedy for item in one.answer.scored] == [item.is_greedy for item in other.answer.scored]
+
+
+@few_and_all
+def test_answers_do_not_depend_on_the_batch_size(
+    tiny: Any, make_cells: Callable[[], list[Cell]], batch_size: int | None
+) -> None:
+    questions, grid_ = several(tiny), make_cells()
+    alone = side_by_side(tiny, grid_, questions, 1)
+    shapes, handle = forwards(tiny)
+    try:
+        together = side_by_side(tiny, grid_, questions, batch_size)
+    finally:
+        handle.remove()
+    assert {rows for rows, length in shapes if length == 1} >= {2, 3}
+    for key, measured in together.items():
+        assert_same_but_times(measured, alone[key])
+    assert len({item.generated_tokens for item in alone.values()}) > 4
+    assert any(0 < item.tokens_quantized < item.tokens_original for item in alone.values())
+
+
+@few_and_all
+def test_scores_of_many_documents_do_not_depend_on_the_batch_size(
+    tiny: Any, make_cells: Callable[[], list[Cell]], batch_size: int | None
+) -> None:
+    questions = [
+        replace(MIXED, id="mixed"),
+        replace(choices(*[(ids(90, seed=3), (token,)) for token in (5, 6, 7)]), id="letters"),
+        replace(choices((ids(40, seed=4), (1, 2, 3)), (ids(41, seed=5), (1, 2, 3))), id="contexts"),
+        replace(choices((ids(120, seed=6), ids(9, seed=7)), (ids(120, seed=6), ids(3, seed=8))), id="texts"),
+    ]
+    grid_ = make_cells()
+    alone, together = (side_by_side(tiny, grid_, questions, size) for size in (1, batch_size))
+    for key, measured in together.items():
+        assert_same_but_times(measured, alone[key])
+
+
+def test_requests_of_every_kind_can_stand_in_one_batch(tiny: Any) -> None:
+    questions = [document(), document(seed=1), MIXED, text(), comparison(), document(seed=2)]
+    grid_ = cells("full", "mix")
+    alone, together = (side_by_side(tiny, grid_, questions, size) for size in (1, 8))
+    for key, measured in together.items():
+        if not isinstance(measured.answer, Compared):
+            assert_same_but_times(measured, alone[key])
+
+
+def test_short_prompts_are_computed_in_one_forward(tiny: Any) -> None:
+    questions = [document(length, 1, seed=length) for length in (60, 30, 300, 200, 40)]
+    shapes, handle = forwards(tiny)
+    try:
+        side_by_side(tiny, cells("full", "mix"), questions, 8)
+    finally:
+        handle.remove()
+    assert shapes == [(3, 60), (1, 200), (1, 300)]
+
+
+def test_every_document_is_answered_by_its_own_cells(tiny: Any) -> None:
+    full, window, mix = cells("full", "window", "mix")
+    work = [(document(seed=0), [mix]), (document(seed=1), [full, window, mix]), (document(seed=2), [window])]
+    engine = Engine(tiny.model, tiny.tokenizer, [full, window, mix], batch_size=8)
+    found = [(question.id, item.cell.method) for question, item in engine.answer_batch(work)]
+    assert sorted(found) == [("d0", "mix"), ("d1", "full"), ("d1", "mix"), ("d1", "window"), ("d2", "window")]
+
+
+def test_peers_answer_one_by_one_in_a_batch(tiny: Any) -> None:
+    questions, grid_ = several(tiny)[:2], peer_cells("kvpress:snapkv")
+    alone, together = (side_by_side(tiny, grid_, questions, size) for size in (1, 8))
+    for key, measured in together.items():
+        assert_same_but_times(measured, alone[key])
+
+
+def test_a_document_that_fails_leaves_its_batch_alone(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions, grid_ = several(tiny), cells("full", "window")
+    alone = side_by_side(tiny, grid_, questions, 1)
+    original = Engine._compress
+
+    def failing(self: Engine, cell: Cell, prefill: Any) -> Any:
+        if cell.method == "window" and len(prefill.ids) == 90:
+            raise torch.OutOfMemoryError("no memory is left")
+        return original(self, cell, prefill)
+
+    monkeypatch.setattr(Engine, "_compress", failing)
+    engine = Engine(tiny.model, tiny.tokenizer, grid_, batch_size=8)
+    outcomes = list(engine.answer_batch([(question, grid_) for question in questions]))
+    failed = [(question.id, item) for question, item in outcomes if isinstance(item, Failure)]
+    assert failed == [("d90", Failure(cell=grid_[1], error="OutOfMemoryError: no memory is left"))]
+    measured = {(q.id, item.cell.key): item for q, item in outcomes if isinstance(item, Measurement)}
+    assert len(measured) == len(alone) - 1
+    for key, item in measured.items():
+        assert_same_but_times(item, alone[key])
+
+
+def test_what_a_batch_shares_fails_for_all_of_it(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid_ = cells("full", "mix")
+    engine = Engine(tiny.model, tiny.tokenizer, grid_, batch_size=2)
+    original = Engine._forward
+
+    def failing(self: Engine, caches: Any, rows: Any, **options: Any) -> Any:
+        if len(rows) == 2 and isinstance(caches[0], TriStateCache):
+            raise torch.OutOfMemoryError("no memory is left")
+        return original(self, caches, rows, **options)
+
+    monkeypatch.setattr(Engine, "_forward", failing)
+    outcomes = list(engine.answer_batch([(document(seed=seed), grid_) for seed in range(3)]))
+    assert [(question.id, item.cell.method, type(item)) for question, item in outcomes] == [
+        *[("d0", "full", Measurement), ("d1", "full", Measurement), ("d0", "mix", Failure), ("d1", "mix", Failure)],
+        *[("d2", "full", Measurement), ("d2", "mix", Measurement)],
+    ]
+
+
+def test_shares_of_a_batch_add_up_to_its_time(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stopwatch shows one second; each of the three documents takes part in 11 steps."""
+    monkeypatch.setattr("bench.telemetry.Stopwatch.__exit__", lambda self, *_: setattr(self, "seconds", 1.0))
+    found = side_by_side(tiny, cells("mix"), [document(seed=seed) for seed in range(3)], 3)
+    assert {item.generated_tokens for item in found.values()} == {12}
+    assert sum(item.decode_s for item in found.values()) == pytest.approx(11)
+    for item in found.values():
+        assert item.tpot_ms == pytest.approx(1000 / 3)
+        # Computed two at a time, and one.
+        assert item.prefill_s in (0.5, 1.0)
+
+
+def test_an_automatic_batch_takes_what_fits(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 2 layers, keys and values, 2 heads of 16 in float32: a prefill, a cache as large, and the answer.
+    each = 512 * (2 * 200 + 12)
+    engine = Engine(tiny.model, tiny.tokenizer, cells("mix"), batch_size=None)
+    jobs = [_Job(document(seed=seed), engine.cells) for seed in range(40)]
+    assert [len(batch) for batch in engine._side_by_side(jobs)] == [32, 8]
+    monkeypatch.setattr("bench.engine._AUTO_BYTES", 15 * each + 1)
+    assert [len(batch) for batch in engine._side_by_side(jobs)] == [15, 15, 10]
+    monkeypatch.setattr("bench.engine._AUTO_BYTES", 1)
+    assert {len(batch) for batch in engine._side_by_side(jobs)} == {1}

@@ -279,12 +279,49 @@ def test_own_task_files(tokenizer: Any, tmp_path: Path) -> None:
     [
         ("gsm9k", r"lm-eval has no task 'gsm9k': did you mean gsm8k"),
         ("mmlu", r"mmlu is a group of tasks, not a task"),
-        ("humaneval", r"humaneval runs code that the model writes; that is not supported"),
+        ("humaneval", r"humaneval runs code that the model writes, .* give --confirm-run-unsafe-code"),
     ],
 )
 def test_unsupported_tasks(tokenizer: Any, data: Path, name: str, message: str) -> None:
     with pytest.raises(TaskError, match=message):
         load(tokenizer, data, name)
+
+
+CODE = """
+    include: base.txt
+    task: program
+"""
+PROGRAM = (
+    TOY.replace("task: toy", "unsafe_code: true")
+    + """
+    process_results: !function metric.passes
+    metric_list: [{metric: passes, aggregation: mean, higher_is_better: true}]
+"""
+)
+METRIC = """
+def passes(row, results):
+    scope = {}
+    exec(results[0], scope)
+    return {"passes": float(scope["double"](3) == 6)}
+"""
+
+
+def test_code_of_the_model_runs_where_it_is_confirmed(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
+    write_rows(tmp_path / "data/program/test.jsonl", [{"question": "Double?", "answer": ""}])
+    include = define(tmp_path / "tasks", CODE)
+    (include / "base.txt").write_text(textwrap.dedent(PROGRAM))
+    (include / "metric.py").write_text(METRIC)
+    where: dict[str, Any] = {"name": "program", "include_path": [include]}
+    with pytest.raises(TaskError, match="program runs code that the model writes"):
+        load(tokenizer, tmp_path / "data", **where)
+    task, (document,) = load(tokenizer, tmp_path / "data", **where, options={"confirm_run_unsafe_code": True})
+    for text, score in (("double = lambda x: 2 * x", 1.0), ("double = lambda x: x", 0.0)):
+        answer = Generated(text=text)
+        assert task.score(document, answer) == {"passes,none": score}
+        assert task.evaluate([document], {document.id: answer}).values["passes,none"] == score
 
 
 def test_importing_is_instant() -> None:
