@@ -52,7 +52,7 @@ class ProgressReporter:
         label: str,
         total: int,
         done: int = 0,
-        unit: str = "documents",
+        unit: str = "answers",
         bars: Progress | None = None,
     ) -> None:
         self.console, self.label, self.total, self.unit = console, label, total, unit
@@ -83,7 +83,7 @@ class ProgressReporter:
             elapsed = current - self._start
             left = elapsed / (self.done - self.skipped) * (self.total - self.done)
             self.console.print(
-                f"{self.label}: {self.done}/{self.total} answers, {duration(elapsed)} elapsed, "
+                f"{self.label}: {self.done}/{self.total} {self.unit}, {duration(elapsed)} elapsed, "
                 f"{duration(left)} left{'; ' + note if note else ''}",
                 markup=False,
                 highlight=False,

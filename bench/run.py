@@ -81,7 +81,8 @@ def fingerprint(config: RunConfig, models: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def _settings(config: RunConfig, model: DescribedModel, task: Task) -> TaskSettings:
+def task_settings(config: RunConfig, model: DescribedModel, task: Task) -> TaskSettings:
+    """What a task of the run builds its documents from. Raises :class:`UserError` for a model of unknown length."""
     longest = model.context_length
     if config.max_length is not None:
         longest = min(config.max_length, longest) if longest is not None else config.max_length
@@ -108,7 +109,7 @@ def make_task(name: str, include_path: Sequence[Path] = ()) -> Task | TaskGroup:
     return get_task(name, fallback=HarnessTasks(include_path=include_path))
 
 
-def _tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]:
+def tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]:
     """The tasks to measure, each once, and the group that one was asked for through.
 
     Raises :class:`TaskError` for a group whose tasks cannot be found.
@@ -134,12 +135,12 @@ def _asked(config: RunConfig) -> list[Task | TaskGroup]:
 
 def planned_tasks(config: RunConfig) -> list[Task]:
     """What a run would measure. Raises :class:`TaskError`."""
-    return [task for task, _ in _tasks_of(_asked(config))]
+    return [task for task, _ in tasks_of(_asked(config))]
 
 
 def documents_of(config: RunConfig, model: DescribedModel, task: Task) -> list[Document]:
     """The documents of a task for a model. Raises :class:`TaskError`, :class:`UserError`."""
-    return list(task.load(_settings(config, model, task)))
+    return list(task.load(task_settings(config, model, task)))
 
 
 def execute(
@@ -164,7 +165,7 @@ def execute(
     """
     cells = grid(config.quant_type, config.budgets, config.window_size, config.quant_format, config.method_settings)
     asked = _asked(config)
-    tasks = _tasks_of(asked)
+    tasks = tasks_of(asked)
     started = records.now()
     models: dict[str, DescribedModel] = {}
     for reference in config.model:

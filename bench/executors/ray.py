@@ -31,7 +31,7 @@ from bench.executors.scheduler import Scheduler, Ticket
 from bench.models import describe
 from bench.progress import LOG_INTERVAL_S
 
-CONNECT_S = 18.0
+CONNECT_S = 15.0
 """How long a cluster has to answer."""
 START_S = 120.0
 """How long a run waits for all of its workers before it begins with those that are there."""
@@ -44,7 +44,8 @@ DEATHS = 20
 OBJECT_STORE_BYTES = 200_000_000
 """Of a cluster of the run's own: what passes between its processes is small."""
 
-_OUT_OF_MEMORY = "OutOfMemoryError"
+_OUT_OF_MEMORY = "MemoryError"
+"""What errors say of a GPU (OutOfMemoryError), or of the machine, that has no more."""
 _BROKEN = ("AcceleratorError", "CUDA error")
 """What errors say after which a process cannot use its GPU any more."""
 _VERSIONS = ("arkv-bench", "source", "torch", "transformers", "lm-eval")
@@ -304,8 +305,10 @@ class RayExecutor(Executor):
         except self._ray.exceptions.RayError as error:
             problem = self._dismiss(hand, f"{hand.place} could not be started: {_last_line(error)}")
             self._deaths_in_a_row += 1
-            if self._deaths_in_a_row >= DEATHS:
+            # What a worker raises while it is made, such as for a package that it lacks, it would raise again.
+            if "creation task" in str(error) or self._deaths_in_a_row >= DEATHS:
                 return problem
+            self._say(problem)
             self._start()
             return None
         if isinstance(said, Introduction):
@@ -486,7 +489,7 @@ def _knock(address: str) -> None:
     if not colon or not port.isdecimal():
         raise UserError(f"--address={address}: give auto, local, host:port or ray://host:port", exit_code=2)
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S / 2).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
     except (OSError, OverflowError) as error:
         raise UserError(f"--address={address}: no Ray cluster answers there ({error})") from None
 

@@ -121,7 +121,7 @@ def test_an_address_where_somebody_else_listens(model: Path, tmp_path: Path) -> 
         done = shell("--executor", "ray", "--address", address, "--model", model, "--outdir", tmp_path / "run")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert f"arkv-bench: --address={address}: no Ray cluster answered there within 18 s" in done.stderr
+    assert f"arkv-bench: --address={address}: no Ray cluster answered there within 15 s" in done.stderr
 
 
 def command(*arguments: object) -> dict[str, Any]:
@@ -278,6 +278,19 @@ def test_workers_with_another_version(
     with pytest.raises(
         UserError, match=f"transformers {transformers.__version__}; this process has transformers 5.1.9"
     ):
+        go(on(cluster, model, workers=1), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_even_begin(
+    cluster: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lacking(executor.Worker):
+        def __init__(self, threads: int) -> None:
+            raise ModuleNotFoundError("No module named 'torch'")
+
+    monkeypatch.setattr(executor, "Worker", Lacking)
+    with pytest.raises(UserError, match=r"worker 1 could not be started: .*No module named 'torch'"):
         go(on(cluster, model, workers=1), tmp_path / "run")
 
 
