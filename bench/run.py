@@ -63,7 +63,7 @@ def fingerprint(config: RunConfig, models: dict[str, str]) -> dict[str, Any]:
         "versions": {name: packages.get(name) for name in ("arkv-bench", "torch", "transformers", "lm-eval")},
         "device": config.device,
         "dtype": config.dtype,
-        "loading": config.loading_kwargs or None,
+        "model_kwargs": config.loading_kwargs or None,
         "seed": config.seed,
         "max_length": config.max_length,
         "samples": config.samples,

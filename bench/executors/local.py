@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from bench.errors import UserError
 from bench.executors.base import Answered, Answerer, Executor, Setup, Unit
 
 
@@ -23,8 +24,18 @@ class LocalExecutor(Executor):
         """Nothing to put away."""
 
     def run(self, units: Iterable[Unit]) -> Iterator[Answered]:
+        """See :meth:`Executor.run`. A further model that cannot be loaded fails alone."""
+        broken: dict[str, str] = {}
         for unit in units:
-            yield from self._answerer.answer(unit)
+            if unit.model not in broken:
+                try:
+                    self._answerer.engine(unit.model)
+                except UserError as error:
+                    broken[unit.model] = str(error)
+            if unit.model in broken:
+                yield from unit.failures(broken[unit.model])
+            else:
+                yield from self._answerer.answer(unit)
 
     def status(self) -> str:
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 
 from bench.config import RunConfig
-from bench.engine import Measurement
+from bench.engine import Failure, Measurement
 from bench.errors import UserError
 from bench.executors import Setup, Unit, make_executor
 from bench.executors.base import Answerer
+from bench.executors.local import LocalExecutor
 from bench.methods import grid
 from bench.models import describe
 from tasks.base import Document, Generate
@@ -45,6 +47,19 @@ def test_one_model_at_a_time(tiny_folder: Path) -> None:
     assert answerer.engine("tiny") is first
     assert answerer.engine("other") is not first
     assert answerer.loaded["other"] == {"dtype": "float32", "device": "cpu"}
+
+
+def test_a_further_model_that_cannot_be_loaded_fails_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(tiny_folder, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"nothing")
+    both = dataclasses.replace(setup(tiny_folder), models={"tiny": str(tiny_folder), "damaged": str(damaged)})
+    with LocalExecutor(both) as executor:
+        found = list(executor.run([unit("tiny"), unit("damaged"), unit("tiny")]))
+    assert [isinstance(answered.result, Failure) for answered in found] == [False, False, True, True, False, False]
+    assert "damaged cannot be loaded" in found[2].result.error  # type: ignore[union-attr]
+    first = dataclasses.replace(both, models={"damaged": str(damaged)})
+    with pytest.raises(UserError, match="damaged cannot be loaded"), LocalExecutor(first):
+        pass
 
 
 def test_layers_that_lie_elsewhere_give_the_same_answers(tiny_folder: Path, tmp_path: Path) -> None:
