@@ -56,7 +56,6 @@ _PASSED_ON = ("ARKV_CACHE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "T
 def ray_library() -> Any:
     """Ray, quiet. Raises :class:`UserError` where it is not installed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     # Ray would announce, for every worker without a GPU, that it will leave a variable alone one day.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
