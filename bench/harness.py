@@ -389,7 +389,7 @@ class HarnessTask(Task):
         else:
             reference = self._task.doc_to_target(instances[0].doc)
             if kinds == ["loglikelihood"]:
-                request, cut = _log_likelihood(what, instances, settings)
+                request, cut = _log_likelihood(what, instances, settings, self._task.config.target_delimiter)
             else:
                 request, cut = _generation(self.name, instances[0], settings, bool(options.enable_thinking))
         return Document(
@@ -647,14 +647,16 @@ def _generation(task: str, instance: Any, settings: TaskSettings, thinks: bool) 
     return request, max(0, len(ids) - room)
 
 
-def _log_likelihood(what: str, instances: Sequence[Any], settings: TaskSettings) -> tuple[LogLikelihood, int]:
+def _log_likelihood(
+    what: str, instances: Sequence[Any], settings: TaskSettings, delimiter: str
+) -> tuple[LogLikelihood, int]:
     """The request of a document's instances, and how many tokens were cut from the beginning of a context.
 
     A continuation stays whole and its context loses its beginning, so that contexts of one question can differ once
-    they are cut. Raises :class:`TaskError`.
+    they are cut. ``delimiter`` is what lm-eval puts before a choice and counts to it. Raises :class:`TaskError`.
     """
     for place, instance in enumerate(instances):
-        if not instance.args[1]:
+        if instance.args[1] in ("", delimiter):
             raise TaskError(f"{what}: choice {place} is empty, there is nothing to score")
     continuations, most_cut = [], 0
     for context, tokens in _encode_pairs(settings.tokenizer, instances):
@@ -834,7 +836,7 @@ def _explained(task: str, *, local: bool) -> Iterator[None]:
     except expected as error:
         reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
         if isinstance(error, OSError) and not local:
-            reason += f"; without a connection, give a data folder with {task}/<split>.jsonl"
+            reason += f"; without a connection, give --data-dir with a folder that holds {task}/<split>.jsonl"
         raise TaskError(f"cannot load the task {task}: {reason}") from error
 
 

@@ -569,7 +569,9 @@ def test_offline_without_rows(tokenizer: Any, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = define(tmp_path / "tasks", TOY)
-    with pytest.raises(TaskError, match=r"cannot load the task toy: .*nobody/nothing.*toy/<split>\.jsonl") as caught:
+    with pytest.raises(
+        TaskError, match=r"cannot load the task toy: .*nobody/nothing.*--data-dir .*toy/<split>\.jsonl"
+    ) as caught:
         load(tokenizer, None, "toy", include_path=[folder])
     assert "\n" not in str(caught.value)
 
@@ -578,7 +580,7 @@ def test_rows_of_choices_that_cannot_be_used(tokenizer: Any, toys: dict[str, Any
     file = toys["data"] / "toy_choice/test.jsonl"
     good = {"question": "?", "subject": "west", "choices": ["a", "b"], "answer": 0}
     for row, message in (
-        (good | {"choices": ["a", ""]}, None),
+        (good | {"choices": ["a", ""]}, "toy_west, row 1: choice 1 is empty, there is nothing to score"),
         ({key: value for key, value in good.items() if key != "choices"}, r"test\.jsonl, line 2: .*'choices'"),
         ({key: value for key, value in good.items() if key != "subject"}, r"test\.jsonl, line 2: no field 'subject'"),
         (good | {"subject": "north"}, None),
