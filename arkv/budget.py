@@ -9,6 +9,7 @@ ranges are paid from it, and what quantization saves buys more tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -46,7 +47,7 @@ class Geometry:
         return self.full_bytes + self.slot_bytes
 
     def quantized_bytes(self, number_format: Format) -> float:
-        """A Quantized slot, its share of a group's ranges, position and score included."""
+        """A Quantized slot, position and score included."""
         return number_format.bytes_per_token(self.head_dim) + self.slot_bytes
 
 
@@ -80,11 +81,11 @@ def token_slots(config: CacheConfig, limit: int, ratio: float) -> Slots:
 
 
 def minimal_bytes(config: CacheConfig, geometry: Geometry) -> int:
-    """The least that one KV head of a layer needs: the window, the sinks, and one token or quantization group more."""
+    """The least that one KV head of a layer needs: the window, the sinks, and one token more in each state."""
     quantized = 0
     if config.quantizes:
-        multiple = config.number_format.slot_multiple
-        quantized = round(multiple * geometry.quantized_bytes(config.number_format))
+        per_token = math.ceil(geometry.quantized_bytes(config.number_format))
+        quantized = per_token + config.number_format.bytes_per_head(geometry.head_dim)
     return (config.window_size + config.n_sink + 1) * geometry.original_bytes + quantized
 
 
@@ -114,7 +115,7 @@ class ByteBudget:
             if config.cache_size is not None:
                 raise ConfigError(
                     f"cache_size={config.cache_size} in bytes is too small for window_size={config.window_size}, "
-                    f"n_sink={config.n_sink} and a group of quantized tokens: "
+                    f"n_sink={config.n_sink} and one token more: "
                     f"use cache_size >= {-(-self.minimum // geometry.full_bytes)}"
                 )
             each = self.minimum
@@ -150,14 +151,12 @@ def byte_slots(config: CacheConfig, geometry: Geometry, budget: int, tokens: int
     if not config.quantizes:
         return Slots(most_original, 0)
     assert config.original_share is not None
+    past_bytes -= config.number_format.bytes_per_head(geometry.head_dim)
     per_token = geometry.quantized_bytes(config.number_format)
-    multiple = config.number_format.slot_multiple
     original = max(int(config.original_share * past_bytes) // geometry.original_bytes, config.n_sink)
-    groups = int((past_bytes - original * geometry.original_bytes) / (per_token * multiple))
-    quantized = multiple * groups
+    quantized = int((past_bytes - original * geometry.original_bytes) / per_token)
     if config.original_share > 0:
         # Beyond the tokens there are, Quantized slots would stay empty for long.
-        useful = -(-max(tokens - config.window_size - original, 0) // multiple)
-        quantized = multiple * min(groups, useful)
+        quantized = min(quantized, max(tokens - config.window_size - original, 0))
         original = int((past_bytes - quantized * per_token) // geometry.original_bytes)
     return Slots(original, quantized)

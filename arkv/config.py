@@ -236,7 +236,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 BYTE_DEFAULTS: dict[str, Any] = {
     "n_sink": 4,
-    "quant_format": "k4v3",
+    "quant_format": "int4",
     "importance": "mean_max",
     "decode_importance": "mean",
 }

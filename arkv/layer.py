@@ -365,10 +365,7 @@ class TriStateLayer(CacheLayerMixin):
             pick = nth.clamp(max=max(count - 1, 0)).expand(*order.shape[:2], steps)
             demoted = kept.gather(2, pick) & (nth < count)
             pick = order.gather(2, pick)
-            # In sequence order neighbours share a group, and neighbouring keys are alike.
-            position = past.position.gather(2, pick).masked_fill(~demoted, torch.iinfo(past.position.dtype).max)
-            sequence = position.argsort(dim=-1)
-            chosen = past.take(pick.gather(2, sequence)).only(demoted.gather(2, sequence))
+            chosen = past.take(pick).only(demoted)
             self._demote(chosen, total - originals, most_quantized, [window, past])
 
     def _slots_now(self) -> list[Slots]:
@@ -397,7 +394,7 @@ class TriStateLayer(CacheLayerMixin):
         return before
 
     def _demote(self, tokens: Tokens, budget: torch.Tensor, slots: int, like: list[Tokens]) -> None:
-        """Quantize ``tokens`` (position -1 is none), which are in sequence order, into free slots.
+        """Quantize ``tokens`` (position -1 is none) into free slots.
 
         Args:
             budget: Quantized slots of each sample, [B, 1, 1].
@@ -405,7 +402,6 @@ class TriStateLayer(CacheLayerMixin):
             like: tokens that the coming ones will resemble.
         """
         number_format = self.config.number_format
-        slots = -(-slots // number_format.slot_multiple) * number_format.slot_multiple
         here = torch.arange(slots, device=budget.device)
         filled = Tokens.concat(tokens, tokens.empty(slots - tokens.slots)) if slots > tokens.slots else tokens
         fresh = QuantizedPool(number_format, filled, like)
@@ -413,8 +409,8 @@ class TriStateLayer(CacheLayerMixin):
             self.quantized = fresh
         else:
             if self.quantized.slots < slots:
-                self.quantized.append(tokens.empty(slots - self.quantized.slots), like)
-            # A sample that has had no Quantized token yet gets groups with ranges of its own.
+                self.quantized.grow(slots - self.quantized.slots)
+            # A sample that has had no Quantized token yet gets a center of its own.
             new = (self.quantized.position < 0).all(dim=2).all(dim=1)
             free = (self.quantized.position < 0) & (here < budget)
             target = free.int().sort(dim=-1, descending=True, stable=True).indices[..., : tokens.slots]
@@ -477,9 +473,7 @@ class TriStateLayer(CacheLayerMixin):
         widest = max(dim, self.tokens.value.shape[-1])
         if self.config.attention == "reconstruct":
             output, probabilities = self._attend_reconstructed(grouped, scaling)
-        elif query.is_cuda and kernels.supported(
-            query.device, self.tokens.key.dtype, widest, grouped.shape[2], stored.format if stored else None
-        ):
+        elif query.is_cuda and kernels.supported(query.device, self.tokens.key.dtype, widest, grouped.shape[2]):
             output, probabilities = kernels.decode_attention(grouped, self.held(), stored, scaling, self.gaps)
         else:
             output, probabilities = self._attend_fused(grouped, scaling)

@@ -119,8 +119,9 @@ class LayerGroup:
         if chosen.numel():
             into = (target + torch.tensor(self._first_quantized, device=rows.device)).view(-1).index_select(0, chosen)
             rows = rows.index_select(0, chosen)
-            self._low_key.write(into, self._key.index_select(0, rows))
-            self._low_value.write(into, self._value.index_select(0, rows))
+            heads = torch.tensor(self._low_heads, device=rows.device).index_select(0, chosen)
+            self._low_key.write(into, self._key.index_select(0, rows), heads)
+            self._low_value.write(into, self._value.index_select(0, rows), heads)
             self._low_position.index_copy_(0, into, position.index_select(0, chosen))
             self._low_score.index_copy_(0, into, score.index_select(0, chosen))
         used = torch.tensor([[layer.used] for layer in self.layers], device=rows.device)
@@ -213,6 +214,9 @@ class LayerGroup:
             self._first_quantized = _first_rows(
                 [none if layer.quantized is None else layer.quantized.position for layer in layers]
             )
+            # Head of each of all layers among those of the layers that have a pool.
+            has_pool = torch.tensor([layer.quantized is not None for layer in layers])
+            self._low_heads = (has_pool.repeat_interleave(shape[0] * shape[1]).cumsum(0) - 1).tolist()
             self._low_key = _join_quantized([pool.key for pool in pools])
             self._low_value = _join_quantized([pool.value for pool in pools])
             self._low_position = _join_storage(pools, "position")
@@ -255,4 +259,5 @@ def _join_quantized(owners: Sequence[QuantizedTensor]) -> QuantizedTensor:
     whole = copy.copy(owners[0])
     whole.codes, whole.scale = _join_storage(owners, "codes"), _join_storage(owners, "scale")
     whole.zero = None if owners[0].zero is None else _join_storage(owners, "zero")
+    whole.center = None if owners[0].center is None else _join_storage(owners, "center")
     return whole

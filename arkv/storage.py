@@ -130,35 +130,33 @@ class QuantizedPool:
     Args:
         number_format: how keys and values are stored.
         tokens: what the pool begins with, empty slots included; as many as it will have slots.
-        like: tokens that those which come later will resemble; groups with free slots cover their ranges.
+        like: tokens that those which come later will resemble; their mean is what keys are centered by.
     """
 
     def __init__(self, number_format: Format, tokens: Tokens, like: Sequence[Tokens]) -> None:
         self.format = number_format
-        taken = tokens.position >= 0
-        self.full = bool(taken.all())
+        self.full = bool((tokens.position >= 0).all())
         """Every slot holds a token: then it stays so, and attention needs no mask."""
-        self.key = self._quantized(number_format.key, tokens.key, taken, [(part.key, part.position) for part in like])
-        self.value = self._quantized(
-            number_format.value, tokens.value, taken, [(part.value, part.position) for part in like]
-        )
+        self.key = self._quantized(number_format.key, tokens.key, [(part.key, part.position) for part in like])
+        self.value = self._quantized(number_format.value, tokens.value, [(part.value, part.position) for part in like])
         self.position = tokens.position
         self.score = tokens.score
 
+    @staticmethod
     def _quantized(
-        self, layout: Layout, x: torch.Tensor, taken: torch.Tensor, like: Sequence[tuple[torch.Tensor, torch.Tensor]]
+        layout: Layout, x: torch.Tensor, like: Sequence[tuple[torch.Tensor, torch.Tensor]]
     ) -> QuantizedTensor:
-        if self.full or layout.axis == "token":
+        if not layout.centered:
             return QuantizedTensor.quantize(layout, x)
-        bounds = []
-        for reduce, none in ((torch.amin, float("inf")), (torch.amax, float("-inf"))):
-            ends = [
-                reduce(other.float().masked_fill((position < 0).unsqueeze(-1), none), dim=2, keepdim=True)
-                for other, position in like
-                if other.shape[2]
-            ]
-            bounds.append(reduce(torch.cat(ends, dim=2), dim=2, keepdim=True))
-        return QuantizedTensor.quantize(layout, x, taken, (bounds[0], bounds[1]))
+        # In float64, so that a sample of a padded batch has the center that it has alone.
+        total = torch.zeros(*x.shape[:2], 1, x.shape[3], dtype=torch.float64, device=x.device)
+        count = torch.zeros(*x.shape[:2], 1, 1, dtype=torch.float64, device=x.device)
+        for other, position in like:
+            taken = (position >= 0).unsqueeze(-1)
+            known = other if bool(taken.all()) else other.masked_fill(~taken, 0.0)
+            total += known.sum(dim=2, keepdim=True, dtype=torch.float64)
+            count += taken.sum(dim=2, keepdim=True)
+        return QuantizedTensor.quantize(layout, x, total / count.clamp_min(1))
 
     @property
     def slots(self) -> int:
@@ -174,18 +172,19 @@ class QuantizedPool:
     def replace_samples(self, samples: torch.Tensor, other: QuantizedPool) -> None:
         """Take everything of ``samples`` [n] from ``other``, a pool of the same size."""
         for mine, theirs in ((self.key, other.key), (self.value, other.value)):
-            mine.codes[samples], mine.scale[samples] = theirs.codes[samples], theirs.scale[samples]
-            if mine.zero is not None and theirs.zero is not None:
-                mine.zero[samples] = theirs.zero[samples]
+            for name in ("codes", "scale", "zero", "center"):
+                if getattr(mine, name) is not None:
+                    getattr(mine, name)[samples] = getattr(theirs, name)[samples]
         self.position[samples], self.score[samples] = other.position[samples], other.score[samples]
 
-    def append(self, tokens: Tokens, like: Sequence[Tokens]) -> None:
-        """Add slots with ``tokens``, which may be empty."""
-        more = QuantizedPool(self.format, tokens, like)
-        self.key.append(more.key)
-        self.value.append(more.value)
-        self.position = torch.cat([self.position, more.position], dim=2)
-        self.score = torch.cat([self.score, more.score], dim=2)
+    def grow(self, slots: int) -> None:
+        """Add so many empty slots."""
+        self.key.grow(slots)
+        self.value.grow(slots)
+        none = self.position.new_full((*self.position.shape[:2], slots), -1)
+        self.position = torch.cat([self.position, none], dim=2)
+        self.score = torch.cat([self.score, none.to(self.score.dtype).fill_(EMPTY)], dim=2)
+        self.full = self.full and not slots
 
     def write(self, index: torch.Tensor, tokens: Tokens, valid: torch.Tensor) -> None:
         """Quantize ``tokens`` into slots ``index`` where ``valid``; both [B, H, n], distinct slots per head."""
@@ -196,8 +195,9 @@ class QuantizedPool:
         key, value, position, score = (
             tensor.reshape(-1, *tensor.shape[3:]).index_select(0, chosen) for tensor in tokens.tensors()
         )
-        self.key.write(rows, key)
-        self.value.write(rows, value)
+        heads = rows // self.slots
+        self.key.write(rows, key, heads)
+        self.value.write(rows, value, heads)
         self.position.view(-1).index_copy_(0, rows, position)
         self.score.view(-1).index_copy_(0, rows, score)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from bench.commands import doctor, list_, plan, report, run, score, speed
+from bench.commands import doctor, inspect, list_, plan, report, run, score, speed, tune
 from bench.errors import UserError
 from tasks.base import TaskError
 
@@ -28,6 +28,8 @@ app.command("plan")(plan.plan)
 app.command("report")(report.report)
 app.command("score")(score.score)
 app.command("speed")(speed.speed)
+app.command("tune")(tune.tune)
+app.command("inspect")(inspect.inspect)
 app.command("list")(list_.list_things)
 app.command("doctor")(doctor.doctor)
 

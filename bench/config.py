@@ -51,6 +51,12 @@ def _parse_mapping(text: str | None, name: str) -> dict[str, Any]:
 
 
 EXECUTORS = ("local", "ray")
+METHOD_SETTINGS = (
+    *("tau1", "tau2", "tau3", "gamma"),
+    *("original_share", "importance", "pool_width", "max_pool_width", "decode_rate"),
+)
+"""Settings of a cache that a run, a preset or a search may change; each method has its own values for the others."""
+
 _KINDS = {int: "a whole number", float: "a number", str: "a name"}
 
 
@@ -70,6 +76,11 @@ class RunConfig:
     tau2: float | None = None
     tau3: float | None = None
     gamma: float | None = None
+    original_share: float | None = None
+    importance: str | None = None
+    pool_width: int | None = None
+    max_pool_width: int | None = None
+    decode_rate: float | None = None
     limit: int | None = None
     sampling_ratio: float = 1.0
     seed: int = 0
@@ -95,6 +106,7 @@ class RunConfig:
     rolling_chunk: int = Rolling.chunk
     prefill_chunk: int | None = None
     batch_size: str = "1"
+    states: bool = False
     trust_remote_code: bool = False
     device_map: str | None = None
     model_kwargs: str | None = None
@@ -104,6 +116,8 @@ class RunConfig:
     gpus_per_worker: float | None = None
     cpus_per_worker: int = 1
     retries: int = 3
+    plugin: tuple[str, ...] | None = None
+    per_layer: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (("cache_size", 2), ("window_size", 1), ("lengths", 1)):
@@ -147,6 +161,10 @@ class RunConfig:
                 if getattr(self, name) != FIELDS[name].default:
                     option = f"--{name.replace('_', '-')}"
                     raise UserError(f"{option}={getattr(self, name)}: it needs --executor ray", exit_code=2)
+        else:
+            for name in ("plugin", "states"):
+                if getattr(self, name):
+                    raise UserError(f"--{name}: works with --executor local only", exit_code=2)
         if self.gpus_per_worker is not None and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             raise UserError(
                 f"--gpus-per-worker={self.gpus_per_worker}: give a share of one GPU, or a whole number", exit_code=2
@@ -175,8 +193,7 @@ class RunConfig:
     @property
     def method_settings(self) -> dict[str, Any]:
         """Settings of the cache that were given; each method's own hold for the others."""
-        names = ("tau1", "tau2", "tau3", "gamma")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in METHOD_SETTINGS if getattr(self, name) is not None}
         return {"budget_unit": self.budget_unit, **given}
 
     def to_json(self) -> dict[str, Any]:
@@ -248,6 +265,8 @@ def load_preset(name: str) -> dict[str, Any]:
         raise UserError(f"preset {name}: needs lines of the form 'setting: value'", exit_code=2)
     settings = {str(key).replace("-", "_"): value for key, value in content.items() if key != "description"}
     for key in settings:
+        if key == "plugin":
+            raise UserError(f"preset {name}: no setting 'plugin': its code is run only where --plugin names it", 2)
         if key not in FIELDS:
             raise UserError(f"preset {name}: unknown setting {key!r}: {nearest(key, FIELDS)}", exit_code=2)
     return settings

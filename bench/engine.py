@@ -13,7 +13,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache
@@ -53,7 +53,7 @@ _PREFILL_TOKENS = 512
 """Most tokens, with padding, of prompts that are computed in one forward: longer ones keep a device busy alone."""
 
 
-FAILURES = (ConfigError, UserError, RuntimeError)
+FAILURES = (ConfigError, UserError, RuntimeError, MemoryError)
 """What a cell may meet in a document: a prompt or a model that its method cannot do, or no memory left."""
 
 
@@ -282,7 +282,7 @@ class Engine:
         end = model.generation_config.eos_token_id
         ends = end if isinstance(end, list) else [end]
         self.end_ids = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}
-        self.window_size = max([cell.config.window_size for cell in cells if cell.config is not None], default=1)
+        self.window_size = max((cell.recorded_queries for cell in cells), default=1)
 
     def warm_up(self) -> None:
         """Run a few tokens through every cell, so that one-time costs do not count for the first document."""
@@ -464,7 +464,7 @@ class Engine:
     def _attention(self, cell: Cell, caches: Sequence[Cache]) -> contextlib.AbstractContextManager[Any]:
         """Under this, the model can read the cell's caches and copies of them."""
         if cell.peer is not None or (cell.config is None and self.batch_size == 1):
-            return peers.decoding(self.model, caches[0])
+            return peers.decoding(self.model, caches[0], cell.peer)
         return attach(self.model)
 
     @staticmethod
@@ -486,7 +486,7 @@ class Engine:
         if isinstance(cache, TriStateCache):
             counts, ratios = cache.token_counts(), cache.oq_ratios() if cell.config and cell.config.uses_oq else []
         elif cell.peer is not None:
-            counts = peers.token_counts(cache)
+            counts = peers.token_counts(cache, cell.peer)
         return _Held(
             **counts, kv_bytes=storage_bytes(cache), full_kv_bytes=prefill.cache.full_bytes(seen), oq_ratios=ratios
         )
@@ -745,7 +745,7 @@ class Engine:
         request = job.request(Compare)
         (prefill,) = self._prefill([request.context_ids[:-1]])
         # The full cache is read first, whether it is asked for or not; every other cell is compared with it.
-        reference: list[torch.Tensor] = []
+        reference: list[_Step] = []
         full = self._compared(Cell(FULL), request, prefill, reference)
         for cell in job.cells:
             if cell.method == FULL:
@@ -754,23 +754,39 @@ class Engine:
             with _noting([job], [cell]):
                 yield job, self._compared(cell, request, prefill, reference)
 
-    def _compared(self, cell: Cell, request: Compare, prefill: _Prefill, reference: list[torch.Tensor]) -> Measurement:
-        """Read token by token; ``full`` leaves its log-probabilities [V] in ``reference``."""
+    def _compared(self, cell: Cell, request: Compare, prefill: _Prefill, reference: list[_Step]) -> Measurement:
+        """Read token by token; ``full`` leaves its steps in ``reference``."""
         reset_peak_memory(self.device)
         inputs = request.context_ids[-1:] + request.continuation_ids[:-1]
         compressed = self._compress(cell, prefill)
         clock = Stopwatch(self.device)
         steps: list[tuple[float, bool, float]] = []
-        with self._attention(cell, [compressed.cache]), clock:
-            for place, (mine,) in self._read([compressed.cache], [inputs], chunk=1):
+        errors: list[torch.Tensor] = []
+        watching: contextlib.AbstractContextManager[list[torch.Tensor]] = (
+            self._attention_outputs() if request.per_layer else contextlib.nullcontext([])
+        )
+        with self._attention(cell, [compressed.cache]), watching as outputs, clock:
+            for place, (log_probabilities,) in self._read([compressed.cache], [inputs], chunk=1):
+                mine = _Step(log_probabilities[0], tuple(outputs))
+                outputs.clear()
                 if cell.method == FULL:
-                    reference.append(mine[0])
-                steps.append(_difference(reference[place], mine[0], request.continuation_ids[place]))
+                    reference.append(mine)
+                full = reference[place]
+                steps.append(
+                    _difference(full.log_probabilities, mine.log_probabilities, request.continuation_ids[place])
+                )
+                if request.per_layer:
+                    errors.append(_relative_errors(full.attention, mine.attention))
         held = self._held(cell, compressed.cache, prefill)
         kl, agrees, delta_nll = zip(*steps, strict=True)
         return Measurement(
             cell=cell,
-            answer=Compared(kl=kl, agrees=agrees, delta_nll=delta_nll),
+            answer=Compared(
+                kl=kl,
+                agrees=agrees,
+                delta_nll=delta_nll,
+                attention_error=tuple(torch.stack(errors).mean(dim=0).tolist()) if errors else (),
+            ),
             prompt_tokens=request.prompt_tokens,
             scored_tokens=len(request.continuation_ids),
             tokens_original=held.original,
@@ -786,6 +802,29 @@ class Engine:
             oq_ratios=held.oq_ratios,
         )
 
+    @contextlib.contextmanager
+    def _attention_outputs(self) -> Iterator[list[torch.Tensor]]:
+        """Under this, the list takes up what the attention of each layer gives for the last token, [hidden size]."""
+        outputs: list[torch.Tensor] = []
+        hooks = [
+            module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output[0][0, -1]))
+            for module in peers.attention_modules(self.model)
+        ]
+        try:
+            yield outputs
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class _Step(NamedTuple):
+    """What the model makes of one token."""
+
+    log_probabilities: torch.Tensor
+    """Of the next token, [V]."""
+    attention: tuple[torch.Tensor, ...]
+    """Output of each layer's attention, [hidden size], if asked for."""
+
 
 @contextlib.contextmanager
 def _noting(jobs: Sequence[_Job], cells: Sequence[Cell]) -> Iterator[None]:
@@ -800,13 +839,20 @@ def _noting(jobs: Sequence[_Job], cells: Sequence[Cell]) -> Iterator[None]:
 
 def _said(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if isinstance(error, RuntimeError) else text
+    return f"{type(error).__name__}: {text}" if isinstance(error, RuntimeError | MemoryError) else text
 
 
 def _difference(full: torch.Tensor, mine: torch.Tensor, target: int) -> tuple[float, bool, float]:
     """KL full || mine of log-probabilities [V], whether they agree on the likeliest, and the change of NLL."""
     kl = (full.exp() * (full - mine)).sum()
     return float(kl), bool(full.argmax() == mine.argmax()), float(full[target] - mine[target])
+
+
+def _relative_errors(full: Sequence[torch.Tensor], mine: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Distance over the norm of ``full``, of vectors one per layer: [L]."""
+    pairs = [(one.float(), other.float()) for one, other in zip(full, mine, strict=True)]
+    smallest = torch.finfo(torch.float32).tiny
+    return torch.stack([(other - one).norm() / one.norm().clamp_min(smallest) for one, other in pairs]).cpu()
 
 
 def _score(log_probabilities: torch.Tensor, targets: Sequence[int]) -> Scored:

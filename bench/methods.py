@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from arkv import FORMATS, METHODS, CacheConfig
@@ -87,12 +87,20 @@ class Cell:
         return None if self.config is None else self.config.window_size
 
     @property
+    def recorded_queries(self) -> int:
+        """Newest queries of a prompt that the method looks at."""
+        if self.peer is not None and self.peer.method is not None:
+            return self.peer.method.queries
+        return self.window_size or 1
+
+    @property
     def key(self) -> str:
         """Short and unique for the settings; equal settings have equal keys across runs."""
         found = self.config or self.peer
         if found is None:
             return self.method
-        settings = json.dumps(asdict(found), sort_keys=True)
+        named = {field.name: getattr(found, field.name) for field in fields(found) if field.compare}
+        settings = json.dumps(named, sort_keys=True)
         parts = [self.method]
         if found.budget_unit is not None:
             size = f"R{self.cache_ratio:g}" if self.cache_ratio is not None else f"C{self.cache_size}"
@@ -108,11 +116,20 @@ class Cell:
         return " ".join(part for part in (self.method, self.budget, quant_format) if part)
 
 
-def check_names(methods: Iterable[str], formats: Iterable[str]) -> None:
-    """Raises :class:`UserError` (exit code 2) for the first unknown method or format, naming the nearest known one."""
+def is_known(method: str) -> bool:
+    """Whether ``method`` is one of this suite or asks for a library's."""
+    return method == FULL or method in METHODS or peers.is_peer(method)
+
+
+def check_names(methods: Iterable[str], formats: Iterable[str], own: Iterable[str] = ()) -> None:
+    """Raises :class:`UserError` (exit code 2) for the first unknown method or format, naming the nearest known one.
+
+    ``own`` are methods of the user's own.
+    """
+    known = [FULL, *METHODS, *own]
     for method in methods:
-        if method != FULL and method not in METHODS and not peers.is_peer(method):
-            raise UserError(f"unknown method {method!r}: {nearest(method, [FULL, *METHODS])}", exit_code=2)
+        if not is_known(method) and method not in known:
+            raise UserError(f"unknown method {method!r}: {nearest(method, known)}", exit_code=2)
     for name in formats:
         if name not in FORMATS:
             raise UserError(f"unknown quant format {name!r}: {nearest(name, FORMATS)}", exit_code=2)
@@ -124,6 +141,7 @@ def grid(
     window_sizes: Sequence[int],
     formats: Sequence[str] | None,
     settings: Mapping[str, Any],
+    own: Mapping[str, peers.OwnMethod] | None = None,
 ) -> list[Cell]:
     """All cells in the order asked for, without the combinations that would be the same cache twice.
 
@@ -131,29 +149,35 @@ def grid(
         budgets: ``cache_size`` or ``cache_ratio`` of each budget.
         formats: formats of Quantized tokens; None takes each method's own.
         settings: further settings of the cache, the same for all.
+        own: methods of the user's own by name.
 
     Raises:
         UserError: unknown method or format, or a method of others that is not installed.
         arkv.ConfigError: settings that make no sense together.
     """
-    check_names(methods, formats or ())
+    own = {} if own is None else own
+    check_names(methods, formats or (), own)
     cells: dict[str, Cell] = {}
     for method in methods:
         if method == FULL:
             cells[FULL] = Cell(FULL)
             continue
-        if peers.is_peer(method):
+        if not is_known(method) or peers.is_peer(method):
             unit = settings.get("budget_unit", "tokens")
             for budget in budgets:
-                cell = Cell(method, peer=peers.make_peer(method, budget_unit=unit, **budget))
+                given = {"budget_unit": unit, **budget}
+                peer = own[method].peer(**given) if method in own else peers.make_peer(method, **given)
+                cell = Cell(method, peer=peer)
                 cells[cell.key] = cell
             continue
         quantizes = METHODS[method].get("original_share") != 1.0
+        # What makes the method is not open to settings.
+        mine = {name: value for name, value in settings.items() if name not in METHODS[method]}
         for budget in budgets:
             for window_size in window_sizes:
                 for quant_format in formats if formats and quantizes else (None,):
-                    own = {} if quant_format is None else {"quant_format": quant_format}
-                    config = CacheConfig.for_method(method, **budget, window_size=window_size, **own, **settings)
+                    chosen = {} if quant_format is None else {"quant_format": quant_format}
+                    config = CacheConfig.for_method(method, **budget, window_size=window_size, **chosen, **mine)
                     cell = Cell(method, config)
                     cells[cell.key] = cell
     return list(cells.values())

@@ -1,12 +1,14 @@
 """Methods that others maintain, on the same prompts and with the same accounting of bytes.
 
-``hf:quanto-int4``, ``hf:quanto-int2``, ``hf:hqq-int4``, ``hf:hqq-int2``
+``hf:quanto-int4``, ``hf:quanto-int2``, ``hf:hqq-int4``, ``hf:hqq-int2``, ``hf:fp8``
     transformers' ``QuantizedCache``. It quantizes the keys and values of the one prefill that all methods share, as it
     would those of its own.
 ``kvpress:NAME``
     A press of kvpress, such as ``kvpress:snapkv``. It runs inside kvpress' own context manager during a prefill of its
     own, since it may look at anything there. A press that wraps another one, such as ``chunkkv``, wraps ``snapkv``;
     ``kvpress:chunkkv+tova`` names another.
+
+A method of the user's own (:class:`bench.extend.Method`) is a peer too, by its plain name.
 
 What cannot be met is in :data:`LIMITS`. Neither leaves a trace in transformers or in the model.
 """
@@ -19,17 +21,19 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, QuantizedLayer
+from transformers import PreTrainedModel, cache_utils
+from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from arkv import PrefillCache, attach
 from bench.errors import UserError
+from bench.extend import Budget, KeptLayer, Method, OthersCode, Prompt
 from bench.telemetry import Stopwatch
 from tasks.base import nearest
 
@@ -41,8 +45,11 @@ BACKENDS: Mapping[str, tuple[str, int]] = {
     "quanto-int2": ("quanto", 2),
     "hqq-int4": ("hqq", 4),
     "hqq-int2": ("hqq", 2),
+    "fp8": ("fp8", 8),
 }
 """Backend of transformers and bits of each ``hf:`` method."""
+FP8_LAYER = "Fp8QuantizedLayer"
+"""Where transformers has it, its ``fp8`` backend is there: one scale per tensor, fixed by the prompt."""
 DISTRIBUTIONS = {"quanto": "optimum-quanto", "hqq": "hqq", KVPRESS: "kvpress"}
 GROUP_SIZE = 64
 """Values that share a scale and a zero point, transformers' default."""
@@ -51,9 +58,10 @@ RESIDUAL_LENGTH = 128
 
 LIMITS = {
     HF: "one size, whatever the budget; quantizes the newest prompt tokens too, and everything again every 128 tokens",
+    f"{HF}:fp8": "one size, whatever the budget; a scale for all keys and one for all values of a layer, of the prompt",
     KVPRESS: "compresses at prefill only, the answer's tokens come on top; some presses mask tokens and free no bytes",
 }
-"""What the methods of a library cannot meet."""
+"""What the methods of a library, or one of them, cannot meet."""
 
 UNUSABLE = {
     "base": "it is the base class of all presses",
@@ -76,23 +84,29 @@ UNUSABLE = {
 
 @dataclass(frozen=True)
 class Peer:
-    """A method of others with its budget. An ``hf:`` method has none."""
+    """A method of others with its budget. One of one size has none."""
 
     name: str
     budget_unit: str | None = None
     cache_size: int | None = None
     cache_ratio: float | None = None
     version: str | None = None
-    """Of the library, which changes answers as a setting would."""
+    """Of the library or the user's own code, which changes answers as a setting would."""
+    method: Method | None = field(default=None, compare=False, repr=False)
+    """A method of the user's own; no setting."""
 
     @property
-    def library(self) -> str:
-        """``hf`` or ``kvpress``."""
-        return self.name.partition(":")[0]
+    def library(self) -> str | None:
+        """``hf``, ``kvpress``, or None for a method of the user's own."""
+        return None if self.method is not None else self.name.partition(":")[0]
 
     @property
     def quant_format(self) -> str | None:
         """Number format of quantized tokens, or None."""
+        if self.method is not None:
+            return self.method.quant_format
+        if self.name == f"{HF}:fp8":
+            return "fp8"
         return self.name.rpartition("-")[2] if self.library == HF else None
 
     def kept(self, tokens: int) -> int:
@@ -106,8 +120,8 @@ class Peer:
 class Shared(NamedTuple):
     """The prefill that all methods share."""
 
-    cache: Cache
-    """Layers with ``keys`` and ``values`` [1, H, N, D] at model precision."""
+    cache: PrefillCache
+    """Layers with ``keys`` and ``values`` [1, H, N, D] at model precision, and the newest queries."""
     logits: torch.Tensor
     """Of the prompt's last token, [1, vocabulary]."""
     seconds: float
@@ -130,7 +144,10 @@ class Prefilled:
 
 def descriptions() -> list[tuple[str, str]]:
     """Names of the methods and what is special about them, for a list that a person reads."""
-    found = [(f"{HF}:{name}", f"transformers' QuantizedCache, {name}: {LIMITS[HF]}") for name in BACKENDS]
+    found = [
+        (f"{HF}:{name}", f"transformers' QuantizedCache, {name}: {LIMITS.get(f'{HF}:{name}', LIMITS[HF])}")
+        for name in BACKENDS
+    ]
     try:
         known = [name for name in sorted(press_names()) if name not in UNUSABLE]
     except UserError:
@@ -158,12 +175,33 @@ def make_peer(name: str, **budget: Any) -> Peer:
             known = [f"{HF}:{backend}" for backend in BACKENDS]
             raise UserError(f"unknown method {name!r}: {nearest(name, known)}", exit_code=2)
         backend, _ = BACKENDS[method]
+        if backend == "fp8":
+            version = metadata.version("transformers")
+            if not hasattr(cache_utils, FP8_LAYER):
+                raise UserError(
+                    f"{name}: transformers {version} has no fp8 backend for its QuantizedCache, which newer versions "
+                    f"have (5.23 does); {HF}:quanto-int4, or --quant-type quant --quant-format fp8, do with this one",
+                    exit_code=2,
+                )
+            return Peer(name, version=version)
         return Peer(name, version=_version(name, backend))
     if library == KVPRESS:
         version = _version(name, KVPRESS)
         _press_classes(name)
         return Peer(name, version=version, **budget)
     raise UserError(f"unknown method {name!r}: methods of others begin with {HF}: or {KVPRESS}:", exit_code=2)
+
+
+class OwnMethod(NamedTuple):
+    """A method of the user's own and the version of its code."""
+
+    method: Method
+    version: str
+
+    def peer(self, **budget: Any) -> Peer:
+        """With a budget, as for :func:`make_peer`, if it has one."""
+        given = budget if self.method.has_budget else {}
+        return Peer(self.method.name, version=self.version, method=self.method, **given)
 
 
 def _version(name: str, library: str) -> str:
@@ -243,24 +281,13 @@ def _least_prompt(press: Any) -> int:
 # --- Prefill and decoding ---
 
 
-class PressedLayer(DynamicLayer):
-    """What a press left of a layer, at model precision. Positions go on counting the tokens seen."""
+class PressedLayer(KeptLayer):
+    """What a press left of a layer."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, seen: int, masked: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-        self.removed = seen - keys.shape[-2]
+        super().__init__(keys, values, seen)
         self.masked = masked
         """Indices (sample, head, token) of tokens that are stored and never attended to, or None."""
-
-    def get_seq_length(self) -> int:
-        """Tokens seen."""
-        return super().get_seq_length() + self.removed
-
-    def get_mask_sizes(self, cache_position: torch.Tensor) -> tuple[int, int]:
-        """Tokens attended to, and how many positions before them are gone."""
-        return super().get_seq_length() + cache_position.shape[0], self.removed
 
     def held(self) -> float:
         """Tokens that can be attended to, mean over KV heads."""
@@ -274,22 +301,43 @@ def prefill(model: PreTrainedModel, prompt: torch.Tensor, peer: Peer, shared: Sh
     """Process ``prompt`` [1, N] and compress it.
 
     Args:
-        shared: the prefill of this prompt that all methods share; made here where an ``hf:`` method is given none.
+        shared: the prefill of this prompt that all methods share; made here where none is given. A press needs none.
 
     Raises:
-        UserError: the model or the prompt is not one that the method can do.
+        UserError: the model or the prompt is not one that the method can do, or the user's own code has failed.
     """
     if peer.library == KVPRESS:
         return _prefill_pressed(model, prompt, peer)
     if shared is None:
-        clock, cache = Stopwatch(model.device), DynamicCache(config=model.config)
-        with clock:
+        clock, cache = Stopwatch(model.device), PrefillCache(model, peer.method.queries if peer.method else 1)
+        with attach(model), clock:
             logits = model(prompt, past_key_values=cache, logits_to_keep=1).logits[:, -1]
         shared = Shared(cache, logits, clock.seconds)
     compress = Stopwatch(model.device)
     with compress:
-        quantized = _quantized(model, peer, shared.cache)
-    return Prefilled(quantized, shared.logits, shared.seconds, compress.seconds)
+        compressed = (
+            _quantized(model, peer, shared.cache)
+            if peer.method is None
+            else _own(model, Prompt(ids=prompt, cache=shared.cache), peer, peer.method)
+        )
+    return Prefilled(compressed, shared.logits, shared.seconds, compress.seconds)
+
+
+def _own(model: PreTrainedModel, prompt: Prompt, peer: Peer, method: Method) -> Cache:
+    """What a method of the user's own makes of a prompt."""
+    tokens = peer.kept(prompt.tokens)
+    budget = Budget(tokens=tokens, nbytes=prompt.cache.full_bytes(tokens), unit=peer.budget_unit or "tokens")
+    with OthersCode(peer.name), torch.random.fork_rng():
+        # What draws numbers keeps the same tokens of the same prompt.
+        torch.manual_seed(0)
+        cache = method.compress(model, prompt, budget)
+        seen = cache.get_seq_length()
+    if seen != prompt.tokens:
+        raise UserError(
+            f"{peer.name}: its cache of a prompt of {prompt.tokens} tokens says that it has seen {seen}, so that the "
+            "positions of later tokens would be wrong (get_seq_length; bench.extend.KeptLayer has it right)"
+        )
+    return cache
 
 
 def _quantized(model: PreTrainedModel, peer: Peer, stock: Cache) -> QuantizedCache:
@@ -298,22 +346,22 @@ def _quantized(model: PreTrainedModel, peer: Peer, stock: Cache) -> QuantizedCac
     if kinds:
         raise UserError(f"{peer.name}: transformers' QuantizedCache knows no layers of type {min(kinds)!r}")
     backend, bits = BACKENDS[peer.name.partition(":")[2]]
-    # The axes that transformers' documentation recommends for each backend.
+    # The axes that transformers' documentation recommends for each backend; fp8 has nothing to set.
     axis = 1 if backend == "hqq" else 0
-    cache = QuantizedCache(
-        backend,
-        model.config,
-        nbits=bits,
-        axis_key=axis,
-        axis_value=axis,
-        q_group_size=GROUP_SIZE,
-        residual_length=RESIDUAL_LENGTH,
-    )
+    settings = {
+        "nbits": bits,
+        "axis_key": axis,
+        "axis_value": axis,
+        "q_group_size": GROUP_SIZE,
+        "residual_length": RESIDUAL_LENGTH,
+    }
+    cache = QuantizedCache(backend, model.config, **({} if backend == "fp8" else settings))
     for layer_idx, layer in enumerate(stock.layers):
         assert layer.keys is not None
         assert layer.values is not None
         tokens = layer.keys.shape[2]
-        multiple = math.lcm(*(_whole_groups(states, backend, bits) for states in (layer.keys, layer.values)))
+        grouped = () if backend == "fp8" else (layer.keys, layer.values)
+        multiple = math.lcm(*(_whole_groups(states, backend, bits) for states in grouped))
         whole = tokens - tokens % multiple
         if not whole:
             raise UserError(f"{peer.name}: a prompt of {tokens} tokens is shorter than the {multiple} of a whole group")
@@ -359,8 +407,16 @@ def _prefill_pressed(model: PreTrainedModel, prompt: torch.Tensor, peer: Peer) -
 
 
 @contextmanager
-def decoding(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
-    """What a cache of :func:`prefill` needs while ``model`` decodes with it, one token at a time."""
+def decoding(model: PreTrainedModel, cache: Cache, peer: Peer | None = None) -> Iterator[None]:
+    """What a cache of :func:`prefill` needs while ``model`` decodes with it, one token at a time.
+
+    Raises:
+        UserError: the user's own code, named by ``peer``, has failed.
+    """
+    if peer is not None and peer.method is not None:
+        with OthersCode(peer.name), peer.method.decoding(model, cache):
+            yield
+        return
     masks = [layer.masked for layer in cache.layers if isinstance(layer, PressedLayer)]
     if all(masked is None for masked in masks):
         yield
@@ -371,11 +427,25 @@ def decoding(model: PreTrainedModel, cache: Cache) -> Iterator[None]:
         yield
 
 
+def attention_modules(model: PreTrainedModel) -> list[Any]:
+    """The attention module of every layer. What it returns first is its output [B, T, hidden size].
+
+    Raises:
+        UserError: a layer of the model has none, or it stands elsewhere.
+    """
+    try:
+        decoder = getattr(model.model, "language_model", model.model)
+        return [layer.self_attn for layer in decoder.layers]
+    except AttributeError as error:
+        raise UserError(
+            f"{type(model).__name__} has no attention in every model.layers[i].self_attn: {error}"
+        ) from None
+
+
 @contextmanager
 def _traceless(model: PreTrainedModel) -> Iterator[list[Any]]:
     """The attention modules of ``model``; what kvpress sets on them is gone afterwards."""
-    decoder = getattr(model.model, "language_model", model.model)
-    modules = [layer.self_attn for layer in decoder.layers]
+    modules = attention_modules(model)
     before = [{*vars(module), *module._modules} for module in modules]
     try:
         yield modules
@@ -404,14 +474,21 @@ def _patched(model: PreTrainedModel) -> Iterator[None]:
             ALL_ATTENTION_FUNCTIONS[name] = before[name]
 
 
-def token_counts(cache: Cache) -> dict[str, float]:
-    """Original, Quantized and Evicted tokens of a cache of :func:`prefill`, mean over layers and KV heads."""
+def token_counts(cache: Cache, peer: Peer | None = None) -> dict[str, float]:
+    """Original, Quantized and Evicted tokens of a cache of :func:`prefill`, mean over layers and KV heads.
+
+    Raises:
+        UserError: the user's own code, named by ``peer``, has failed.
+    """
+    if peer is not None and peer.method is not None:
+        with OthersCode(peer.name):
+            counts = peer.method.token_counts(cache)
+            return {state: float(counts[state]) for state in ("original", "quantized", "evicted")}
     original = quantized = 0.0
     for layer in cache.layers:
         if isinstance(layer, PressedLayer):
             original += layer.held()
             continue
-        assert isinstance(layer, QuantizedLayer)
         assert layer.keys is not None
         waiting = layer.keys.shape[-2] if layer.keys.dim() == 4 else 0
         original += waiting

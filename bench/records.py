@@ -2,7 +2,9 @@
 
 ``samples.jsonl``  one line per document and cell, appended as it is measured;
 ``record.json``    settings, versions, commit, hardware, hashes of model and data;
-``results.csv``    one row per model, task, metric and cell.
+``curve.csv``      divergence over the position, where a task compares distributions;
+``results.csv``    one row per model, task, metric and cell;
+``states.json``    states maps of the first document of each task, where the run was asked for them.
 
 Samples are only appended; the other files are replaced whole, so that a run killed at any moment leaves a folder that
 the same command continues.
@@ -11,6 +13,7 @@ the same command continues.
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -18,7 +21,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -29,10 +32,13 @@ from filelock import FileLock, Timeout
 
 from bench.errors import UserError
 
-SAMPLES, RECORD, RESULTS = "samples.jsonl", "record.json", "results.csv"
+SAMPLES, RECORD, RESULTS, STATES = "samples.jsonl", "record.json", "results.csv", "states.json"
 FORMAT_VERSION = 1
-DATA = "data"
-"""Part of the fingerprint that is known task by task: the hash of each one's rows."""
+CURVE = "curve.csv"
+DATA, PLUGINS = "data", "plugins"
+"""Parts of the fingerprint that may grow: the hash of each task's rows, known task by task, and of each plugin file."""
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What a file that cannot grow any more is reported with."""
 
 STATISTICS = [
     *["score_low", "score_high", "difference", "difference_low", "difference_high"],
@@ -73,6 +79,13 @@ COLUMNS = [
 """Columns of ``results.csv``; unknown is empty. ``part_of`` is the group of tasks that a row was asked for through."""
 
 
+CURVE_COLUMNS = [
+    *["model", "task", "method", "quant_format", "budget_unit", "cache_size", "cache_ratio", "window_size"],
+    *["position", "n", "kl", "kl_p95", "cell"],
+]
+"""Columns of ``curve.csv``; see :mod:`bench.curve`."""
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Replace ``path`` by ``text``: a reader sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -106,6 +119,10 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
                 f"{path}, line {number}: not valid JSON; remove the line to have it measured again"
             ) from None
     return samples
+
+
+class NotFinite(ValueError):
+    """A sample with NaN or infinity in it."""
 
 
 class RunFolder:
@@ -150,22 +167,25 @@ class RunFolder:
             clear(self.path)
         old = read_record(self.path) if (self.path / RECORD).is_file() else None
         known = {} if old is None else dict(old["fingerprint"])
-        self.fingerprint[DATA] = known.pop(DATA, {})
-        different = sorted(
-            key for key in {*known, *self.fingerprint} - {DATA} if known.get(key) != self.fingerprint.get(key)
-        )
-        if old is not None and different:
+        self.fingerprint.setdefault(DATA, {})
+        if old is not None and (different := _differences(known, self.fingerprint)):
             raise UserError(
-                f"{self.path} holds a run with other settings ({', '.join(different)}); "
+                f"{self.path} holds a run with other settings: {', '.join(different)}; "
                 "give another --outdir, or --fresh to start it anew"
             )
+        for part in (DATA, PLUGINS):
+            self.fingerprint[part] = {**known.get(part, {}), **self.fingerprint.get(part, {})}
         self.previous = old
+        # What a run that was killed while it replaced a file has left.
+        for name in (RECORD, RESULTS, CURVE):
+            for stale in self.path.glob(f".{name}.*.tmp"):
+                stale.unlink()
         path = self.path / SAMPLES
         self._cut_unfinished_line(path)
         for sample in read_samples(path):
             self.samples[sample_key(sample)] = sample
-        # Open as long as the folder is.
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        # Open as long as the folder is. Unbuffered: what cannot be written is an error now, not when it is closed.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     @staticmethod
     def _cut_unfinished_line(path: Path) -> None:
@@ -185,10 +205,19 @@ class RunFolder:
         self._lock.release()
 
     def append(self, sample: dict[str, Any]) -> None:
-        """Write one sample; it survives the process."""
-        # Strict: NaN and infinity are no JSON.
-        self._file.write(json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n")
-        self._file.flush()
+        """Write one sample; it survives the process.
+
+        Raises:
+            NotFinite: NaN and infinity are no JSON.
+            OSError: it cannot be written.
+        """
+        try:
+            text = json.dumps(sample, ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            raise NotFinite("the answer holds numbers that are not finite") from None
+        line = memoryview(f"{text}\n".encode())
+        while line:
+            line = line[self._file.write(line) :]
         self.samples[sample_key(sample)] = sample
 
     def claim_data(self, task: str, sha256: str) -> None:
@@ -211,17 +240,49 @@ class RunFolder:
 
     def write_results(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replace ``results.csv``."""
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: _cell(row.get(name)) for name in COLUMNS})
-        write_atomic(self.path / RESULTS, buffer.getvalue())
+        write_atomic(self.path / RESULTS, _csv(COLUMNS, rows))
+
+    def write_curve(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace ``curve.csv``; nothing where there are no rows."""
+        if rows:
+            write_atomic(self.path / CURVE, _csv(CURVE_COLUMNS, rows))
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(row.get(name)) for name in columns})
+    return buffer.getvalue()
+
+
+def _differences(known: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints, with both values. What only one of them has is no difference in the parts
+    that may grow."""
+    said = []
+    for name in sorted({*known, *mine}):
+        there, here = known.get(name), mine.get(name)
+        if not isinstance(there, dict) and not isinstance(here, dict):
+            if there != here:
+                said.append(f"{name} is {_shown(there)} there and {_shown(here)} here")
+            continue
+        there, here = there or {}, here or {}
+        for key in sorted(there.keys() & here.keys() if name in (DATA, PLUGINS) else there.keys() | here.keys()):
+            if there.get(key) != here.get(key):
+                said.append(f"{name} {key} is {_shown(there.get(key))} there and {_shown(here.get(key))} here")
+    return said
+
+
+def _shown(value: Any) -> str:
+    """A value of a fingerprint for a person: hashes and long texts by their beginning."""
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
 
 
 def clear(path: Path) -> None:
     """Remove the files of an earlier run, and nothing else."""
-    for name in (SAMPLES, RECORD, RESULTS):
+    for name in (SAMPLES, RECORD, RESULTS, CURVE, STATES):
         (path / name).unlink(missing_ok=True)
 
 

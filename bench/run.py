@@ -16,17 +16,20 @@ from rich.progress import Progress
 
 from bench import records
 from bench.config import RunConfig
-from bench.engine import AUTO_DOCUMENTS, Failure
+from bench.curve import curve_rows
+from bench.engine import AUTO_DOCUMENTS, Failure, Measurement
 from bench.errors import UserError
 from bench.executors import Answered, Executor, Unit, make_executor
 from bench.harness import HarnessTasks
+from bench.inspect import leave_maps
 from bench.methods import Cell, grid
 from bench.models import DescribedModel, describe
+from bench.plugins import Plugins
 from bench.predictions import clear_predictions, write_predictions
 from bench.progress import ProgressReporter, progress_bars
 from bench.results import TaskResults, group_rows, rows, to_sample
 from tasks.base import Document, Task, TaskError, TaskGroup, TaskSettings
-from tasks.registry import get_task
+from tasks.registry import TaskSources, get_task
 
 
 @dataclass
@@ -35,8 +38,11 @@ class Outcome:
 
     path: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    """Divergence over the position, of tasks that compare distributions."""
     failures: list[dict[str, str]] = field(default_factory=list)
-    """``model``, ``task`` and ``error``; ``cell`` and ``document`` where one cell failed in one document."""
+    """``model``, ``task`` and ``error``; ``cell`` and ``document`` where one cell failed in one document. Of a plugin,
+    ``plugin`` and ``error``."""
     measured: int = 0
     """Samples measured now, as opposed to found in the folder."""
 
@@ -52,7 +58,7 @@ def _file_hash(path: Path | None) -> str | None:
     return None if path is None or not path.is_file() else hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def fingerprint(config: RunConfig, models: dict[str, str]) -> dict[str, Any]:
+def fingerprint(config: RunConfig, models: dict[str, str], plugins: Mapping[str, str]) -> dict[str, Any]:
     """Everything that changes an answer and is not part of a sample's key.
 
     A folder may grow by documents, tasks and cells; it must not mix models, data, precision or versions.
@@ -78,6 +84,7 @@ def fingerprint(config: RunConfig, models: dict[str, str]) -> dict[str, Any]:
         "haystack": _file_hash(config.haystack),
         "text": _file_hash(config.text),
         "continuation": config.continuation,
+        records.PLUGINS: dict(plugins),
     }
 
 
@@ -101,12 +108,34 @@ def task_settings(config: RunConfig, model: DescribedModel, task: Task) -> TaskS
     )
 
 
-def make_task(name: str, include_path: Sequence[Path] = ()) -> Task | TaskGroup:
-    """A task of the suite, or a task or group of lm-eval.
+def make_task(name: str, include_path: Sequence[Path] = (), plugins: Plugins | None = None) -> Task | TaskGroup:
+    """A task of the suite, of a plugin, or a task or group of lm-eval.
 
     Raises :class:`TaskError` for an unknown name, with the nearest ones.
     """
-    return get_task(name, fallback=HarnessTasks(include_path=include_path))
+    return get_task(name, fallback=TaskSources(plugins or Plugins(), HarnessTasks(include_path=include_path)))
+
+
+def _asked_for(config: RunConfig, plugins: Plugins) -> tuple[list[Cell], list[Task | TaskGroup]]:
+    """The grid and the tasks, without what a plugin that has failed may have had.
+
+    Raises:
+        UserError, arkv.ConfigError, TaskError: what was asked for makes no sense, or nothing of it is left.
+    """
+    methods = plugins.usable_methods(config.quant_type)
+    budgets, formats = config.budgets, config.quant_format
+    cells = grid(methods, budgets, config.window_size, formats, config.method_settings, plugins.methods)
+    asked = []
+    for name in config.tasks:
+        try:
+            asked.append(make_task(name, [Path(folder) for folder in config.include_path or ()], plugins))
+        except TaskError as error:
+            if not error.usage or not plugins.failures:
+                raise
+            plugins.lose(str(error))
+    if not cells or not asked:
+        raise UserError("; ".join(failure_lines(plugins.failures)))
+    return cells, asked
 
 
 def tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]:
@@ -129,13 +158,10 @@ def tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]
     return list(tasks.values())
 
 
-def _asked(config: RunConfig) -> list[Task | TaskGroup]:
-    return [make_task(name, [Path(folder) for folder in config.include_path or ()]) for name in config.tasks]
-
-
-def planned_tasks(config: RunConfig) -> list[Task]:
-    """What a run would measure. Raises :class:`TaskError`."""
-    return [task for task, _ in tasks_of(_asked(config))]
+def planned(config: RunConfig) -> tuple[list[Cell], list[Task]]:
+    """The grid of a run and what it would measure. Raises as :func:`execute`."""
+    cells, asked = _asked_for(config, Plugins(config.plugin or ()))
+    return cells, [task for task, _ in tasks_of(asked)]
 
 
 def documents_of(config: RunConfig, model: DescribedModel, task: Task) -> list[Document]:
@@ -163,9 +189,12 @@ def execute(
     Raises:
         UserError, arkv.ConfigError, TaskError: what was asked for makes no sense; nothing has been measured.
     """
-    cells = grid(config.quant_type, config.budgets, config.window_size, config.quant_format, config.method_settings)
-    asked = _asked(config)
+    plugins = Plugins(config.plugin or ())
+    cells, asked = _asked_for(config, plugins)
     tasks = tasks_of(asked)
+    outcome = Outcome(path, failures=list(plugins.failures))
+    for line in failure_lines(outcome.failures):
+        console.print(f"[red]{escape(line)}[/red]", highlight=False)
     started = records.now()
     models: dict[str, DescribedModel] = {}
     for reference in config.model:
@@ -179,16 +208,16 @@ def execute(
     fingerprints = {name: model.fingerprint for name, model in models.items()}
     with (
         make_executor(config, models, cells, console) as executor,
-        records.RunFolder(path, fingerprint(config, fingerprints), fresh=fresh) as folder,
+        records.RunFolder(path, fingerprint(config, fingerprints, plugins.hashes), fresh=fresh) as folder,
         progress_bars(console) as bars,
     ):
         if fresh:
             clear_predictions(path)
-        run = _Run(config, models, asked, tasks, cells, folder, executor, console, bars, started, origin or {})
+        run = _Run(config, models, asked, tasks, cells, outcome, folder, executor, console, bars, started, origin or {})
         for answered in executor.run(run.units()):
             run.take(answered)
         run.close()
-    return run.outcome
+    return outcome
 
 
 @dataclass
@@ -218,6 +247,7 @@ class _Run:
         asked: Sequence[Task | TaskGroup],
         tasks: Sequence[tuple[Task, str | None]],
         cells: Sequence[Cell],
+        outcome: Outcome,
         folder: records.RunFolder,
         executor: Executor,
         console: Console,
@@ -227,10 +257,12 @@ class _Run:
     ) -> None:
         self.config, self.models, self.asked, self.tasks, self.cells = config, models, asked, tasks, cells
         self.folder, self.executor, self.console, self.bars = folder, executor, console, bars
-        self.outcome = Outcome(folder.path)
+        self.outcome = outcome
         self._under_way: dict[tuple[str, str], _TaskRun] = {}
         self._rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
         """By model and task, or group of tasks."""
+        self._curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        """By model and task."""
         self._results: dict[str, dict[str, TaskResults]] = {name: {} for name in models}
         """By model and task, as long as tasks of the model are to be measured."""
         self._open = {name: {task.name for task, _ in tasks} for name in models}
@@ -307,31 +339,50 @@ class _Run:
         progress.__enter__()
         size = self.config.batch or AUTO_DOCUMENTS
         for start in range(0, len(work), size):
+            if (name, task.name) not in self._under_way:
+                return
             yield Unit(model=name, task=task.name, work=tuple(work[start : start + size]))
 
     def take(self, answered: Answered) -> None:
         """Write down an answer; with the last one of a task, its rows."""
         unit, document, result = answered
-        under_way = self._under_way[unit.model, unit.task]
-        failed = isinstance(result, Failure)
-        if isinstance(result, Failure):
-            where = {"model": unit.model, "task": unit.task, "cell": result.cell.key, "document": document.id}
-            under_way.failures.append({**where, "error": result.error})
-        else:
-            self.folder.append(to_sample(unit.model, under_way.task, document, _prompt_hash(document), result))
-            self.outcome.measured += 1
-        under_way.left -= 1
-        under_way.progress.advance(self.executor.status(), failed=failed)
-        if not under_way.left:
-            del self._under_way[unit.model, unit.task]
-            under_way.progress.__exit__(None, None, None)
-            for line in failure_lines(under_way.failures):
-                self.console.print(f"[red]{escape(line)}[/red]", highlight=False)
-            self.outcome.failures += under_way.failures
-            try:
+        under_way = self._under_way.get((unit.model, unit.task))
+        if under_way is None:
+            # The task has failed while this was on its way.
+            return
+        try:
+            error = (
+                result.error if isinstance(result, Failure) else self._append(unit, under_way.task, document, result)
+            )
+            if error is not None:
+                where = {"model": unit.model, "task": unit.task, "cell": result.cell.key, "document": document.id}
+                under_way.failures.append({**where, "error": error})
+            under_way.left -= 1
+            under_way.progress.advance(self.executor.status(), failed=error is not None)
+            if not under_way.left:
+                self._end(under_way)
                 self._finish(under_way)
-            except (TaskError, UserError) as error:
-                self._fail(unit.model, under_way.task, error)
+        except (TaskError, UserError) as error:
+            self._end(under_way)
+            self._fail(unit.model, under_way.task, error)
+
+    def _end(self, under_way: _TaskRun) -> None:
+        """No more answers of a task are taken."""
+        if self._under_way.pop((under_way.model, under_way.task.name), None) is None:
+            return
+        under_way.progress.__exit__(None, None, None)
+        for line in failure_lines(under_way.failures):
+            self.console.print(f"[red]{escape(line)}[/red]", highlight=False)
+        self.outcome.failures += under_way.failures
+
+    def _append(self, unit: Unit, task: Task, document: Document, result: Measurement) -> str | None:
+        """Keep a sample. Returns why it cannot be kept, or None."""
+        try:
+            self.folder.append(to_sample(unit.model, task, document, _prompt_hash(document), result))
+        except records.NotFinite as error:
+            return str(error)
+        self.outcome.measured += 1
+        return None
 
     def _finish(self, under_way: _TaskRun) -> None:
         """Everything of a task has been answered, as far as it can be."""
@@ -339,8 +390,12 @@ class _Run:
         found = _found(name, task, documents, self.folder)
         results = self._results[name][task.name] = TaskResults(task, documents, self.cells, found)
         self._rows[name, task.name] = rows(name, results, self.cells, under_way.part_of)
+        self._curves[name, task.name] = curve_rows(results.all_samples())
         several = len(self.models) > 1
         write_predictions(self.folder.path, task, documents, self.cells, found, model=name if several else None)
+        if self.config.states:
+            model = self.executor.model(name)
+            leave_maps(self.folder.path, model, task.name, documents[0], self.cells, self.config.prefill_chunk)
         self._close_task(name, task)
 
     def _fail(self, name: str, task: Task, error: TaskError | UserError) -> None:
@@ -362,7 +417,9 @@ class _Run:
         order = [*(task.name for task, _ in self.tasks), *(item.name for item in self.asked)]
         found = dict.fromkeys((name, item) for name in self.models for item in order)
         self.outcome.rows = [row for key in found for row in self._rows.get(key, ())]
+        self.outcome.curve = [row for key in found for row in self._curves.get(key, ())]
         self.folder.write_results(self.outcome.rows)
+        self.folder.write_curve(self.outcome.curve)
         self._write_record()
 
     def close(self) -> None:
@@ -392,11 +449,14 @@ def _found(
 
 
 def failure_lines(failures: Iterable[Mapping[str, str]]) -> list[str]:
-    """What failed, for a person: a line per task, and per cell of a task with its first error."""
+    """What failed, for a person: a line per plugin, per task, and per cell of a task with its first error."""
+    failures = list(failures)
+    lines = [f"plugin {failure['plugin']}: {failure['error']}" for failure in failures if "plugin" in failure]
     groups: dict[tuple[str, str, str | None], list[Mapping[str, str]]] = {}
     for failure in failures:
+        if "plugin" in failure:
+            continue
         groups.setdefault((failure["model"], failure["task"], failure.get("cell")), []).append(failure)
-    lines = []
     for (model, task, cell), mine in groups.items():
         first = mine[0]
         if cell is None:

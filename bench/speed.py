@@ -23,11 +23,13 @@ from bench.methods import FULL, Cell
 from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
 
 CEILING = "ceiling"
+SPEED = "speed.csv"
+"""The timings of a folder, as :data:`COLUMNS`."""
 COLUMNS = [
     *["method", "quant_format", "context_length", "cache_size", "prefill_s", "compress_s", "ttft_ms", "tpot_ms"],
     *["decode_tokens_per_s", "kv_bytes", "peak_memory_bytes", "repetition"],
 ]
-"""Columns of ``speed.csv``."""
+"""One line per repetition of a cell."""
 
 
 @dataclass(frozen=True, kw_only=True)

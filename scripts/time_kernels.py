@@ -68,11 +68,11 @@ def random_tokens(options: argparse.Namespace, slots: int) -> Tokens:
 
 
 def filled_layer(options: argparse.Namespace, quant_format: str, tokens: int) -> TriStateLayer:
-    """A layer that holds ``tokens`` tokens, or a few more: the Quantized pool is made of whole groups."""
+    """A layer that holds ``tokens`` tokens."""
     config = CacheConfig.for_method("mix", cache_size=tokens, quant_format=quant_format)
     number_format = config.number_format
     original = max(round(options.original_share * tokens), config.window_size)
-    quantized = -(-(tokens - original) // number_format.slot_multiple) * number_format.slot_multiple
+    quantized = tokens - original
     layer = TriStateLayer(config)
     layer.tokens = random_tokens(options, original)
     layer.seen, layer.used = tokens, original
@@ -162,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             FORMATS[name].check(options.head_dim)
         except ValueError as error:
             raise SystemExit(f"time_kernels.py: {error}") from None
-        if not kernels.supported(device, dtype, options.head_dim, options.group, FORMATS[name]):
+        if not kernels.supported(device, dtype, options.head_dim, options.group):
             raise SystemExit(
                 f"time_kernels.py: the kernel does not serve {name} in {options.dtype} with head dim "
                 f"{options.head_dim} and {options.group} query heads per KV head on {torch.cuda.get_device_name()}: "

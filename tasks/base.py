@@ -156,6 +156,8 @@ class Compare:
 
     context_ids: tuple[int, ...]
     continuation_ids: tuple[int, ...]
+    per_layer: bool = False
+    """Compare the output of every layer's attention too."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -206,7 +208,7 @@ class LogLikelihoods:
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """The answer to :class:`Compare`, one number for each token of the continuation."""
+    """The answer to :class:`Compare`: one number for each token of the continuation, or for each layer."""
 
     kl: tuple[float, ...]
     """KL divergence, full || method, over the whole vocabulary, in nats."""
@@ -214,6 +216,9 @@ class Compared:
     """Both find the same token most likely."""
     delta_nll: tuple[float, ...]
     """How much larger the negative log-likelihood of the token is than with the full cache, in nats."""
+    attention_error: tuple[float, ...] = ()
+    """If asked for, of each layer: the distance of its attention's output from that with the full cache, over the norm
+    of the latter, mean over the tokens. What earlier layers have passed on is a part of it."""
 
 
 Answer = Generated | LogLikelihoods | Compared

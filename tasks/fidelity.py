@@ -40,6 +40,7 @@ class _Options:
     continuation: int = 64
     text: Path | None = None
     text_field: str = "text"
+    per_layer: bool = False
 
     @classmethod
     def parse(cls, options: Mapping[str, Any]) -> _Options:
@@ -72,17 +73,19 @@ class FidelityTask(Task):
 
     Options: ``lengths``, tokens of the prompt (default 2000); ``samples``, prompts per length (8); ``continuation``,
     tokens that are read and compared behind it (64); ``text``, a file of plain text, or of JSON lines (``.jsonl``) with
-    one in the field ``text_field`` (``text``) of each, in place of the English reference texts that come with Python.
+    one in the field ``text_field`` (``text``) of each, in place of the English reference texts that come with Python;
+    ``per_layer``, whether the outputs of the layers' attention are compared as well (no).
 
     The prompts of a length begin at evenly spread places of the text, moved a little with the seed. ``sampling_ratio``
     keeps that share of them, and ``limit`` the first ones of every length, so many of all lengths together.
 
     ``kl``, ``top1_agreement`` and ``delta_nll`` are means over tokens, ``kl_p95`` is the 95th percentile of the tokens
-    of all prompts (in one prompt's score: of its own). The samples keep the numbers of every token, in order.
+    of all prompts (in one prompt's score: of its own). ``attention_error``, with ``per_layer``, is the relative error
+    of the attention's output, mean over tokens and layers. The samples keep the numbers of every token and every layer.
     """
 
     name = "fidelity"
-    metrics = (
+    metrics: tuple[Metric, ...] = (
         Metric(name="kl", higher_is_better=False),
         Metric(name="kl_p95", higher_is_better=False),
         Metric(name="top1_agreement"),
@@ -95,6 +98,8 @@ class FidelityTask(Task):
 
     def load(self, settings: TaskSettings) -> list[Document]:
         options = _Options.parse(settings.options)
+        if options.per_layer:
+            self.metrics = (*type(self).metrics, Metric(name="attention_error", higher_is_better=False))
         text = _read(options)
         self._data_hash = hashlib.sha256(text.encode()).hexdigest()
         ids = tuple(settings.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -106,11 +111,11 @@ class FidelityTask(Task):
             needed = length - len(begin) + options.continuation
             if length + options.continuation > settings.max_length:
                 raise TaskError(
-                    f"fidelity: prompts of {length} tokens and {options.continuation} more do not fit "
+                    f"prompts of {length} tokens and {options.continuation} more do not fit "
                     f"{settings.max_length}: give shorter --lengths"
                 )
             if len(ids) < needed:
-                raise TaskError(f"fidelity: {source} has {len(ids)} tokens, fewer than the {needed} of a prompt")
+                raise TaskError(f"{source} has {len(ids)} tokens, fewer than the {needed} of a prompt")
             kept = draw(options.samples, settings.sampling_ratio, f"{settings.seed} {length}")
             if settings.limit is not None:
                 kept = kept[: -(-settings.limit // len(options.lengths))]
@@ -124,6 +129,7 @@ class FidelityTask(Task):
                         request=Compare(
                             context_ids=begin + ids[start:split],
                             continuation_ids=ids[split : split + options.continuation],
+                            per_layer=options.per_layer,
                         ),
                         info={"length": length, "start": start},
                     )
@@ -132,12 +138,13 @@ class FidelityTask(Task):
 
     def score(self, document: Document, answer: Answer) -> dict[str, float]:
         assert isinstance(answer, Compared)
-        return {
+        scores = {
             "kl": fmean(answer.kl),
             "kl_p95": _percentile(answer.kl, 0.95),
             "top1_agreement": fmean(answer.agrees),
             "delta_nll": fmean(answer.delta_nll),
         }
+        return scores | ({"attention_error": fmean(answer.attention_error)} if answer.attention_error else {})
 
     def evaluate(self, documents: Sequence[Document], answers: Mapping[str, Answer]) -> Evaluation:
         evaluation = super().evaluate(documents, answers)
@@ -167,9 +174,9 @@ def _read(options: _Options) -> str:
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise TaskError(f"fidelity: the text {path} is not UTF-8") from None
+        raise TaskError(f"the text {path} is not UTF-8") from None
     except OSError as error:
-        raise TaskError(f"fidelity: cannot read the text {path}: {error.strerror}") from None
+        raise TaskError(f"cannot read the text {path}: {error.strerror}") from None
     if path.suffix != ".jsonl":
         return content
     texts = []

@@ -37,11 +37,24 @@ class TaskSource(Protocol):
         """Every known name, to suggest one for a typing error."""
 
 
+class TaskSources:
+    """Several sources, asked in their order."""
+
+    def __init__(self, *sources: TaskSource) -> None:
+        self._sources = sources
+
+    def get(self, name: str) -> Task | TaskGroup | None:
+        return next((found for source in self._sources if (found := source.get(name)) is not None), None)
+
+    def names(self) -> Iterable[str]:
+        return {name for source in self._sources for name in source.names()}
+
+
 TASKS: dict[str, TaskEntry] = {}
 
 
 def register(name: str, loader: str, description: str, *, has_parts: bool = False) -> None:
-    """Add a task; a plugin calls this on import. Raises :class:`ValueError` if the name is taken or malformed."""
+    """Add a task of the suite. Raises :class:`ValueError` if the name is taken or malformed."""
     if name in TASKS:
         raise ValueError(f"a task named {name!r} is registered already: {TASKS[name].loader}")
     if not name or set(name) & set(":, "):

@@ -7,7 +7,8 @@ Letters: ``B`` batch, ``H`` KV heads, ``G`` query heads per KV head, ``S`` slots
 
 Each KV head's slots are split among programs (flash-decoding). A program reads its keys and values once, as they are
 stored, and leaves logits, an output and their softmax's maximum and sum; a second kernel combines these and turns the
-logits into probabilities, which are the importance of the tokens. Triton is imported when the first step is taken.
+logits into probabilities, which are the importance of the tokens. Queries are turned into the coordinates of rotated
+formats before, and outputs back after. Triton is imported when the first step is taken.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from importlib.util import find_spec
 
 import torch
 
-from arkv.quantization import Format, Layout, QuantizedTensor
+from arkv.quantization import QuantizedTensor, rotation
 from arkv.storage import QuantizedPool, Tokens
 
 BLOCK = 64
-"""Slots that a program takes at a time; a group of keys that are quantized per channel has as many."""
+"""Slots that a program takes at a time."""
 
 MAX_HEAD_DIM, MAX_GROUP = 128, 16
 """Within these the kernel takes no more shared memory than the smallest GPUs of its generation have, 99 KiB."""
@@ -29,16 +30,13 @@ MAX_HEAD_DIM, MAX_GROUP = 128, 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def supported(
-    device: torch.device, dtype: torch.dtype, head_dim: int, group: int, number_format: Format | None
-) -> bool:
+def supported(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> bool:
     """Whether :func:`decode_attention` can serve a layer: on NVIDIA GPUs since Ampere, where Triton is installed.
 
     Args:
         dtype: of the Original tokens.
         head_dim: the larger one, where keys and values differ.
         group: query heads per KV head.
-        number_format: of the Quantized tokens, None if there are none.
     """
     return (
         device.type == "cuda"
@@ -48,7 +46,6 @@ def supported(
         and dtype in DTYPES
         and head_dim <= MAX_HEAD_DIM
         and group <= MAX_GROUP
-        and (number_format is None or _readable(number_format, head_dim))
     )
 
 
@@ -87,14 +84,19 @@ def decode_attention(
     splits = original_splits + -(-quantized // slots_per_split)
 
     empty = torch.empty(0, dtype=torch.float32, device=query.device).new_empty
-    probabilities, output = empty(batch, heads, group, slots), empty(batch, heads, group, value_dim)
+    probabilities, outputs = empty(batch, heads, group, slots), empty(batch, heads, 2, group, value_dim)
     partial, peak, total = empty(rows, splits, group, value_dim), empty(rows, splits, group), empty(rows, splits, group)
     key, value = (None, None) if stored is None else (stored.key, stored.value)
+    turned, bias = query, None
+    if key is not None and key.layout.rotated:
+        turned = query.float() @ rotation(key_dim, query.device)
+    if key is not None and key.center is not None:
+        bias = (query.float() @ key.center.float().transpose(-1, -2)).contiguous()
     wide = max(key_dim, value_dim) > 64
     # Triton launches on the current device, which need not be the one that the layer is on.
     with torch.cuda.device_of(query):
         attend_splits[(rows, splits)](
-            query.contiguous(),
+            *(query.contiguous(), turned.contiguous(), bias),
             scaling,
             *(held.key, held.value, held.position),
             *(_head_stride(held.key), _head_stride(held.value), _head_stride(held.position)),
@@ -115,15 +117,13 @@ def decode_attention(
             KEY_BITS=0 if key is None else key.layout.bits,
             VALUE_BITS=0 if value is None else value.layout.bits,
             FLOATING=key is not None and key.layout.floating,
-            KEY_PER_CHANNEL=key is not None and key.layout.axis == "channel",
-            VALUE_GROUP=value_dim if value is None else value.group,
             num_warps=8 if wide else 4,
             num_stages=1 if wide else 2,
         )
         width = 256
         combine_splits[(rows, -(-slots // width))](
-            *(probabilities, output, partial, peak, total),
-            *(slots, splits),
+            *(probabilities, outputs, partial, peak, total),
+            *(slots, splits, original_splits),
             GROUP=group,
             VALUE_DIM=value_dim,
             PADDED_GROUP=_padded(group),
@@ -131,7 +131,10 @@ def decode_attention(
             PADDED_SPLITS=_padded(splits),
             BLOCK=width,
         )
-    return output, probabilities
+    low = outputs[:, :, 1]
+    if value is not None and value.layout.rotated:
+        low = low @ rotation(value_dim, low.device).T
+    return outputs[:, :, 0] + low, probabilities
 
 
 @cache
@@ -147,20 +150,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _readable(number_format: Format, head_dim: int) -> bool:
-    """Whether the kernel knows how the format is stored."""
-    key, value = number_format.key, number_format.value
-    keys = key.group == BLOCK if key.axis == "channel" else _one_range_per_token(key, head_dim)
-    group = value.group_of(head_dim)
-    # Several groups fill a power of two of channels.
-    values = value.axis == "token" and (group == head_dim or group & (group - 1) == 0)
-    return keys and values and key.floating == value.floating
-
-
-def _one_range_per_token(layout: Layout, head_dim: int) -> bool:
-    return layout.symmetric and layout.group_of(head_dim) == head_dim
 
 
 def _slots_per_split(slots: int, rows: int, device: torch.device) -> int:

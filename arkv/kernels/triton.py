@@ -46,17 +46,9 @@ def _read(numbers, slot, channel, inside, WIDTH: tl.constexpr, BITS: tl.constexp
 
 
 @triton.jit
-def _ranges(ranges, slot, taken, WIDTH: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr):
-    """Scales or zero points of each slot's groups of channels, [N, D / g, 1]."""
-    group = tl.arange(0, PADDED // GROUP)
-    inside = taken[:, None] & (group < WIDTH // GROUP)[None, :]
-    numbers = tl.load(ranges + slot[:, None] * (WIDTH // GROUP) + group[None, :], mask=inside, other=0.0)
-    return numbers.to(tl.float32)[:, :, None]
-
-
-@triton.jit
 def _attend(
     q,
+    bias,
     key,
     key_scale,
     key_zero,
@@ -83,10 +75,9 @@ def _attend(
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     FLOATING: tl.constexpr,
-    KEY_PER_CHANNEL: tl.constexpr,
-    VALUE_GROUP: tl.constexpr,
 ):
-    """Slots ``start`` to ``end`` of one head in one pool of ``slots``; all pointers are those of the head."""
+    """Slots ``start`` to ``end`` of one head in one pool of ``slots``; all pointers are those of the head. ``bias`` [G]
+    is added to the logits."""
     query_head = tl.arange(0, PADDED_GROUP)
     key_channel = tl.arange(0, PADDED_KEY_DIM)
     value_channel = tl.arange(0, PADDED_VALUE_DIM)
@@ -98,17 +89,13 @@ def _attend(
         used = slot < slots
         inside = used[:, None] & (key_channel < KEY_DIM)[None, :]
         k = tl.trans(_read(key, slot, key_channel, inside, KEY_DIM, KEY_BITS, FLOATING))
-        if KEY_PER_CHANNEL:
-            # A block is a group of slots: its scales go onto the query, its zero points become one number.
-            place = block // BLOCK * KEY_DIM + key_channel
-            scale = tl.load(key_scale + place, mask=key_channel < KEY_DIM, other=0.0).to(tl.float32)
-            zero = tl.load(key_zero + place, mask=key_channel < KEY_DIM, other=0.0).to(tl.float32)
-            scores = tl.dot(q * scale[None, :], k, input_precision=PRECISION)
-            scores += tl.sum(q * zero[None, :], axis=1)[:, None]
-        else:
-            scores = tl.dot(q, k, input_precision=PRECISION)
-            if KEY_BITS > 0:
-                scores *= tl.load(key_scale + slot, mask=used, other=0.0)[None, :]
+        scores = tl.dot(q, k, input_precision=PRECISION)
+        if KEY_BITS > 0:
+            scores *= tl.load(key_scale + slot, mask=used, other=0.0).to(tl.float32)[None, :]
+            if key_zero is not None:
+                zero = tl.load(key_zero + slot, mask=used, other=0.0).to(tl.float32)
+                scores += tl.sum(q, axis=1)[:, None] * zero[None, :]
+        scores += bias[:, None]
         taken = used
         if MASKED:
             taken = used & (tl.load(position + slot, mask=used, other=-1) >= 0)
@@ -127,17 +114,10 @@ def _attend(
         inside = used[:, None] & (value_channel < VALUE_DIM)[None, :]
         v = _read(value, slot, value_channel, inside, VALUE_DIM, VALUE_BITS, FLOATING)
         if VALUE_BITS > 0:
-            if VALUE_GROUP == VALUE_DIM:
-                if value_zero is not None:
-                    zero = tl.load(value_zero + slot, mask=used, other=0.0).to(tl.float32)
-                    output += tl.sum(weights * zero[None, :], axis=1)[:, None]
-                weights *= tl.load(value_scale + slot, mask=used, other=0.0).to(tl.float32)[None, :]
-            else:
-                groups = tl.reshape(v, (BLOCK, PADDED_VALUE_DIM // VALUE_GROUP, VALUE_GROUP))
-                groups *= _ranges(value_scale, slot, used, VALUE_DIM, PADDED_VALUE_DIM, VALUE_GROUP)
-                if value_zero is not None:
-                    groups += _ranges(value_zero, slot, used, VALUE_DIM, PADDED_VALUE_DIM, VALUE_GROUP)
-                v = tl.reshape(groups, (BLOCK, PADDED_VALUE_DIM))
+            if value_zero is not None:
+                zero = tl.load(value_zero + slot, mask=used, other=0.0).to(tl.float32)
+                output += tl.sum(weights * zero[None, :], axis=1)[:, None]
+            weights *= tl.load(value_scale + slot, mask=used, other=0.0).to(tl.float32)[None, :]
         output += tl.dot(weights, v, input_precision=PRECISION)
 
     tl.store(peak_out + query_head, peak, mask=query_head < GROUP)
@@ -151,6 +131,8 @@ def _attend(
 @triton.jit(do_not_specialize=["original", "quantized", "original_splits", "slots_per_split"])
 def attend_splits(
     query,
+    turned,
+    bias,
     scaling,
     key,
     value,
@@ -185,28 +167,31 @@ def attend_splits(
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     FLOATING: tl.constexpr,
-    KEY_PER_CHANNEL: tl.constexpr,
-    VALUE_GROUP: tl.constexpr,
 ):
-    """Logits [B * H, G, S], outputs [B * H, splits, G, D], maxima and sums [B * H, splits, G] of all splits."""
+    """Logits [B * H, G, S], outputs [B * H, splits, G, D], maxima and sums [B * H, splits, G] of all splits.
+
+    Quantized keys are read with ``turned`` [B * H, G, D], the query in their coordinates, and ``bias`` [B * H, G], its
+    product with their center (None is 0).
+    """
     head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     splits = tl.num_programs(1)
     query_head = tl.arange(0, PADDED_GROUP)
     channel = tl.arange(0, PADDED_KEY_DIM)
     inside = (query_head < GROUP)[:, None] & (channel < KEY_DIM)[None, :]
-    q = tl.load(query + head * GROUP * KEY_DIM + query_head[:, None] * KEY_DIM + channel[None, :], inside, other=0.0)
-    q = q.to(tl.float32) * scaling
+    place = head * GROUP * KEY_DIM + query_head[:, None] * KEY_DIM + channel[None, :]
     slots = original + quantized
     logits += head * GROUP * slots
-    place = head * splits + split
-    partial += place * GROUP * VALUE_DIM
-    peak += place * GROUP
-    total += place * GROUP
+    part = head * splits + split
+    partial += part * GROUP * VALUE_DIM
+    peak += part * GROUP
+    total += part * GROUP
+    offset = tl.zeros((PADDED_GROUP,), tl.float32)
     if split < original_splits:
         start = split * slots_per_split
         _attend(
-            q,
+            tl.load(query + place, mask=inside, other=0.0).to(tl.float32) * scaling,
+            offset,
             key + head * key_stride,
             None,
             None,
@@ -233,27 +218,26 @@ def attend_splits(
             KEY_BITS=0,
             VALUE_BITS=0,
             FLOATING=False,
-            KEY_PER_CHANNEL=False,
-            VALUE_GROUP=VALUE_DIM,
         )
     elif key_codes is not None:
         start = (split - original_splits) * slots_per_split
-        key_ranges = head * quantized
-        if KEY_PER_CHANNEL:
-            key_ranges = head * (quantized // BLOCK) * KEY_DIM
-            key_zero += key_ranges
-        value_ranges = head * quantized * (VALUE_DIM // VALUE_GROUP)
+        ranges = head * quantized
+        if key_zero is not None:
+            key_zero += ranges
         if value_zero is not None:
-            value_zero += value_ranges
+            value_zero += ranges
+        if bias is not None:
+            offset = tl.load(bias + head * GROUP + query_head, mask=query_head < GROUP, other=0.0) * scaling
         _attend(
-            q,
-            key_codes + head * quantized * (KEY_DIM * KEY_BITS // 8),
-            key_scale + key_ranges,
+            tl.load(turned + place, mask=inside, other=0.0).to(tl.float32) * scaling,
+            offset,
+            key_codes + ranges * (KEY_DIM * KEY_BITS // 8),
+            key_scale + ranges,
             key_zero,
-            value_codes + head * quantized * (VALUE_DIM * VALUE_BITS // 8),
-            value_scale + value_ranges,
+            value_codes + ranges * (VALUE_DIM * VALUE_BITS // 8),
+            value_scale + ranges,
             value_zero,
-            stored_position + head * quantized,
+            stored_position + ranges,
             logits + original,
             partial,
             peak,
@@ -273,12 +257,10 @@ def attend_splits(
             KEY_BITS,
             VALUE_BITS,
             FLOATING,
-            KEY_PER_CHANNEL,
-            VALUE_GROUP,
         )
 
 
-@triton.jit(do_not_specialize=["slots", "splits"])
+@triton.jit(do_not_specialize=["slots", "splits", "original_splits"])
 def combine_splits(
     probabilities,
     output,
@@ -287,6 +269,7 @@ def combine_splits(
     total,
     slots,
     splits,
+    original_splits,
     GROUP: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
@@ -295,7 +278,7 @@ def combine_splits(
     BLOCK: tl.constexpr,
 ):
     """Turn the logits in ``probabilities`` [B * H, G, S] into what its name says, ``BLOCK`` slots to a program; the
-    first program of a head also writes its output [B * H, G, D]."""
+    first program of a head also writes its outputs [B * H, 2, G, D], of the Original and of the Quantized slots."""
     head = tl.program_id(0).to(tl.int64)
     query_head = tl.arange(0, PADDED_GROUP)
     split = tl.arange(0, PADDED_SPLITS)
@@ -319,9 +302,12 @@ def combine_splits(
         channel = tl.arange(0, PADDED_VALUE_DIM)
         own = query_head[:, None] * VALUE_DIM + channel[None, :]
         wanted = (query_head < GROUP)[:, None] & (channel < VALUE_DIM)[None, :]
-        result = tl.zeros((PADDED_GROUP, PADDED_VALUE_DIM), tl.float32)
-        for index in range(splits):
-            share = tl.exp(tl.load(peak + index * GROUP + query_head, mask=query_head < GROUP, other=0.0) - highest)
-            part = tl.load(partial + (head * splits + index) * GROUP * VALUE_DIM + own, mask=wanted, other=0.0)
-            result += part * share[:, None]
-        tl.store(output + head * GROUP * VALUE_DIM + own, result / whole[:, None], mask=wanted)
+        output += head * 2 * GROUP * VALUE_DIM
+        for pool in range(2):
+            result = tl.zeros((PADDED_GROUP, PADDED_VALUE_DIM), tl.float32)
+            first = pool * original_splits
+            for index in range(first, tl.where(pool == 0, original_splits, splits)):
+                share = tl.exp(tl.load(peak + index * GROUP + query_head, mask=query_head < GROUP, other=0.0) - highest)
+                part = tl.load(partial + (head * splits + index) * GROUP * VALUE_DIM + own, mask=wanted, other=0.0)
+                result += part * share[:, None]
+            tl.store(output + pool * GROUP * VALUE_DIM + own, result / whole[:, None], mask=wanted)

@@ -19,22 +19,35 @@ class What(str, Enum):
 
 def list_things(
     what: Annotated[What, typer.Argument(help="methods, tasks, models or presets.", show_default=False)],
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(help="Python files with methods or tasks of your own; may be repeated.", show_default=False),
+    ] = None,
 ) -> None:
-    """List the methods, tasks, models or presets, one line each."""
+    """List the methods, tasks, models or presets, one line each, with those of installed packages and of --plugin."""
     from rich.console import Console
     from rich.table import Table
 
     rows: list[tuple[str, ...]]
+    failures: list[dict[str, str]] = []
     if what is What.METHODS:
-        from bench import peers
+        from bench import peers, plugins
         from bench.methods import DESCRIPTIONS
 
+        found = plugins.Plugins(_split(plugin))
+        found.load_installed(plugins.METHODS)
+        failures = found.failures
         rows = [*DESCRIPTIONS.items(), *peers.descriptions()]
+        rows += [(name, own.method.description or "a method of a plugin") for name, own in found.methods.items()]
     elif what is What.TASKS:
-        from bench import harness
+        from bench import harness, plugins
         from tasks.registry import TASKS
 
+        found = plugins.Plugins(_split(plugin))
+        found.load_installed(plugins.TASKS)
+        failures = found.failures
         rows = [(name, entry.description) for name, entry in TASKS.items()]
+        rows += [(name, "a task of a plugin") for name in found.tasks]
         rows += [
             (name, f"{text} (lm-eval; rows from --data-dir or the hub)") for name, text in harness.DESCRIPTIONS.items()
         ]
@@ -64,3 +77,12 @@ def list_things(
     for row in rows:
         table.add_row(*row)
     Console().print(table, highlight=False, markup=False)
+    for failure in failures:
+        typer.echo(f"arkv-bench: plugin {failure['plugin']}: {failure['error']}", err=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _split(files: list[str] | None) -> list[str]:
+    """An option that may be repeated and may name several."""
+    return [file for item in files or [] for file in item.split(",") if file]

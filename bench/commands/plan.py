@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from bench.plan import Calibration, ModelPlan
 
 CLUSTER = "The cluster"
-_NOT_PLANNED = ("executor", "address", "workers", "cpus_per_worker", "retries", "outdir", "fresh", "print_config")
+_NOT_PLANNED = (
+    *("executor", "address", "workers", "gpus_per_worker", "cpus_per_worker", "retries"),
+    *("states", "outdir", "fresh", "print_config"),
+)
 """Settings of a run that change nothing here."""
 
 
@@ -41,6 +44,7 @@ def _option(help_: str) -> Any:
 def plan(
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of the cluster.", rich_help_panel=CLUSTER)] = 1,
     gpu_memory: Annotated[str, _option("Memory of each, as 80GB or 24GiB.")] = "80GB",
+    gpus_per_worker: Annotated[float, _option("GPUs of a worker.")] = 1,
     calibration_model: Annotated[
         str, _option("What is timed on this machine; its times are scaled by the number of parameters.")
     ] = "smollm2-135m",
@@ -58,24 +62,22 @@ def plan(
 
     from bench.config import resolve
     from bench.errors import UserError
-    from bench.methods import grid
     from bench.models import describe
     from bench.plan import Load, ModelPlan, fit, model_size, parse_bytes
-    from bench.run import documents_of, planned_tasks
+    from bench.run import documents_of, planned
     from tasks.base import TaskError
 
     if not speedup > 0:
         raise UserError(f"--speedup={speedup}: give a number above 0", exit_code=2)
     preset = settings.pop("preset", None)
-    flags = {key: value for key, value in settings.items() if not (key == "trust_remote_code" and value is False)}
-    config, _ = resolve(flags | {"executor": "ray"}, preset)
+    config, _ = resolve(run.settings_of(settings), preset)
     memory = parse_bytes(gpu_memory, "--gpu-memory")
-    each = 1.0 if config.gpus_per_worker is None else config.gpus_per_worker
-    if not 0 < each <= gpus:
-        raise UserError(f"--gpus-per-worker={each:g}: give more than 0, and no more than --gpus={gpus}", exit_code=2)
-    workers = int(gpus // each) if each >= 1 else gpus * int(1 / each + 1e-9)
-    cells = grid(config.quant_type, config.budgets, config.window_size, config.quant_format, config.method_settings)
-    tasks = planned_tasks(config)
+    if not 0 < gpus_per_worker <= gpus:
+        raise UserError(
+            f"--gpus-per-worker={gpus_per_worker:g}: give more than 0, and no more than --gpus={gpus}", exit_code=2
+        )
+    workers = int(gpus // gpus_per_worker) if gpus_per_worker >= 1 else gpus * int(1 / gpus_per_worker + 1e-9)
+    cells, tasks = planned(config)
     console = Console()
     calibration = _calibration(calibration_model, config, cells, console) if calibrate else None
     plans = []
@@ -93,7 +95,7 @@ def plan(
         seconds = None
         if calibration is not None:
             seconds = sum(calibration.seconds(load, cells, size.parameters) for load in loads) / speedup
-        needs = fit(size, loads, config, int(memory * each))
+        needs = fit(size, loads, config, int(memory * gpus_per_worker))
         plans.append(
             ModelPlan(name=model.name, size=size, loads=tuple(loads), failures=failures, fit=needs, seconds=seconds)
         )

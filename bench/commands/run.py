@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +51,21 @@ def run(
     gamma: Annotated[
         float | None, _option("Weight of the variance in a token's importance. Default: published.", SETTINGS)
     ] = None,
+    original_share: Annotated[
+        float | None,
+        _option("mix: share of the past budget that stays at model precision. Default: by OQ ratio.", SETTINGS),
+    ] = None,
+    importance: Annotated[
+        str | None, _option("Importance of a prompt's tokens: mean_var (published) or mean_max.", SETTINGS)
+    ] = None,
+    pool_width: Annotated[int | None, _option("Width of its average pooling, odd. Default: 5.", SETTINGS)] = None,
+    max_pool_width: Annotated[
+        int | None, _option("mean_max: width of the maximum pooling, odd. Default: 15.", SETTINGS)
+    ] = None,
+    decode_rate: Annotated[
+        float | None,
+        _option("In bytes: weight of the newest step in the scores. Default: 1/32.", SETTINGS),
+    ] = None,
     limit: Annotated[int | None, _option("Use at most so many documents of a task.", DATA)] = None,
     sampling_ratio: Annotated[
         float | None, _option("Use this share of the documents, drawn with the seed. Default: 1.0.", DATA)
@@ -71,6 +87,14 @@ def run(
     ] = None,
     continuation: Annotated[
         int | None, _option("fidelity: tokens that are read and compared behind a prompt. Default: 64.", DATA)
+    ] = None,
+    per_layer: Annotated[
+        bool | None,
+        _option(
+            "fidelity: the error of every layer's attention output too. Default: no.",
+            DATA,
+            "--per-layer/--no-per-layer",
+        ),
     ] = None,
     num_fewshot: Annotated[
         int | None, _option("lm-eval tasks: examples in the prompt. Default: the task's own.", DATA)
@@ -168,6 +192,10 @@ def run(
         int | None,
         _option("Ray: how often documents whose worker died are tried again before they fail. Default: 3.", WHERE),
     ] = None,
+    plugin: Annotated[
+        list[str] | None,
+        _option("Python files with methods or tasks of your own (docs/plugins.md); may be repeated.", GRID),
+    ] = None,
     preset: Annotated[
         str | None, _option("Settings by name (see list presets) or from a YAML file; flags win.", OUTPUT)
     ] = None,
@@ -175,6 +203,15 @@ def run(
         str | None, _option("Run folder; an unfinished run there is continued. Default: runs/TIME.", OUTPUT)
     ] = None,
     fresh: Annotated[bool, _option("Forget what an earlier run left in the folder.", OUTPUT, "--fresh")] = False,
+    states: Annotated[
+        bool | None,
+        _option(
+            "Leave a states map of the first document of each task for report --html; costs one more prefill of it. "
+            "Default: no.",
+            OUTPUT,
+            "--states/--no-states",
+        ),
+    ] = None,
     print_config: Annotated[
         bool, _option("Print the settings and where each comes from, and stop.", OUTPUT, "--print-config")
     ] = False,
@@ -187,12 +224,9 @@ def run(
     [bold]arkv-bench run --preset demo[/bold]
     [bold]arkv-bench run --tasks needle,gsm8k --data-dir DATA --quant-type full,mix --cache-size 512,1024[/bold]
     """
-    flags: dict[str, Any] = {
-        key: value
-        for key, value in locals().items()
-        # A switch without an opposite that was not given leaves the preset's value.
-        if key not in ("preset", "fresh", "print_config") and not (key == "trust_remote_code" and value is False)
-    }
+    flags = settings_of(
+        {key: value for key, value in locals().items() if key not in ("preset", "fresh", "print_config")}
+    )
     from bench.config import FIELDS, resolve
 
     config, origin = resolve(flags, preset)
@@ -205,6 +239,7 @@ def run(
 
     from rich.console import Console
 
+    from bench.records import DISK_FULL
     from bench.report.averages import print_averages
     from bench.report.tables import headline, print_comparison
     from bench.run import execute, failure_lines
@@ -216,6 +251,11 @@ def run(
     except KeyboardInterrupt:
         message = f"stopped; what was measured is in {path}: the same command with --outdir {path} continues"
         raise UserError(message, exit_code=130) from None
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        message = f"stopped: {error.strerror}; free some: the same command with --outdir {path} continues"
+        raise UserError(message) from None
     if asked_for := headline(outcome.rows):
         print_comparison([asked_for], console)
         print_averages(outcome.rows, console)
@@ -227,6 +267,14 @@ def run(
         for line in failure_lines(outcome.failures):
             typer.echo(f"  {line}", err=True)
         raise typer.Exit(1)
+
+
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What was typed, as :func:`bench.config.resolve` takes it."""
+    # A switch without an opposite that was not given leaves the preset's value.
+    given = {key: value for key, value in options.items() if not (key == "trust_remote_code" and value is False)}
+    plugins = options.get("plugin")
+    return {**given, "plugin": ",".join(plugins) if plugins else None}
 
 
 def _new_folder(preset: str | None) -> Path:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from bench.config import RunConfig
 from bench.engine import Engine, Failure, Measurement
 from bench.methods import Cell
-from bench.models import DescribedModel, load
+from bench.models import DescribedModel, LoadedModel, load
 from tasks.base import Compare, Document, Generate, LogLikelihood
 
 Work = tuple[Document, tuple[Cell, ...]]
@@ -97,6 +97,7 @@ class Answerer:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self._engine: Engine | None = None
+        self._model: LoadedModel | None = None
         self._name = ""
         self.loaded: dict[str, dict[str, str]] = {}
         """Device and dtype of every model that was loaded, by name."""
@@ -105,7 +106,7 @@ class Answerer:
         """The engine of a model, loaded and warm. Raises :class:`UserError`."""
         if self._engine is None or self._name != name:
             # Two models need not fit on the device.
-            self._engine = None
+            self._engine = self._model = None
             setup = self.setup
             loaded = load(
                 setup.models[name],
@@ -123,8 +124,14 @@ class Answerer:
                 prefill_chunk=setup.prefill_chunk,
             )
             engine.warm_up()
-            self._engine, self._name = engine, name
+            self._engine, self._model, self._name = engine, loaded, name
         return self._engine
+
+    def model(self, name: str) -> LoadedModel:
+        """The model of :meth:`engine`. Raises :class:`UserError`."""
+        self.engine(name)
+        assert self._model is not None
+        return self._model
 
     def answer(self, unit: Unit) -> Iterator[Answered]:
         """Every cell's answer, as it comes."""
@@ -144,6 +151,9 @@ class Executor(AbstractContextManager["Executor"], Protocol):
 
     def status(self) -> str:
         """How it goes, for a line of progress; may be empty."""
+
+    def model(self, name: str) -> LoadedModel:
+        """A model in this process. Raises :class:`UserError` where there is none."""
 
     def loaded(self) -> Mapping[str, Mapping[str, str]]:
         """Device and dtype of the models that have been loaded so far, by name."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.errors import UserError
 from bench.executors.base import Answered, Answerer, Executor, Setup, Unit
+from bench.models import LoadedModel
 
 
 class LocalExecutor(Executor):
@@ -39,6 +40,9 @@ class LocalExecutor(Executor):
 
     def status(self) -> str:
         return ""
+
+    def model(self, name: str) -> LoadedModel:
+        return self._answerer.model(name)
 
     def loaded(self) -> dict[str, dict[str, str]]:
         return self._answerer.loaded

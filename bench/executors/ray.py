@@ -28,7 +28,7 @@ from bench.engine import Failure, Measurement
 from bench.errors import UserError
 from bench.executors.base import Answered, Answerer, Executor, Setup, Unit
 from bench.executors.scheduler import Scheduler, Ticket
-from bench.models import describe
+from bench.models import LoadedModel, describe
 from bench.progress import LOG_INTERVAL_S
 
 CONNECT_S = 15.0
@@ -444,6 +444,9 @@ class RayExecutor(Executor):
             return text
         ends = [_rate(rates[0]), _rate(rates[-1])]
         return f"{text}, {' to '.join(dict.fromkeys(ends))} documents/min each"
+
+    def model(self, name: str) -> LoadedModel:
+        raise UserError(f"{name} is on the workers, not in this process: use --executor local")
 
     def loaded(self) -> dict[str, dict[str, str]]:
         return self._loaded

@@ -17,7 +17,9 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from bench.comparison import not_exercised
+from bench.curve import curve_rows
 from bench.errors import UserError
+from bench.inspect import StatesMap
 from bench.methods import FULL
 from bench.report.tables import BUDGET, Row
 
@@ -69,6 +71,8 @@ class Figure:
         text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
         # Several drawings on one page must not share ids.
         text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", text)
+        # A hundredth of a point is less than anyone sees, and the page is half as large.
+        text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
         text = text.replace(FOREGROUND, "currentColor")
         for number, colour in enumerate(SERIES, start=1):
             text = text.replace(colour, f"var(--series-{number})")
@@ -233,6 +237,44 @@ def time_figure(name: str, rows: Sequence[Row]) -> Figure | None:
     return Figure(name=name, caption=caption, canvas=canvas)
 
 
+def curve_figure(name: str, rows: Sequence[Row], samples: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """KL divergence from the full cache over the position behind the prompt; None where no sample compares any.
+
+    Args:
+        rows: of one model and task, one per cell.
+        samples: those of the same model and task.
+    """
+    by_cell = {row["cell"]: row for row in rows if row["method"] != FULL and not not_exercised(row)}
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for point in curve_rows(sample for sample in samples if sample["cell"] in by_cell):
+        curves.setdefault(point["cell"], []).append(point)
+    # On a logarithmic axis nothing can be shown of a divergence of 0.
+    curves = {cell: points for cell, points in curves.items() if len(points) > 1 and any(p["kl"] > 0 for p in points)}
+    if not curves:
+        return None
+    with _drawing(WIDTH, HEIGHT) as canvas:
+        axes = canvas.add_subplot()
+        looks = itertools.cycle(zip(SERIES, itertools.cycle(("-", "--", "-.", ":")), strict=False))
+        for (cell, points), (colour, style) in zip(curves.items(), looks, strict=False):
+            row, shown = by_cell[cell], [point for point in points if point["kl"] > 0]
+            label = " ".join(filter(None, (series(row), BUDGET.cell(row))))
+            place = [point["position"] for point in shown]
+            axes.plot(place, [p["kl"] for p in shown], color=colour, linestyle=style, linewidth=1.2, label=label)
+            axes.plot(place, [p["kl_p95"] for p in shown], color=colour, linestyle=style, linewidth=0.8, alpha=0.35)
+        axes.set_yscale("log")
+        values = [point[name] for points in curves.values() for point in points for name in ("kl", "kl_p95")]
+        axes.yaxis.set_major_locator(_few([value for value in values if value > 0]))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.set_xlabel("tokens read behind the prompt")
+        axes.set_ylabel("KL to full, nats (log)")
+        _legend(canvas, axes)
+    count = max(point["n"] for points in curves.values() for point in points)
+    caption = f"Mean over {count} prompts; faint: their 95th percentile, which of fewer than 20 is the largest."
+    return Figure(name=name, caption=caption, canvas=canvas)
+
+
 def layer_means(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Mean OQ ratio of each layer over documents, by cell; cells without ratios are left out."""
     ratios: dict[str, list[list[float]]] = {}
@@ -272,4 +314,155 @@ def oq_figure(name: str, rows: Sequence[Row], samples: Sequence[Mapping[str, Any
         "A layer's OQ score over the largest of all layers: the higher, the more of its budget stays Original. "
         "Means over documents; cells with the same ratios share a line."
     )
+    return Figure(name=name, caption=caption, canvas=canvas)
+
+
+def share_figure(name: str, rows: Sequence[Row], samples: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Where the time of a document goes, and the share of the full cache's bytes that is held; None without times.
+
+    Args:
+        rows: of one model and task, one per cell.
+        samples: those of the same model and task, for the times of what was read or generated.
+    """
+    seconds: dict[str, list[float]] = {}
+    for sample in samples:
+        if sample.get("decode_s") is not None:
+            seconds.setdefault(sample["cell"], []).append(sample["decode_s"])
+    shown = [row for row in rows if row["prefill_s"] is not None and row["cell"] in seconds]
+    if len(shown) < 2:
+        return None
+    parts = {
+        "prefill": [row["prefill_s"] for row in shown],
+        "compression": [row["compress_s"] or 0.0 for row in shown],
+        "decoding or reading": [fmean(seconds[row["cell"]]) for row in shown],
+    }
+    totals = [sum(times) for times in zip(*parts.values(), strict=True)]
+    labels = [" ".join(filter(None, (series(row), BUDGET.cell(row)))) for row in shown]
+    places = range(len(shown))
+    with _drawing(WIDTH, 1.5 + 0.27 * len(shown)) as canvas:
+        time, memory = canvas.subplots(1, 2, sharey=True)
+        left = [0.0] * len(shown)
+        for (part, times), colour in zip(parts.items(), (SERIES[0], SERIES[3], SERIES[2]), strict=True):
+            widths = [100 * value / total for value, total in zip(times, totals, strict=True)]
+            time.barh(places, widths, left=left, color=colour, height=0.7, label=part)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        memory.barh(places, [100 * (row["kv_share"] or 0.0) for row in shown], color=SERIES[4], height=0.7)
+        for axes, title in ((time, "% of the time"), (memory, "% of full's KV bytes")):
+            axes.set_xlabel(title)
+            axes.set_xlim(0, 100 * max(1.0, *(row["kv_share"] or 0.0 for row in shown)) if axes is memory else 100)
+            axes.xaxis.set_major_locator(MaxNLocator(3))
+            axes.tick_params(axis="y", length=0)
+        time.set_yticks(places, labels)
+        time.set_ylim(len(shown) - 0.4, -0.6)
+        _legend(canvas, time)
+    caption = (
+        "Left: shares of a document's time, means or medians over documents; rows of one run share each prefill. "
+        "Right: true bytes of all that the cache holds, as a share of the full cache's keys and values."
+    )
+    return Figure(name=name, caption=caption, canvas=canvas)
+
+
+def speed_figure(name: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Milliseconds per output token and tokens per second against context length.
+
+    Args:
+        rows: those of :func:`bench.speed.summarize`, of one model and machine.
+    """
+    labels = list(dict.fromkeys(speed_series(row) for row in rows))
+    looks = _looks([label for label in labels if label != FULL])
+    panels = (("ms per output token", "tpot_ms"), ("output tokens per s", "decode_tokens_per_s"))
+    lengths = sorted({row["context_length"] for row in rows})
+    with _drawing(WIDTH, HEIGHT) as canvas:
+        for axes, (title, value) in zip(canvas.subplots(1, 2), panels, strict=True):
+            for label in labels:
+                mine = sorted((row["context_length"], row[value]) for row in rows if speed_series(row) == label)
+                look = looks.get(label, {"color": FOREGROUND, "marker": "*", "markersize": 9})
+                axes.plot(*zip(*mine, strict=True), linewidth=1, label=label, **look)
+            axes.set_xlabel("context, tokens")
+            axes.set_ylabel(title)
+            axes.set_ylim(bottom=0)
+            axes.set_xticks(lengths if len(lengths) < 4 else [lengths[0], lengths[len(lengths) // 2], lengths[-1]])
+            axes.margins(x=0.15)
+        _legend(canvas, axes)
+    caption = (
+        "Medians of arkv-bench speed; prompt tokens are never counted. ceiling: a stock cache that holds only C tokens."
+    )
+    return Figure(name=name, caption=caption, canvas=canvas)
+
+
+def speed_series(row: Mapping[str, Any]) -> str:
+    """What a cell of arkv-bench speed is labelled with."""
+    size = "" if row["cache_size"] is None else f"C={row['cache_size']}"
+    return " ".join(filter(None, (row["method"], row["quant_format"], size)))
+
+
+def states_figure(name: str, states: StatesMap, title: str, *, window: int | None = None) -> Figure:
+    """The states map of one prompt: a band per layer, filled by the share of heads that hold the tokens there.
+
+    Args:
+        title: what is shown, for the caption.
+        window: the newest tokens, behind a thin line; None draws none.
+    """
+    count = len(states.layers)
+    bins = len(states.original[0])
+    edges = [states.tokens * place / bins for place in range(bins + 1)]
+
+    def band(bottom: float, shares: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Outline of steps of height ``shares`` above ``bottom``; neighbours of one height are one step."""
+        x, y = [edges[0]], [bottom]
+        for place, share in enumerate(shares):
+            if place and share == shares[place - 1]:
+                x[-1] = edges[place + 1]
+                continue
+            x += [edges[place], edges[place + 1]]
+            y += [bottom + 0.88 * share] * 2
+        return [*x, edges[-1]], [*y, bottom]
+
+    with _drawing(WIDTH, 1.2 + 0.13 * count) as canvas:
+        axes = canvas.add_subplot()
+        for place, (original, quantized) in enumerate(zip(states.original, states.quantized, strict=True)):
+            bottom = count - 1 - place + 0.06
+            tops = [share + more for share, more in zip(original, quantized, strict=True)]
+            labels = ("Quantized", "Original") if place == 0 else (None, None)
+            for shares, colour, label in zip((tops, original), (SERIES[1], SERIES[0]), labels, strict=True):
+                if any(shares):
+                    axes.fill(*band(bottom, shares), color=colour, linewidth=0, label=label)
+        if window is not None:
+            axes.axvline(states.tokens - window, color=FOREGROUND, linewidth=0.6, linestyle=(0, (2, 2)))
+        axes.set_xlim(0, states.tokens)
+        axes.set_ylim(0, count)
+        shown = range(0, count, max(1, count // 10))
+        axes.set_yticks([count - 0.5 - place for place in shown], [str(states.layers[place]) for place in shown])
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.set_xlabel("position in the prompt")
+        axes.set_ylabel("layer")
+        _legend(canvas, axes)
+    caption = (
+        f"States of {title}: in each layer's band the share of its {states.heads} KV heads that hold the tokens there "
+        "as Original and as Quantized; what is blank has been evicted."
+    )
+    return Figure(name=name, caption=caption, canvas=canvas)
+
+
+def steps_figure(name: str, layers: Sequence[int], demoted: Sequence[Sequence[float]]) -> Figure | None:
+    """Tokens that each layer demoted or evicted over decoding; None without steps.
+
+    Args:
+        demoted: for each of Quantized and Evicted, the total of each layer, mean over heads, [2][L].
+    """
+    if not any(map(any, demoted)):
+        return None
+    with _drawing(WIDTH, HEIGHT * 0.8) as canvas:
+        axes = canvas.add_subplot()
+        for label, values, colour, style in zip(
+            ("became Quantized", "became Evicted"), demoted, (SERIES[1], FOREGROUND), ("-", "--"), strict=True
+        ):
+            axes.plot(layers, values, color=colour, linestyle=style, marker=".", linewidth=1.2, label=label)
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.set_xlabel("layer")
+        axes.set_ylabel("tokens per KV head")
+        _legend(canvas, axes)
+    caption = "Tokens that changed their state while decoding, over all steps, mean over the KV heads of a layer."
     return Figure(name=name, caption=caption, canvas=canvas)

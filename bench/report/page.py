@@ -16,10 +16,24 @@ from markupsafe import Markup
 
 from bench.comparison import by_budget, not_exercised
 from bench.errors import UserError
+from bench.inspect import read_maps
 from bench.methods import FULL, budget_text
-from bench.records import DATA, RECORD, SAMPLES, read_record, read_samples
+from bench.records import DATA, RECORD, RESULTS, SAMPLES, read_record, read_samples
 from bench.report import averages
-from bench.report.figures import Figure, file_name, oq_figure, score_figure, time_figure
+from bench.report.figures import (
+    Figure,
+    curve_figure,
+    file_name,
+    oq_figure,
+    score_figure,
+    share_figure,
+    speed_figure,
+    states_figure,
+    time_figure,
+)
+from bench.report.speed import COLUMNS as SPEED_COLUMNS
+from bench.report.speed import LEGEND as SPEED_LEGEND
+from bench.report.speed import read_timings
 from bench.report.tables import (
     EVERYTHING,
     LEGEND,
@@ -35,11 +49,16 @@ from bench.report.tables import (
     printable,
     read_results,
 )
+from bench.speed import SPEED, Timing, summarize
 
 BUDGET, METHOD, SCORE, DIFFERENCE, _P, SHARE, *_OTHERS = STACKED
 AGAINST_FULL = next(column for column in EVERYTHING if column.header == "against full")
 FIGURED = 40
 """Comparisons that get figures: more would make the page too large for a phone, and nobody looks at more."""
+SHARED = 12
+"""Comparisons that get a figure of time and memory shares, for the same reason."""
+MAPS = 6
+"""States maps that are drawn: each takes some 60 kB."""
 READ = ("model", "task", "document", "prompt_sha256", "cell", "truncated", "oq_ratios")
 """What the page takes from a sample."""
 LISTED = 50
@@ -48,12 +67,20 @@ LISTED = 50
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a run folder holds. ``record`` is None, and ``samples`` are empty, where the folder has none."""
+    """What a folder of ``run``, ``speed`` or ``inspect`` holds; what it lacks is None or empty."""
 
     name: str
-    rows: list[Row]
-    record: Mapping[str, Any] | None
-    samples: list[dict[str, Any]]
+    rows: list[Row] = field(default_factory=list)
+    record: Mapping[str, Any] | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
+    maps: list[dict[str, Any]] = field(default_factory=list)
+    """States maps, see :func:`bench.inspect.read_maps`."""
+
+    @property
+    def is_run(self) -> bool:
+        """The folder is one of ``arkv-bench run``, begun at least."""
+        return bool(self.rows or self.samples)
 
     def fingerprint(self, name: str, key: str) -> Any:
         """A part of the record's fingerprint; None where it is unknown."""
@@ -64,7 +91,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs in the order given, each with a name of its own.
 
     Raises:
-        UserError: a folder without results, or a damaged file in it.
+        UserError: a folder with nothing to report, or a damaged file in it.
     """
     names = [path.resolve().name for path in paths]
     runs: list[Run] = []
@@ -72,15 +99,37 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         unique = name if names.count(name) == 1 else str(path)
         if any(run.name == printable(unique) for run in runs):
             continue
+        timings = read_timings(path / SPEED) if (path / SPEED).is_file() else []
+        maps = read_maps(path)
+        samples = _samples(path / SAMPLES)
+        # A run that was killed early has no results yet; folders of other commands never have.
+        has_results = (path / RESULTS).is_file() or not (samples or timings or maps)
         runs.append(
             Run(
                 name=printable(unique),
-                rows=read_results(path),
-                record=read_record(path) if (path / RECORD).is_file() else None,
-                samples=_samples(path / SAMPLES),
+                rows=read_results(path) if has_results else [],
+                record=_record(path, is_speed=bool(timings)),
+                samples=samples,
+                timings=timings,
+                maps=maps,
             )
         )
     return runs
+
+
+def _record(path: Path, *, is_speed: bool) -> Mapping[str, Any] | None:
+    file = path / RECORD
+    if not file.is_file():
+        return None
+    if not is_speed:
+        return read_record(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise UserError(f"{file} is not the record of arkv-bench speed")
+    return content
 
 
 def _samples(file: Path) -> list[dict[str, Any]]:
@@ -210,6 +259,8 @@ def answer(run: Run) -> str:
         mine = groups.setdefault((row["model"], row["task"]), [])
         if not mine or row["metric"] == mine[0]["metric"]:
             mine.append(row)
+    if not groups:
+        return "No task has ended yet: there is nothing to compare."
     if len(groups) > 2:
         return " ".join(_counts(groups))
     sentences = []
@@ -351,7 +402,10 @@ def _of_task(
             figures.append(score_figure(name, mine))
             if not sections:
                 figures.append(time_figure(f"{name}-time", mine))
+                if done < SHARED:
+                    figures.append(share_figure(f"{name}-shares", mine, samples))
                 figures.append(oq_figure(f"{name}-oq", mine, samples))
+                figures.append(curve_figure(f"{name}-curve", mine, samples))
         sections.append(
             Section(
                 title=comparison.title + suffix,
@@ -374,10 +428,69 @@ def _of_task(
     return sections
 
 
+def _speed_sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
+    """A section for each model and machine that was timed, and why timings must not be compared."""
+    sets: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.timings:
+            record = run.record or {}
+            where = {"model": record.get("model"), "hardware": record.get("hardware")}
+            # Timings without a record may be of anything.
+            sets.setdefault(json.dumps(where, sort_keys=True) if run.record else run.name, []).append(run)
+    sections = []
+    for number, together in enumerate(sets.values(), start=1):
+        names = ", ".join(run.name for run in together)
+        model = ((together[0].record or {}).get("model") or {}).get("name", "unknown model")
+        rows = [row for run in together for row in summarize(run.timings)]
+        rows.sort(key=lambda row: (row["context_length"], row["cache_size"] or 0))
+        lengths = [row["context_length"] for row in rows]
+        sections.append(
+            Section(
+                title=f"Speed over context lengths, {printable(str(model))} ({names})",
+                anchor=f"speed-{number}",
+                headers=[(header.replace("\n", " "), header in ("method", "format")) for header, _ in SPEED_COLUMNS],
+                lines=[
+                    Line(
+                        cells=[Cell([cell(row)], cell(row)) for _, cell in SPEED_COLUMNS],
+                        leading=False,
+                        exercised=True,
+                        first=place == 0 or lengths[place - 1] != lengths[place],
+                    )
+                    for place, row in enumerate(rows)
+                ],
+                notes=list(SPEED_LEGEND),
+                figures=[speed_figure(f"speed-{number}", rows)],
+            )
+        )
+    named = [_list([run.name for run in together]) for together in sets.values()]
+    warnings = [
+        f"Timings of {first} and {second} must not be compared: another model, precision or machine, or none known."
+        for first, second in itertools.combinations(named, 2)
+    ]
+    return sections, warnings
+
+
+def _map_figures(runs: Sequence[Run]) -> tuple[list[Figure], int]:
+    """States maps, those with Quantized tokens first, and how many are not drawn."""
+    found = [(run, item) for run in runs for item in run.maps]
+    found.sort(key=lambda pair: not any(map(any, pair[1]["map"].quantized)))
+    figures = []
+    for number, (run, item) in enumerate(found[:MAPS], start=1):
+        what = f"{item['task']}, document {item['document']}, {item['model']}: {item['label']}"
+        title = printable(f"{what} ({run.name})" if len(runs) > 1 else what)
+        figures.append(states_figure(f"states-{number}-{file_name(str(item['cell']))}", item["map"], title))
+    return figures, len(found) - len(figures)
+
+
 def _problems(run: Run) -> list[str]:
     """What is missing, failed or was cut in a run."""
-    said = []
+    said: list[str] = []
     record = run.record
+    if not run.is_run:
+        return said if record is not None or not run.timings else [f"no {RECORD}: what was timed is unknown"]
+    if not run.rows:
+        counts = _tally([f"{sample['task']}, {sample['cell']}," for sample in run.samples])
+        said.append(f"no {RESULTS}: no task has ended; {SAMPLES} holds {len(run.samples)} answers: {counts}")
     if record is None:
         said.append(f"no {RECORD}: what made these results is unknown, and so is whether they may be compared")
     elif not record.get("finished"):
@@ -385,7 +498,8 @@ def _problems(run: Run) -> list[str]:
     if not run.samples:
         said.append(f"no {SAMPLES}: no ratios by layer, and prompts cannot be compared with those of other runs")
     for failure in (record or {}).get("failures", []):
-        said.append(f"failed: {failure['task']}, {failure['model']}: {failure['error']}")
+        what = f"plugin {failure['plugin']}" if "plugin" in failure else f"{failure['task']}, {failure['model']}"
+        said.append(f"failed: {what}: {failure['error']}")
     cut: dict[tuple[str, str], dict[str, None]] = {}
     for sample in run.samples:
         if sample["truncated"]:
@@ -411,8 +525,8 @@ class Page:
     figures: list[Figure]
 
 
-def build(runs: Sequence[Run]) -> Page:
-    """The page of one or more runs."""
+def render(template: str, title: str, **values: Any) -> str:
+    """A page of its own from one of the templates; every value passes through autoescape."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bench.report"),
         autoescape=True,
@@ -420,28 +534,42 @@ def build(runs: Sequence[Run]) -> Page:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    sections, warnings = _sections(runs)
-    # The page's own files; everything else passes through autoescape.
+    # The page's own files need no escaping.
     style, script = (Markup(_source(environment, name)) for name in ("page.css", "page.js"))
-    html = environment.get_template("page.html.j2").render(
-        runs=runs,
-        names=", ".join(run.name for run in runs),
-        answers={run.name: answer(run) for run in runs},
-        warnings=warnings,
-        sections=sections,
-        unfigured=max(len(sections) - FIGURED, 0),
-        averages=[table for run in runs for table in averages.run_averages(run.rows)],
-        averages_legend=averages.LEGEND,
-        drawn={figure.name: Markup(figure.inline_svg()) for section in sections for figure in section.figures},
-        problems={run.name: _problems(run) for run in runs},
-        records={run.name: json.dumps(run.record, indent=2, ensure_ascii=False) for run in runs if run.record},
-        left_out=sum(len(run.rows) - len(headline(run.rows)) for run in runs),
-        legend=LEGEND,
+    return environment.get_template(template).render(
+        title=title,
         style=style,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        **values,
     )
-    return Page(html=html, figures=[figure for section in sections for figure in section.figures])
+
+
+def build(runs: Sequence[Run]) -> Page:
+    """The page of one or more runs."""
+    sections, warnings = _sections(runs)
+    speed, reasons = _speed_sections(runs)
+    maps, undrawn = _map_figures(runs)
+    figures = [*(figure for section in [*sections, *speed] for figure in section.figures), *maps]
+    html = render(
+        "page.html.j2",
+        ", ".join(run.name for run in runs),
+        runs=runs,
+        answers={run.name: answer(run) for run in runs if run.is_run},
+        warnings=[*warnings, *reasons],
+        sections=[*sections, *speed],
+        maps=maps,
+        undrawn=undrawn,
+        unfigured=max(len(sections) - FIGURED, 0),
+        averages=[table for run in runs for table in averages.run_averages(run.rows)],
+        averages_legend=averages.LEGEND,
+        drawn={figure.name: Markup(figure.inline_svg()) for figure in figures},
+        problems={run.name: _problems(run) for run in runs if run.is_run or _problems(run)},
+        records={run.name: json.dumps(run.record, indent=2, ensure_ascii=False) for run in runs if run.record},
+        left_out=sum(len(run.rows) - len(headline(run.rows)) for run in runs),
+        legend=LEGEND,
+    )
+    return Page(html=html, figures=figures)
 
 
 def _source(environment: jinja2.Environment, name: str) -> str:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from bench.errors import UserError
+from bench.report.tables import printable
+from bench.speed import COLUMNS as TIMED
+from bench.speed import Timing
 
 Row = dict[str, Any]
 
@@ -39,6 +48,50 @@ LEGEND = (
     "Columns without room are in speed.csv (--outdir).",
 )
 """What the columns mean."""
+
+
+def read_timings(file: Path) -> list[Timing]:
+    """The repetitions of a ``speed.csv``.
+
+    Raises:
+        UserError: not such a file, or a cell that makes no sense (line and column are named).
+    """
+    kinds = {field.name: str(field.type) for field in fields(Timing)}
+    timings = []
+    try:
+        with open(file, encoding="utf-8", newline="") as handle:
+            reader = csv.DictReader(handle)
+            if missing := [name for name in TIMED if name not in (reader.fieldnames or [])]:
+                raise UserError(f"{file}: no column {missing[0]!r}; arkv-bench speed writes the file anew")
+            for raw in reader:
+                if None in raw:
+                    raise UserError(f"{file}, line {reader.line_num}: more cells than columns")
+                values = {
+                    name: _parse(raw[name] or "", kinds[name], f"{file}, line {reader.line_num}, column {name!r}")
+                    for name in TIMED
+                }
+                timings.append(Timing(**values))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: not a CSV file in UTF-8 ({error})") from None
+    if not timings:
+        raise UserError(f"{file} has no rows")
+    return timings
+
+
+def _parse(text: str, kind: str, where: str) -> Any:
+    if not text and "None" in kind:
+        return None
+    if kind.startswith("str"):
+        return printable(text)
+    try:
+        value = int(text) if kind.startswith("int") else float(text)
+    except ValueError:
+        raise UserError(f"{where}: {text!r} is no number") from None
+    if not math.isfinite(value) or value < 0:
+        raise UserError(f"{where}: {text!r} is no number of that kind")
+    return value
 
 
 def speed_table(rows: Sequence[Row], title: str, width: int) -> Table:

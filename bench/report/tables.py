@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from arkv import METHODS
 from bench import peers
 from bench.comparison import by_budget, not_exercised
 from bench.errors import UserError
@@ -303,21 +304,30 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         notes.append(
             f"* more than {100 * TOLERANCE:.0f} % off the share of the prompt's bytes asked for: {', '.join(off)}"
         )
-    fixed = [
-        row["method"]
-        for row in rows
-        if row["method"] != FULL and row["cache_size"] is None and row["cache_ratio"] is None
-    ]
-    if fixed:
-        notes.append(f"of one size, whatever the budget: {', '.join(fixed)}")
-    if any(off_budget(row) and row["method"].startswith(peers.KVPRESS) for row in rows):
-        notes.append(f"{peers.KVPRESS} {peers.LIMITS[peers.KVPRESS]}")
+        notes += dict.fromkeys(filter(None, map(_why_off, filter(off_budget, rows))))
+    for row in rows:
+        if row["method"] != FULL and row["cache_size"] is None and row["cache_ratio"] is None:
+            stands = f"{row['method']} stands at {_percent(row['kv_share_of_prompt'])} of the prompt's bytes"
+            notes.append(f"{stands}: it is of one size, whatever the budget")
     truncated = max((row["truncated_documents"] or 0) for row in rows)
     if truncated:
         notes.append(f"{truncated:.0f} prompts were longer than the model's context and were cut")
     if len({row["n"] for row in rows}) > 1:
         notes.append("the rows are over different numbers of documents: the run is not complete")
     return notes
+
+
+def _why_off(row: Row) -> str:
+    """Why a method does not stand at the bytes asked for; empty where nothing here knows."""
+    if row["method"].startswith(peers.KVPRESS):
+        return f"{peers.KVPRESS} {peers.LIMITS[peers.KVPRESS]}"
+    if row["method"] not in METHODS:
+        return ""
+    if row["kv_share_of_prompt"] > row["cache_ratio"]:
+        return f"{row['method']}: the window and the sinks of prompts so short take more"
+    return (
+        f"{row['method']}: what is left is less than a token, or than a whole group of quantized ones, in every layer"
+    )
 
 
 def detectable(rows: Sequence[Row]) -> list[str]:

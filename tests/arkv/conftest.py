@@ -206,6 +206,6 @@ def quantized_bytes(layer: Any, place: int, head: int, sample: int = 0) -> list[
 
 
 def storages_of(quantized: Any) -> list[torch.Tensor]:
-    """Codes, scale and, if there is one, zero point of a quantized tensor."""
-    found = [getattr(quantized, name, None) for name in ("codes", "scale", "zero")]
+    """Codes, scale and, where there are any, zero point and center of a quantized tensor."""
+    found = [getattr(quantized, name, None) for name in ("codes", "scale", "zero", "center")]
     return [item for item in found if item is not None]

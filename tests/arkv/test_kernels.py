@@ -16,7 +16,6 @@ import torch
 
 from arkv import FORMATS
 from arkv.kernels import decode
-from arkv.quantization import Format, Layout
 from arkv.storage import QuantizedPool, Tokens
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +27,6 @@ SERVED: dict[str, Any] = {
     "dtype": torch.bfloat16,
     "head_dim": 64,
     "group": 3,
-    "number_format": None,
 }
 
 
@@ -44,15 +42,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
-@pytest.mark.parametrize("quant_format", [None, *FORMATS])
-def test_supported(quant_format: str | None, head_dim: int) -> None:
-    number_format = None if quant_format is None else FORMATS[quant_format]
-    assert decode.supported(**{**SERVED, "head_dim": head_dim, "number_format": number_format})
-
-
-INT8 = FORMATS["int8"].key
-GROUPS_OF_32_SLOTS = Layout(4, "channel", 32, symmetric=False)
-GROUPS_OF_32_CHANNELS = Layout(8, "token", 32, symmetric=True)
+def test_supported(head_dim: int) -> None:
+    assert decode.supported(**{**SERVED, "head_dim": head_dim})
 
 
 @pytest.mark.usefixtures("gpu")
@@ -63,11 +54,6 @@ GROUPS_OF_32_CHANNELS = Layout(8, "token", 32, symmetric=True)
         {"dtype": torch.float64},
         {"head_dim": 256},
         {"group": 32},
-        {"number_format": Format("strange", GROUPS_OF_32_SLOTS, INT8)},
-        {"number_format": Format("strange", GROUPS_OF_32_CHANNELS, INT8)},
-        {"number_format": Format("strange", INT8, GROUPS_OF_32_SLOTS)},
-        {"number_format": Format("strange", INT8, Layout(8, "token", 48, symmetric=True)), "head_dim": 96},
-        {"number_format": Format("strange", FORMATS["fp8"].key, INT8)},
     ],
 )
 def test_not_supported(different: dict[str, Any]) -> None:

@@ -74,7 +74,8 @@ def test_bytes_are_the_sum_of_all_slots(half: Any, method: str, number_format: s
         for layer in cache.layers:
             # Samples of a batch share a layer's storage, which is as large as the largest budget asks for.
             slots = max(slots.quantized for slots in layer.slots)
-            slots = -(-slots // FORMATS[number_format].slot_multiple) * FORMATS[number_format].slot_multiple
+            center = FORMATS[number_format].bytes_per_head(64) if slots else 0
+            total += 2 * 2 * center
             total += 2 * 2 * ((W + max(slots.original for slots in layer.slots)) * original + slots * quantized)
         return total
 
@@ -151,9 +152,8 @@ def test_a_budget_in_bytes_holds_at_every_step(
         assert cache.nbytes() <= budget
         for _ in feed(half, cache, ids[:, length:]):
             assert cache.nbytes() <= budget
-    # At the end there was more than enough to hold. Less than one slot and one group of every head may be left.
-    group = FORMATS[number_format].slot_multiple * (FORMATS[number_format].bytes_per_token(64) + METADATA)
-    assert cache.nbytes() >= budget - 2 * 2 * (264 + (group if config.quantizes else 0))
+    # At the end there was more than enough to hold. Less than one slot of each kind may be left in every head.
+    assert cache.nbytes() >= budget - 2 * 2 * (264 + FORMATS[number_format].bytes_per_token(64) + METADATA)
     counts = cache.token_counts()
     if method in ("quant", "mix") and length == 500:
         assert counts["original"] + counts["quantized"] > 1.3 * size

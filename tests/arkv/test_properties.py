@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from arkv import FORMATS, CacheConfig, ConfigError
 from arkv.budget import ByteBudget, Geometry, byte_slots, oq_ratios, token_slots
-from arkv.quantization import Layout, QuantizedTensor
+from arkv.quantization import Layout, QuantizedTensor, rotation
 from arkv.scoring import causal_visibility, pool, prefill_statistics, window_attention
 from tests.arkv.conftest import Driver, held_sets
 
@@ -25,21 +25,19 @@ many = settings(few, max_examples=150)
 LAYOUTS = [(name, part) for name in sorted(FORMATS) for part in ("key", "value")]
 
 
-def groups_of(layout: Layout, x: torch.Tensor) -> torch.Tensor:
-    """The numbers of ``x`` [B, H, S, D] that share a scale, in the last dimension."""
-    if layout.axis == "channel":
-        return x.unflatten(2, (-1, layout.group)).transpose(-1, -2)
-    return x.unflatten(-1, (-1, layout.group or x.shape[-1]))
+def in_code_space(layout: Layout, x: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
+    """The numbers [B, H, S, D] that codes stand for, in float64."""
+    x = x.double() if center is None else x.double() - center.double()
+    return x @ rotation(x.shape[-1], x.device).double() if layout.rotated else x
 
 
-def half_step(layout: Layout, groups: torch.Tensor) -> torch.Tensor:
-    """Half a quantization step at each number, in float64, from the numbers alone."""
-    x = groups.double()
+def half_step(layout: Layout, x: torch.Tensor) -> torch.Tensor:
+    """Half a quantization step at each number of :func:`in_code_space`, from the numbers alone."""
     if layout.floating:
         scale = (x.abs().amax(-1, keepdim=True) / 448).clamp_min(torch.finfo(torch.float32).tiny)
         exponent = torch.floor(torch.log2((x.abs() / scale).clamp_min(2.0**-6)))
         return scale * 2.0 ** (exponent - 4)
-    if layout.symmetric:
+    if not layout.rotated:
         scale = (x.abs().amax(-1, keepdim=True) / (2 ** (layout.bits - 1) - 1)).clamp_min(
             torch.finfo(torch.float32).tiny
         )
@@ -76,13 +74,14 @@ def test_a_round_trip_moves_a_number_by_half_a_step_at_most(
         x[0, 1, :, 9] = 0
     x = x.to(dtype)
     assume(bool(x.isfinite().all()))
-    back = QuantizedTensor.quantize(layout, x).dequantize(torch.float32)
+    stored = QuantizedTensor.quantize(layout, x)
+    back = stored.dequantize(torch.float32)
     assert back.isfinite().all()
-    groups = groups_of(layout, x.float())
-    error = (groups_of(layout, back).double() - groups.double()).abs()
-    # Arithmetic in float32 adds a rounding of the numbers themselves.
-    rounding = groups.double().abs().amax(-1, keepdim=True) * 2.0**-22
-    assert (error <= half_step(layout, groups) * (1 + 1e-5) + rounding).all()
+    target = in_code_space(layout, x, stored.center)
+    error = (in_code_space(layout, back, stored.center) - target).abs()
+    # Arithmetic in float32 adds roundings of the numbers themselves, turned back and forth.
+    rounding = x.double().norm(dim=-1, keepdim=True) * 2.0**-21
+    assert (error <= half_step(layout, target) * (1 + 1e-5) + rounding).all()
 
 
 @given(seed=st.integers(0, 2**16), scale=magnitudes, name=st.sampled_from(sorted(FORMATS)))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from arkv import TriStateCache, attach
 from bench import peers
@@ -383,6 +384,35 @@ def test_distributions_without_compression_are_those_of_the_full_cache(tiny: Any
     for measured in score(tiny, cells("window", "origin", "quant", "mix", cache_size=256), comparison()):
         assert max(map(abs, measured.answer.kl)) < 1e-6
         assert all(measured.answer.agrees)
+
+
+def test_the_attention_of_every_layer_is_compared(tiny: Any) -> None:
+    """Against outputs recorded by hand, token by token, through the library alone."""
+    plain = comparison()
+    question = Document(id="d", request=replace(plain.request, per_layer=True))
+    full, mix, press = score(tiny, [*cells("full", "mix"), *peer_cells("kvpress:snapkv")[1:]], question)
+    assert full.answer.attention_error == (0.0, 0.0)
+    assert len(press.answer.attention_error) == 2
+    assert min(press.answer.attention_error) > 0.01
+    tokens = torch.tensor([plain.request.context_ids + plain.request.continuation_ids])
+    outputs: dict[str, list[torch.Tensor]] = {"full": [], "mix": []}
+    for name, cache in (("full", DynamicCache()), ("mix", TriStateCache(tiny.model, mix.cell.config))):
+        with torch.no_grad(), attach(tiny.model):
+            tiny.model(tokens[:, :149], past_key_values=cache)
+            for layer in tiny.model.model.layers:
+                layer.self_attn.o_proj.register_forward_hook(
+                    lambda *call, name=name: outputs[name].append(call[2][0, 0])
+                )
+            for i in range(149, 169):
+                tiny.model(tokens[:, i : i + 1], past_key_values=cache)
+            for layer in tiny.model.model.layers:
+                layer.self_attn.o_proj._forward_hooks.clear()
+    exact, mine = (torch.stack(outputs[name]).unflatten(0, (20, 2)) for name in ("full", "mix"))
+    wanted = ((mine - exact).norm(dim=-1) / exact.norm(dim=-1)).mean(dim=0)
+    assert mix.answer.attention_error == pytest.approx(wanted.tolist(), rel=1e-3)
+    # Nothing is watched any more, and nothing was that was not asked for.
+    assert not any(layer.self_attn._forward_hooks for layer in tiny.model.model.layers)
+    assert score(tiny, cells("mix"), plain)[0].answer == replace(mix.answer, attention_error=())
 
 
 def test_full_is_read_once_for_all_cells(tiny: Any) -> None:

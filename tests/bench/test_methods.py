@@ -67,3 +67,9 @@ def test_a_share_of_each_prompt_and_byte_units() -> None:
     ratio = grid(["mix"], [{"cache_ratio": 0.25}], [8], None, {"budget_unit": "bytes"})[0]
     assert (ratio.cache_size, ratio.cache_ratio, ratio.budget_unit, ratio.quant_format) == (None, 0.25, "bytes", own)
     assert ratio.budget == "25 % of each prompt's bytes"
+
+
+def test_settings_do_not_turn_a_method_into_another() -> None:
+    cells = grid(["origin", "quant", "mix"], [C64], [8], None, {"original_share": 0.5, "pool_width": 3})
+    assert [cell.config.original_share for cell in cells if cell.config] == [1.0, 0.0, 0.5]
+    assert {cell.config.pool_width for cell in cells if cell.config} == {3}

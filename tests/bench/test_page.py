@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench.cli import main
 from bench.errors import UserError
-from bench.report.figures import FOREGROUND, SERIES, layer_means, pareto_front
-from bench.report.page import Page, answer, budget_sentences, build, read_runs
+from bench.inspect import states_map, write_maps
+from bench.report.figures import FOREGROUND, SERIES, layer_means, pareto_front, share_figure
+from bench.report.page import MAPS, Page, answer, budget_sentences, build, read_runs
+from bench.speed import Timing, to_csv
 from tests.bench.browser import Browser
 from tests.bench.test_report import ROWS, row, write
 
@@ -247,7 +250,116 @@ def test_samples_of_another_making_are_refused(tmp_path: Path) -> None:
         read_runs([folder])
 
 
+# --- What other commands leave ---
+
+
+def make_speed(folder: Path, *, size: int = 512, model: str = "aaaa", changed: str = "") -> Path:
+    folder.mkdir(parents=True)
+    timings = [
+        Timing(
+            method=method,
+            quant_format=quant_format,
+            context_length=length,
+            cache_size=None if method == "full" else size,
+            prefill_s=1.0,
+            compress_s=None if method == "full" else 0.1,
+            ttft_ms=1000.0,
+            tpot_ms=tpot * length / 1000,
+            decode_tokens_per_s=1000 / tpot,
+            kv_bytes=1000 * length,
+            peak_memory_bytes=None,
+            repetition=0,
+        )
+        for length in (1000, 2000)
+        for method, quant_format, tpot in (("full", None, 50.0), ("mix", "int8", 40.0))
+    ]
+    text = to_csv(timings)
+    (folder / "speed.csv").write_text(text.replace("40.0", changed, 1) if changed else text)
+    record = {"model": {"name": "tiny", "fingerprint": model}, "hardware": {"cpu": "one"}, "finished": "2026"}
+    (folder / "record.json").write_text(json.dumps(record))
+    return folder
+
+
+def make_maps(folder: Path, count: int = 1, **more: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    states = states_map(torch.tensor([[[2, 1, 1, 0, 2]], [[2, 0, 0, 1, 2]]], dtype=torch.int8), [0, 1])
+    where = {"model": "tiny", "task": "needle", "document": "d0", "label": "mix C=512", **more}
+    write_maps(folder, [{**where, "cell": f"mix-{number}", "map": states} for number in range(count)])
+    return folder
+
+
+def test_speed_and_maps_stand_beside_a_run(tmp_path: Path) -> None:
+    page = page_of(make_maps(make_run(tmp_path / "run")), make_speed(tmp_path / "speed"))
+    _, speed = Parsed(page.html).tables
+    assert speed[0][:5] == ["tokens", "C", "method", "format", "TPOT ms"]
+    assert [line[:6] for line in speed[1:]] == [
+        ["1000", "", "full", "", "50.0", "1.00"],
+        ["1000", "512", "mix", "int8", "40.0", "1.25"],
+        ["2000", "", "full", "", "100.0", "1.00"],
+        ["2000", "512", "mix", "int8", "80.0", "1.25"],
+    ]
+    assert [figure.name for figure in page.figures][-2:] == ["speed-1", "states-1-mix-0"]
+    assert "needle, document d0, tiny: mix C=512" in page.html
+    assert "must not be compared:" not in page.html
+
+
+def test_timings_of_one_machine_and_model_share_a_figure(tmp_path: Path) -> None:
+    same = [make_speed(tmp_path / "a"), make_speed(tmp_path / "b", size=256)]
+    page = page_of(*same)
+    assert len(page.figures) == 1
+    assert len(Parsed(page.html).tables[0]) == 9
+    page = page_of(*same, make_speed(tmp_path / "c", model="bbbb"))
+    assert len(page.figures) == 2
+    assert "Timings of a and b and c must not be compared: another model" in page.html
+
+
+def test_few_maps_are_drawn(tmp_path: Path) -> None:
+    page = page_of(make_maps(tmp_path / "look", MAPS + 2))
+    assert len(page.figures) == MAPS
+    assert "2 more states maps are in states.json" in page.html
+
+
+def test_hostile_maps_stay_text(tmp_path: Path) -> None:
+    page = page_of(make_maps(tmp_path / "look", document=HOSTILE, label=HOSTILE, model=HOSTILE))
+    assert not {tag for tag, _ in Parsed(page.html).tags} & {"img"}
+
+
+def test_a_run_that_was_killed_early_says_what_is_there(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", finished=None)
+    (folder / "results.csv").unlink()
+    html = page_of(folder).html
+    assert "no task has ended; samples.jsonl holds 4 answers: needle, full-None, in 2, needle, mix-512, in 2" in html
+    assert "the run has not ended" in html
+    assert "there is nothing to compare" in html
+
+
+@pytest.mark.parametrize(("changed", "said"), [("fast", "line 3, column 'tpot_ms'"), ("-1", "'-1' is no number")])
+def test_timings_edited_into_nonsense_are_refused(tmp_path: Path, changed: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_runs([make_speed(tmp_path / "speed", changed=changed)])
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run folder"):
+        read_runs([tmp_path])
+
+
 # --- Figures ---
+
+
+def test_shares_of_time_need_times() -> None:
+    rows = [
+        row("full", 1.0, prefill_s=1.0, cell="full-None"),
+        row("mix", 0.8, prefill_s=1.0, compress_s=0.5, cell="mix-512"),
+    ]
+    assert share_figure("shares", rows, SAMPLES) is None
+    figure = share_figure("shares", rows, [{**item, "decode_s": 2.5} for item in SAMPLES])
+    assert figure is not None
+    time, memory = figure.canvas.axes
+    widths = [round(bar.get_width()) for bar in time.patches]
+    # Prefill, compression, decoding: of the full cache and of the other.
+    assert widths == [29, 25, 0, 12, 71, 62]
+    assert [bar.get_width() for bar in memory.patches] == [100.0, 25.0]
 
 
 def test_the_front_is_what_nothing_beats() -> None:
@@ -341,8 +453,9 @@ def test_in_a_browser(tmp_path: Path) -> None:
     if program is None:
         pytest.skip("needs Chromium: apt-get install chromium")
     file = tmp_path / "page.html"
-    file.write_text(page_of(make_run(tmp_path / "a"), make_run(tmp_path / "b")).html)
-    column = "Array.from(document.querySelectorAll('tbody tr'), row => row.cells[3].dataset.order)"
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b"), make_speed(tmp_path / "speed")]
+    file.write_text(page_of(*runs, make_maps(tmp_path / "look")).html)
+    column = "Array.from(document.querySelector('tbody').rows, row => row.cells[3].dataset.order)"
     press = "document.querySelectorAll('th button')[3].click()"
     with Browser(program, tmp_path / "profile") as browser:
         for width in (390, 1400):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, cache_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from arkv import storage_bytes
@@ -35,6 +36,8 @@ SIZES: dict[str, Any] = {
     "eos_token_id": None,
 }
 LENGTH = 203
+GROUPED = [name for name in peers.BACKENDS if name != "fp8"]
+HAS_FP8 = hasattr(cache_utils, peers.FP8_LAYER)
 EVICTING = ("snapkv", "pyramidkv", "streaming_llm", "expected_attention", "tova", "knorm")
 
 
@@ -60,6 +63,7 @@ def prompt() -> torch.Tensor:
 def test_importing_kvpress_patches_nothing() -> None:
     """In a process of its own: the import wraps every attention function, once."""
     code = (
+        "import arkv\n"  # which registers a function of its own
         "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions\n"
         "before = dict(functions.items())\n"
         "from bench.peers import press_names\n"
@@ -73,7 +77,8 @@ def test_importing_kvpress_patches_nothing() -> None:
 @pytest.fixture(autouse=True, scope="module")
 def _kvpress_is_imported() -> None:
     """By the suite and not by a test, whose import would patch transformers."""
-    peers.press_names()
+    if find_spec("kvpress") is not None:
+        peers.press_names()
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +197,7 @@ def test_a_press_that_draws_keeps_the_same_tokens_twice(model: Any, prompt: torc
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("name", list(peers.BACKENDS))
+@pytest.mark.parametrize("name", GROUPED)
 def test_quantized_bytes_are_walked(model: Any, prompt: torch.Tensor, name: str) -> None:
     """Codes, scales and zero points counted from the shapes; what fills no group waits at model precision."""
     backend, bits = peers.BACKENDS[name]
@@ -208,7 +213,7 @@ def test_quantized_bytes_are_walked(model: Any, prompt: torch.Tensor, name: str)
     assert backend in name
 
 
-@pytest.mark.parametrize("name", list(peers.BACKENDS))
+@pytest.mark.parametrize("name", GROUPED)
 def test_a_shared_prefill_is_its_own(model: Any, prompt: torch.Tensor, name: str) -> None:
     """Quantizing the recorded keys and values gives what transformers' cache gives in a prefill of its own."""
     from transformers.cache_utils import QuantizedCache
@@ -222,7 +227,7 @@ def test_a_shared_prefill_is_its_own(model: Any, prompt: torch.Tensor, name: str
     assert greedy(model, shared, 8) == greedy(model, Prefilled(own, logits, 0.0, None), 8)
 
 
-@pytest.mark.parametrize("name", list(peers.BACKENDS))
+@pytest.mark.parametrize("name", GROUPED)
 def test_decoding_past_the_next_quantization(model: Any, prompt: torch.Tensor, name: str) -> None:
     """After 128 more tokens everything is quantized again, whatever the length of the prompt."""
     prefilled = prefill(model, prompt, make_peer(f"hf:{name}"))
@@ -230,6 +235,25 @@ def test_decoding_past_the_next_quantization(model: Any, prompt: torch.Tensor, n
     counts = token_counts(prefilled.cache)
     assert counts["original"] < 10
     assert sum(counts.values()) == LENGTH + 130
+
+
+@pytest.mark.skipif(not HAS_FP8, reason="this transformers has no fp8 backend")
+def test_fp8_takes_a_byte_per_value(model: Any, prompt: torch.Tensor) -> None:
+    prefilled = prefill(model, prompt, make_peer("hf:fp8", cache_ratio=0.25))
+    assert prefilled.cache.get_seq_length() == LENGTH
+    assert token_counts(prefilled.cache) == {"original": 0.0, "quantized": LENGTH, "evicted": 0.0}
+    # Keys and values, and a scale for each.
+    assert storage_bytes(prefilled.cache) == 3 * 2 * (2 * 32 * LENGTH + 4)
+    greedy(model, prefilled, 5)
+    assert token_counts(prefilled.cache)["quantized"] == LENGTH + 5
+    assert make_peer("hf:fp8").quant_format == "fp8"
+
+
+@pytest.mark.skipif(HAS_FP8, reason="this transformers has an fp8 backend")
+def test_fp8_says_what_it_needs() -> None:
+    with pytest.raises(UserError, match=r"hf:fp8: transformers 5\.\d+\.\d+ has no fp8 backend") as caught:
+        make_peer("hf:fp8", cache_ratio=0.25)
+    assert caught.value.exit_code == 2
 
 
 def test_a_row_of_the_grid(tiny: Any) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from bench import records
 from bench.config import RunConfig
 from bench.errors import UserError
-from bench.records import RunFolder, read_record, read_samples, write_atomic
+from bench.records import NotFinite, RunFolder, read_record, read_samples, write_atomic
 from bench.run import execute
 from tests.bench.conftest import define_toys, read_lines
 
@@ -67,7 +67,7 @@ def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
 
 
 def test_no_number_is_written_as_nan(tmp_path: Path) -> None:
-    with RunFolder(tmp_path, ONE) as folder, pytest.raises(ValueError, match="JSON"):
+    with RunFolder(tmp_path, ONE) as folder, pytest.raises(NotFinite, match="not finite"):
         folder.append(sample("a", score=float("nan")))
     assert read_samples(tmp_path / records.SAMPLES) == []
 
@@ -104,7 +104,9 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     with RunFolder(tmp_path, ONE) as folder:
         folder.append(sample("a"))
         folder.write_record({"finished": None})
-    with pytest.raises(UserError, match=r"other settings \(seed\); give another --outdir, or --fresh"):
+    with pytest.raises(
+        UserError, match="other settings: seed is 0 there and 1 here; give another --outdir, or --fresh"
+    ):
         RunFolder(tmp_path, TWO).__enter__()
     # The refusal has let go of the lock.
     with RunFolder(tmp_path, ONE) as folder:

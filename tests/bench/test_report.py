@@ -139,7 +139,7 @@ def test_full_on_top_budgets_grouped_and_most_bytes_first() -> None:
     rows = [row("mix", 1.0, kv_bytes_mean=9e6), row("window", 0.0, kv_bytes_mean=11e6)]
     rows += [row("mix", 1.0, 1024, kv_bytes_mean=20e6), row("full", 1.0)]
     fixed = {"cache_size": None, "budget_unit": None, "window_size": None}
-    rows.append(row("hf:quanto-int4", 1.0, **fixed, kv_bytes_mean=13e6))
+    rows.append(row("hf:quanto-int4", 1.0, **fixed, kv_bytes_mean=13e6, kv_share_of_prompt=0.281))
     (comparison,) = compare(rows)
     assert [[r["method"] for r in group] for group in comparison.groups] == [
         ["full"],
@@ -148,7 +148,8 @@ def test_full_on_top_budgets_grouped_and_most_bytes_first() -> None:
         ["window", "mix"],
     ]
     assert comparison.title == "needle, exact_match (higher is better), tiny, n=8"
-    assert "of one size, whatever the budget: hf:quanto-int4" in comparison.notes
+    said = "hf:quanto-int4 stands at 28.1 % of the prompt's bytes: it is of one size, whatever the budget"
+    assert said in comparison.notes
 
 
 def test_peers_without_a_window_join_their_budget() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from bench import run
 from bench.config import RunConfig
 from bench.engine import Engine
 from bench.errors import UserError
+from bench.inspect import read_maps
 from bench.methods import Cell
-from bench.records import RECORD, RESULTS, SAMPLES, RunFolder, read_record
+from bench.records import CURVE, RECORD, RESULTS, SAMPLES, STATES, RunFolder, read_record
 from bench.run import Outcome, execute
-from tests.bench.conftest import define_toys, read_lines
+from tests.bench.conftest import SENTENCES, define_toys, read_lines
 
 WANTED = [
     *["model", "task", "metric", "method", "quant_format", "budget_unit", "cache_size", "window_size", "n"],
@@ -117,7 +119,7 @@ def test_two_runs_on_one_folder(done: Path, tiny_folder: Path) -> None:
 
 
 def test_other_settings_need_another_folder(done: Path, tiny_folder: Path) -> None:
-    with pytest.raises(UserError, match=r"other settings \(seed\)"):
+    with pytest.raises(UserError, match="other settings: seed is 0 there and 1 here"):
         go(tiny_folder, done, seed=1)
 
 
@@ -222,6 +224,63 @@ def test_fidelity_is_a_task_like_others(tiny_folder: Path, tmp_path: Path) -> No
     assert (tmp_path / RESULTS).read_bytes() == table, "what the samples hold is enough"
 
 
+def a_text(path: Path) -> Path:
+    """A text of some hundred tokens: that of Python takes a second to tokenize."""
+    path.write_text(" ".join(SENTENCES * 10))
+    return path
+
+
+def test_layers_are_compared_on_request(tiny_folder: Path, tmp_path: Path) -> None:
+    text = a_text(tmp_path / "text.txt")
+    settings = {"tasks": ("fidelity",), "text": text, "lengths": (120,), "continuation": 8, "samples": 2}
+    assert go(tiny_folder, tmp_path, **settings)[0].measured == 6
+    # What has been measured without cannot answer the same with.
+    outcome, _ = go(tiny_folder, tmp_path, **settings, per_layer=True)
+    assert outcome.measured == 6
+    scores = {row["method"]: row["score"] for row in outcome.rows if row["metric"] == "attention_error"}
+    lines = read_lines(tmp_path / SAMPLES)[6:]
+    errors = [line["compared"]["attention_error"] for line in lines if line["method"] == "mix"]
+    assert {len(layers) for layers in errors} == {2}
+    assert scores["full"] == 0
+    assert scores["mix"] == pytest.approx(fmean(fmean(layers) for layers in errors))
+    with open(tmp_path / CURVE, newline="") as file:
+        curve = [line for line in csv.DictReader(file) if line["method"] == "mix"]
+    assert [int(line["position"]) for line in curve] == list(range(1, 9))
+    mean = fmean(line["compared"]["kl"][7] for line in lines if line["method"] == "mix")
+    assert float(curve[-1]["kl"]) == pytest.approx(mean, rel=1e-5)
+    go(tiny_folder, tmp_path, tasks=("needle",), samples=1, fresh=True)
+    assert not (tmp_path / CURVE).exists()
+
+
+CLOCKS = ("prefill_s", "compress_s", "ttft_ms", "decode_s", "tpot_ms", "decode_tokens_per_s", "peak_memory_bytes")
+
+
+@pytest.mark.slow
+def test_the_same_command_gives_the_same_samples(tiny_folder: Path, tmp_path: Path) -> None:
+    """Whatever the method, a press that draws numbers included; only clocks may differ."""
+    methods = ("full", "window", "mix", "hf:quanto-int4", "kvpress:snapkv", "kvpress:random")
+    settings = {
+        **toys(tmp_path / "toys"),
+        "tasks": ("toy_east", "toy_text", "needle", "fidelity"),
+        "quant_type": methods,
+        "samples": 1,
+        "continuation": 6,
+        "text": a_text(tmp_path / "text.txt"),
+        "budget_unit": "bytes",
+        "quant_format": None,
+    }
+    twice = []
+    for name in ("one", "two"):
+        outcome, _ = go(tiny_folder, tmp_path / name, **settings)
+        assert outcome.failures == []
+        lines = read_lines(tmp_path / name / SAMPLES)
+        assert {line["method"] for line in lines} == set(methods)
+        assert all(line["prefill_s"] > 0 for line in lines)
+        twice.append([{key: value for key, value in line.items() if key not in CLOCKS} for line in lines])
+    assert twice[0] == twice[1]
+    assert (tmp_path / "one" / CURVE).read_bytes() == (tmp_path / "two" / CURVE).read_bytes()
+
+
 @pytest.mark.parametrize("batch_size", ["4", "auto"])
 def test_the_batch_size_changes_no_score(tiny_folder: Path, tmp_path: Path, batch_size: str) -> None:
     settings = toys(tmp_path / "toys")
@@ -264,3 +323,15 @@ def test_the_default_model_finds_the_needle_with_the_full_cache(tmp_path: Path) 
     assert full["score"] == 1.0
     assert window["score"] < 1.0
     assert window["kv_share"] < 0.2
+
+
+def test_states_are_left_once(tiny_folder: Path, tmp_path: Path) -> None:
+    go(tiny_folder, tmp_path / "run", samples=1)
+    assert not (tmp_path / "run" / STATES).exists()
+    go(tiny_folder, tmp_path / "run", samples=1, states=True)
+    window, mix = read_maps(tmp_path / "run")
+    assert (window["task"], window["label"]) == ("needle", "window C=64 tokens per layer")
+    assert sum(map(sum, mix["map"].quantized)) > 0 == sum(map(sum, window["map"].quantized))
+    before = (tmp_path / "run" / STATES).read_bytes()
+    go(tiny_folder, tmp_path / "run", samples=1, states=True)
+    assert (tmp_path / "run" / STATES).read_bytes() == before

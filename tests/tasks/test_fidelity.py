@@ -117,3 +117,15 @@ def test_percentiles_are_over_the_tokens_of_all_prompts(text: Path) -> None:
     assert values == {"kl": 10.5, "kl_p95": 19, "top1_agreement": 0.5, "delta_nll": -1}
     assert task.evaluate(documents[:1], answers).values["kl"] == 5.5
     assert task.evaluate(documents, {}).values == {}
+
+
+def test_layers_are_a_metric_where_they_are_asked_for(text: Path) -> None:
+    options = {"text": text, "lengths": 50, "per_layer": True}
+    task = FidelityTask()
+    document, *_ = task.load(TaskSettings(tokenizer=Letters(), max_length=4096, options=options))
+    assert document.request.per_layer
+    answer = Compared(kl=(1.0,), agrees=(True,), delta_nll=(0.0,), attention_error=(0.25, 0.5))
+    assert task.score(document, answer)["attention_error"] == 0.375
+    assert task.evaluate([document], {document.id: answer}).values["attention_error"] == 0.375
+    assert task.metrics[-1].name == "attention_error"
+    assert "attention_error" not in {metric.name for metric in FidelityTask.metrics}
