@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from bench.commands import check, doctor, inspect, list_, report, run, score, speed, tune
+from bench.commands import check, doctor, inspect, list_, plan, report, run, score, speed, tune
 from bench.errors import UserError
 from tasks.base import TaskError
 
@@ -31,6 +31,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("run")(run.run)
+app.command("plan")(plan.plan)
 app.command("report")(report.report)
 app.command("check")(check.check)
 app.command("score")(score.score)

@@ -30,6 +30,27 @@ def _parse_list(value: Any, kind: type, name: str, *, unique: bool = True) -> tu
     return tuple(dict.fromkeys(parsed) if unique else parsed)
 
 
+def _parse_mapping(text: str | None, name: str) -> dict[str, Any]:
+    """``key=value,...``, or a mapping in YAML or JSON where values have parts. Values are those of YAML."""
+    import yaml
+
+    if not text:
+        return {}
+    if not text.lstrip().startswith("{"):
+        pairs = [item.partition("=") for item in text.split(",")]
+        if wrong := [key for key, equals, _ in pairs if not key.strip() or not equals]:
+            raise UserError(f"{name}: {wrong[0]!r} is not of the form key=value", exit_code=2)
+        text = "{" + ", ".join(f"{key.strip()}: {value}" for key, _, value in pairs) + "}"
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name}: {' '.join(str(error).split())}", exit_code=2) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{name}: {text!r} is no mapping", exit_code=2)
+    return {str(key): value for key, value in content.items()}
+
+
+EXECUTORS = ("local", "ray")
 METHOD_SETTINGS = (
     *("tau1", "tau2", "tau3", "gamma"),
     *("original_share", "importance", "pool_width", "max_pool_width", "decode_rate"),
@@ -88,6 +109,14 @@ class RunConfig:
     batch_size: str = "1"
     states: bool = False
     trust_remote_code: bool = False
+    device_map: str | None = None
+    model_kwargs: str | None = None
+    executor: str = "local"
+    address: str = "auto"
+    workers: int | None = None
+    gpus_per_worker: float | None = None
+    cpus_per_worker: int = 1
+    retries: int = 3
     plugin: tuple[str, ...] | None = None
     per_layer: bool = False
 
@@ -109,6 +138,10 @@ class RunConfig:
             ("rolling_chunk", 1),
             ("prefill_chunk", 1),
             ("continuation", 1),
+            ("workers", 1),
+            ("gpus_per_worker", 0),
+            ("cpus_per_worker", 1),
+            ("retries", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < low:
@@ -121,6 +154,30 @@ class RunConfig:
             )
         if not 0.0 < self.sampling_ratio <= 1.0:
             raise UserError(f"--sampling-ratio={self.sampling_ratio}: give a share above 0 and up to 1", exit_code=2)
+
+        if self.executor not in EXECUTORS:
+            raise UserError(f"--executor={self.executor}: use {' or '.join(EXECUTORS)}", exit_code=2)
+        if self.executor == "local":
+            for name in ("address", "workers", "gpus_per_worker", "cpus_per_worker", "retries"):
+                if getattr(self, name) != FIELDS[name].default:
+                    option = f"--{name.replace('_', '-')}"
+                    raise UserError(f"{option}={getattr(self, name)}: it needs --executor ray", exit_code=2)
+        else:
+            for name in ("plugin", "states"):
+                if getattr(self, name):
+                    raise UserError(f"--{name}: works with --executor local only", exit_code=2)
+        if self.gpus_per_worker is not None and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise UserError(
+                f"--gpus-per-worker={self.gpus_per_worker}: give a share of one GPU, or a whole number", exit_code=2
+            )
+        if self.device_map is not None and "device_map" in _parse_mapping(self.model_kwargs, "--model-kwargs"):
+            raise UserError("--model-kwargs: device_map is given by --device-map already", exit_code=2)
+
+    @property
+    def loading_kwargs(self) -> dict[str, Any]:
+        """What transformers is given, beyond the suite's own settings, when it loads a model."""
+        given = {} if self.device_map is None else {"device_map": self.device_map}
+        return {**given, **_parse_mapping(self.model_kwargs, "--model-kwargs")}
 
     @property
     def budgets(self) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ _BLOCK = 512
 _AUTO_BYTES = 1 << 30
 """What the logits of an automatic batch, and its copies of the cache, take at most, if it has more than one row."""
 
-_AUTO_DOCUMENTS = 32
+AUTO_DOCUMENTS = 32
 """Most documents of an automatic batch, which is what a killed run has to measure again."""
 
 _PREFILL_TOKENS = 512
@@ -336,7 +336,7 @@ class Engine:
         for job in jobs:
             request = job.document.request
             needed = self._bytes_needed(request)
-            full = len(batch) >= (self.batch_size or _AUTO_DOCUMENTS)
+            full = len(batch) >= (self.batch_size or AUTO_DOCUMENTS)
             if self.batch_size is None:
                 full = full or held + needed > _AUTO_BYTES
             if batch and (full or type(request) is not type(batch[0].document.request)):

@@ -12,6 +12,7 @@ functions: a command that loads no model does not wait for torch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -105,27 +106,38 @@ class ModelSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """A model ready to run (evaluation mode, no gradients), and the facts about it that a record keeps."""
+class DescribedModel:
+    """A model without its weights: what prompts are made with, and the facts about it that a record keeps."""
 
-    model: Any
-    """A transformers causal language model."""
+    config: Any
+    """The transformers config."""
     tokenizer: Any
     name: str
     source: str
     """A path, a hub id or a pinned requirement."""
+    reference: str
+    """What :func:`load` takes for the same model in any working directory."""
     folder: Path
-    """The folder that the weights were read from."""
+    """The folder that config and tokenizer were read from."""
     revision: str | None
     """Commit on the hub; None for local and embedded models."""
     fingerprint: str
     """SHA-256 over weights and config, see :func:`fingerprint`; on the hub the commit."""
     context_length: int | None
     """In tokens; None where the config does not say."""
-    dtype: str
-    device: str
     is_chat: bool
     """The tokenizer has a chat template."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel(DescribedModel):
+    """A model ready to run (evaluation mode, no gradients)."""
+
+    model: Any
+    """A transformers causal language model."""
+    dtype: str
+    device: str
+    """Where its first layer is; with a device map the others may be elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,18 +176,18 @@ def is_present(name: str) -> bool:
 # --- from a reference to a folder -----------------------------------------------------------------------------------
 
 
-def resolve(reference: str) -> ModelSource:
+def resolve(reference: str, *, weights: bool = True) -> ModelSource:
     """Say what ``reference`` stands for, without fetching anything.
 
     An embedded name wins over a folder of the same name (write ``./name`` for the folder), a folder over a hub id.
-    Raises :class:`UserError` where it can be nothing of these.
+    Without ``weights`` a folder need not have any. Raises :class:`UserError` where it can be nothing of these.
     """
     if reference in EMBEDDED:
         return ModelSource(kind="embedded", name=reference)
     path = Path(reference).expanduser()
     if reference and path.is_dir():
         path = path.resolve()
-        _check_folder(path, f"The folder {path}")
+        _check_folder(path, f"The folder {path}", weights)
         return ModelSource(kind="folder", name=path.name, path=path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -195,14 +207,14 @@ def resolve(reference: str) -> ModelSource:
     )
 
 
-def fetch(source: ModelSource, *, trust_remote_code: bool = False) -> Path:
+def fetch(source: ModelSource, *, trust_remote_code: bool = False, weights: bool = True) -> Path:
     """A local folder with config, tokenizer and safetensors of ``source``, downloaded and converted where needed.
 
     The last component of a hub model's folder is the commit. Python files of a hub repository are downloaded only with
-    ``trust_remote_code``. Raises :class:`UserError`.
+    ``trust_remote_code``, weights only with ``weights``. Raises :class:`UserError`.
     """
     if source.kind == "hub":
-        return _fetch_hub(source, trust_remote_code)
+        return _fetch_hub(source, trust_remote_code, weights)
     if source.kind == "embedded":
         embedded = EMBEDDED[source.name]
         return _convert_once(embedded.gguf_sha256, lambda work: _fetch_embedded(embedded, work))
@@ -217,11 +229,11 @@ def fetch(source: ModelSource, *, trust_remote_code: bool = False) -> Path:
     return _convert_once(digest, lambda work: gguf)
 
 
-def _check_folder(folder: Path, what: str) -> None:
+def _check_folder(folder: Path, what: str, weights: bool = True) -> None:
     """Refuse a folder that transformers could not load, or would load something else for. ``what`` names it."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{what} holds no config.json: it is no transformers model")
-    if not any((folder / f"model.safetensors{suffix}").is_file() for suffix in ("", ".index.json")):
+    if weights and not any((folder / f"model.safetensors{suffix}").is_file() for suffix in ("", ".index.json")):
         pickled = any(file.suffix in (".bin", ".pt", ".pth") for file in folder.iterdir())
         raise UserError(
             f"{what} holds no model.safetensors"
@@ -234,7 +246,7 @@ def _check_folder(folder: Path, what: str) -> None:
         raise UserError(f"{what} holds no tokenizer")
 
 
-def _fetch_hub(source: ModelSource, trust_remote_code: bool) -> Path:
+def _fetch_hub(source: ModelSource, trust_remote_code: bool, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -248,7 +260,7 @@ def _fetch_hub(source: ModelSource, trust_remote_code: bool) -> Path:
     )
 
     name = source.name
-    files = ["*.json", "*.safetensors", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
+    files = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
     settings: dict[str, Any] = {
         "revision": source.revision,
         "allow_patterns": [*files, "*.py"] if trust_remote_code else files,
@@ -278,7 +290,7 @@ def _fetch_hub(source: ModelSource, trust_remote_code: bool) -> Path:
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(f"{name} could not be fetched from the hub: {_one_line(error)}") from error
-    _check_folder(folder, f"{name} at {source.revision or 'its newest revision'}")
+    _check_folder(folder, f"{name} at {source.revision or 'its newest revision'}", weights)
     return folder
 
 
@@ -533,43 +545,62 @@ def load(
     extra = dict(model_kwargs or {})
     if own := sorted(_OWN_KWARGS & extra.keys()):
         raise UserError(f"model_kwargs cannot set {', '.join(own)}", exit_code=2)
-    source = resolve(reference)
+    resolve(reference)
     target = _device(device)
     torch_dtype = _dtype(dtype, target)
-    folder = fetch(source, trust_remote_code=trust_remote_code)
+    described = describe(reference, trust_remote_code=trust_remote_code)
 
     library = _transformers()
-    # AutoTokenizer may replace the class that a converted model names by its architecture's.
-    converted = source.kind in ("embedded", "gguf")
-    tokenizer_class = library.PreTrainedTokenizerFast if converted else library.AutoTokenizer
     if attn_implementation is not None:
         extra["attn_implementation"] = attn_implementation
-    with _transformers_errors(f"{source.name} cannot be loaded"):
-        tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with _transformers_errors(f"{described.name} cannot be loaded"):
         model, info = library.AutoModelForCausalLM.from_pretrained(
-            folder,
+            described.folder,
             dtype=torch_dtype,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **extra,
         )
-        _check_complete(info, source.name)
+        _check_complete(info, described.name)
         if "device_map" not in extra:
             model.to(target)
     model.eval().requires_grad_(False)
-    commit = folder.name if source.kind == "hub" else None
+    facts = {field.name: getattr(described, field.name) for field in dataclasses.fields(described)}
     return LoadedModel(
+        **{**facts, "config": model.config},
         model=model,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+    )
+
+
+def describe(reference: str, *, trust_remote_code: bool = False, weights: bool = True) -> DescribedModel:
+    """Find the model that ``reference`` stands for and read its config and tokenizer.
+
+    Without ``weights`` those of a hub model are not downloaded, and a folder need not have any. Raises
+    :class:`UserError`.
+    """
+    source = resolve(reference, weights=weights)
+    folder = fetch(source, trust_remote_code=trust_remote_code, weights=weights)
+    library = _transformers()
+    # AutoTokenizer may replace the class that a converted model names by its architecture's.
+    converted = source.kind in ("embedded", "gguf")
+    tokenizer_class = library.PreTrainedTokenizerFast if converted else library.AutoTokenizer
+    with _transformers_errors(f"{source.name} cannot be loaded"):
+        tokenizer = tokenizer_class.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = library.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    commit = folder.name if source.kind == "hub" else None
+    return DescribedModel(
+        config=config,
         tokenizer=tokenizer,
         name=source.name,
         source=source.origin,
+        reference=f"{source.name}@{commit}" if commit else str(source.path or reference),
         folder=folder,
         revision=commit,
         fingerprint=commit or fingerprint(folder),
-        context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=str(model.device),
+        context_length=getattr(config.get_text_config(), "max_position_embeddings", None),
         is_chat=bool(tokenizer.chat_template),
     )
 

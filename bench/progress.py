@@ -18,6 +18,22 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def progress_bars(console: Console) -> Progress:
+    """What bars are drawn in, one below the other; a context manager."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
 class ProgressReporter:
     """Counts steps of known number; a context manager.
 
@@ -27,36 +43,39 @@ class ProgressReporter:
         total: number of steps.
         unit: what a step is.
         done: steps that an earlier run had done; they do not count for the time left.
+        bars: where several reporters draw theirs; None for one of its own.
     """
 
-    def __init__(self, console: Console, label: str, total: int, done: int = 0, unit: str = "answers") -> None:
+    def __init__(
+        self,
+        console: Console,
+        label: str,
+        total: int,
+        done: int = 0,
+        unit: str = "answers",
+        bars: Progress | None = None,
+    ) -> None:
         self.console, self.label, self.total, self.unit = console, label, total, unit
         self.done, self.skipped = done, done
-        self._bar: Progress | None = None
+        self.failed = 0
+        self._owns = bars is None
+        self._bars = progress_bars(console) if bars is None else bars
         self._start = self._last = time.monotonic()
 
     def __enter__(self) -> ProgressReporter:
-        if self.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=self.console,
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, note="")
+        if self._owns:
+            self._bars.start()
+        self._task = self._bars.add_task(self.label, total=self.total, completed=self.done, note="")
         return self
 
-    def advance(self, note: str = "") -> None:
-        """One more step is done; ``note`` says what it gave."""
+    def advance(self, note: str = "", *, failed: bool = False) -> None:
+        """One more step is done, or has failed; ``note`` says what it gave or how it goes."""
         self.done += 1
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, note=note)
+        self.failed += failed
+        if self.failed:
+            note = f"{self.failed} failed" + (f"; {note}" if note else "")
+        if self.console.is_terminal:
+            self._bars.update(self._task, completed=self.done, note=note)
             return
         current = time.monotonic()
         if self.done == self.skipped + 1 or self.done == self.total or current - self._last >= LOG_INTERVAL_S:
@@ -73,5 +92,6 @@ class ProgressReporter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bars.remove_task(self._task)
+        if self._owns:
+            self._bars.stop()

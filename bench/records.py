@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import io
 import json
 import os
@@ -343,6 +344,16 @@ def environment() -> dict[str, Any]:
         "hardware": {**device, "torch_threads": torch.get_num_threads()},
         **_commit(),
     }
+
+
+def source_sha256() -> str:
+    """Of the project's own Python files: two processes with the same hash run the same code."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for package in ("arkv", "bench", "tasks"):
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _cpu_name() -> str:

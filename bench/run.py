@@ -5,26 +5,28 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 
 from bench import records
 from bench.config import RunConfig
 from bench.curve import curve_rows
-from bench.engine import Engine, Failure
+from bench.engine import AUTO_DOCUMENTS, Failure, Measurement
 from bench.errors import UserError
+from bench.executors import Answered, Executor, Unit, make_executor
 from bench.harness import HarnessTasks
 from bench.inspect import leave_maps
 from bench.methods import Cell, grid
-from bench.models import LoadedModel, load
+from bench.models import DescribedModel, describe
 from bench.plugins import Plugins
 from bench.predictions import clear_predictions, write_predictions
-from bench.progress import ProgressReporter
+from bench.progress import ProgressReporter, progress_bars
 from bench.results import TaskResults, group_rows, rows, to_sample
 from tasks.base import Document, Task, TaskError, TaskGroup, TaskSettings
 from tasks.registry import TaskSources, get_task
@@ -67,6 +69,7 @@ def fingerprint(config: RunConfig, models: dict[str, str], plugins: Mapping[str,
         "versions": {name: packages.get(name) for name in ("arkv-bench", "torch", "transformers", "lm-eval")},
         "device": config.device,
         "dtype": config.dtype,
+        "model_kwargs": config.loading_kwargs or None,
         "seed": config.seed,
         "max_length": config.max_length,
         "samples": config.samples,
@@ -85,7 +88,7 @@ def fingerprint(config: RunConfig, models: dict[str, str], plugins: Mapping[str,
     }
 
 
-def task_settings(config: RunConfig, model: LoadedModel, task: Task) -> TaskSettings:
+def task_settings(config: RunConfig, model: DescribedModel, task: Task) -> TaskSettings:
     """What a task of the run builds its documents from. Raises :class:`UserError` for a model of unknown length."""
     longest = model.context_length
     if config.max_length is not None:
@@ -95,7 +98,7 @@ def task_settings(config: RunConfig, model: LoadedModel, task: Task) -> TaskSett
     return TaskSettings(
         tokenizer=model.tokenizer,
         max_length=longest,
-        model_type=model.model.config.model_type,
+        model_type=model.config.model_type,
         context_length=model.context_length,
         seed=config.seed,
         limit=config.limit,
@@ -155,6 +158,17 @@ def tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]
     return list(tasks.values())
 
 
+def planned(config: RunConfig) -> tuple[list[Cell], list[Task]]:
+    """The grid of a run and what it would measure. Raises as :func:`execute`."""
+    cells, asked = _asked_for(config, Plugins(config.plugin or ()))
+    return cells, [task for task, _ in tasks_of(asked)]
+
+
+def documents_of(config: RunConfig, model: DescribedModel, task: Task) -> list[Document]:
+    """The documents of a task for a model. Raises :class:`TaskError`, :class:`UserError`."""
+    return list(task.load(task_settings(config, model, task)))
+
+
 def execute(
     config: RunConfig,
     path: Path,
@@ -182,81 +196,242 @@ def execute(
     for line in failure_lines(outcome.failures):
         console.print(f"[red]{escape(line)}[/red]", highlight=False)
     started = records.now()
-    loaded: dict[str, LoadedModel] = {}
+    models: dict[str, DescribedModel] = {}
     for reference in config.model:
         console.print(f"Loading {escape(reference)} ...", highlight=False)
-        model = load(reference, dtype=config.dtype, device=config.device, trust_remote_code=config.trust_remote_code)
-        if model.name in loaded:
+        # On a cluster, workers fetch the weights that this process has no use for.
+        weights = config.executor == "local"
+        model = describe(reference, trust_remote_code=config.trust_remote_code, weights=weights)
+        if model.name in models:
             raise UserError(f"--model: {reference!r} has the name of another one, {model.name!r}; rename its folder")
-        loaded[model.name] = model
-    models = {model.name: model.fingerprint for model in loaded.values()}
-    with records.RunFolder(path, fingerprint(config, models, plugins.hashes), fresh=fresh) as folder:
+        models[model.name] = model
+    fingerprints = {name: model.fingerprint for name, model in models.items()}
+    with (
+        make_executor(config, models, cells, console) as executor,
+        records.RunFolder(path, fingerprint(config, fingerprints, plugins.hashes), fresh=fresh) as folder,
+        progress_bars(console) as bars,
+    ):
         if fresh:
             clear_predictions(path)
+        run = _Run(config, models, asked, tasks, cells, outcome, folder, executor, console, bars, started, origin or {})
+        for answered in executor.run(run.units()):
+            run.take(answered)
+        run.close()
+    return outcome
+
+
+@dataclass
+class _TaskRun:
+    """One task of one model while it is measured."""
+
+    model: str
+    task: Task
+    part_of: str | None
+    documents: list[Document]
+    left: int
+    """Answers that are still to come."""
+    progress: ProgressReporter
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+
+class _Run:
+    """The driver's side of a run: gives out units of work, takes in answers, and alone writes the folder.
+
+    Several tasks can be under way at once, since an executor reads units ahead.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        models: Mapping[str, DescribedModel],
+        asked: Sequence[Task | TaskGroup],
+        tasks: Sequence[tuple[Task, str | None]],
+        cells: Sequence[Cell],
+        outcome: Outcome,
+        folder: records.RunFolder,
+        executor: Executor,
+        console: Console,
+        bars: Progress,
+        started: str,
+        origin: Mapping[str, str],
+    ) -> None:
+        self.config, self.models, self.asked, self.tasks, self.cells = config, models, asked, tasks, cells
+        self.folder, self.executor, self.console, self.bars = folder, executor, console, bars
+        self.outcome = outcome
+        self._under_way: dict[tuple[str, str], _TaskRun] = {}
+        self._rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        """By model and task, or group of tasks."""
+        self._curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        """By model and task."""
+        self._results: dict[str, dict[str, TaskResults]] = {name: {} for name in models}
+        """By model and task, as long as tasks of the model are to be measured."""
+        self._open = {name: {task.name for task, _ in tasks} for name in models}
         begun = folder.previous or {"started": started, "command": records.command_line(), "continued": []}
         again = [{"started": started, "command": records.command_line()}] if folder.previous else []
-        record = {
+        self._record = {
             "started": begun["started"],
             "finished": None,
             "command": begun["command"],
             "continued": [*begun.get("continued", []), *again],
             "settings": config.to_json(),
-            "origin": origin or {},
+            "origin": dict(origin),
             "cells": {cell.key: cell.label for cell in cells},
             "models": {
                 name: {
                     "source": model.source,
                     "fingerprint": model.fingerprint,
-                    "dtype": model.dtype,
-                    "device": model.device,
                     "context_length": model.context_length,
+                    **_loaded_facts(name, folder.previous),
                 }
-                for name, model in loaded.items()
+                for name, model in models.items()
             },
             "tasks": dict(begun.get("tasks", {})),
-            "failures": outcome.failures,
+            "failures": self.outcome.failures,
             **records.environment(),
         }
-        folder.write_record(record)
-        for name, model in loaded.items():
-            engine = Engine(
-                model.model, model.tokenizer, cells, batch_size=config.batch, prefill_chunk=config.prefill_chunk
-            )
-            engine.warm_up()
-            results: dict[str, TaskResults] = {}
-            for task, part_of in tasks:
+        self._write_record()
+
+    def _write_record(self, **more: Any) -> None:
+        for name, facts in self.executor.loaded().items():
+            self._record["models"][name].update(facts)
+        self.folder.write_record({**self._record, "executor": self.executor.record(), **more})
+
+    def units(self) -> Iterator[Unit]:
+        """Everything that is not answered yet, task by task; a task's documents are made when they are needed."""
+        for name in self.models:
+            for task, part_of in self.tasks:
                 try:
-                    documents = list(task.load(task_settings(config, model, task)))
-                    folder.claim_data(task.name, task.data_hash())
-                    record["tasks"][task.name] = {
-                        "documents": len(documents),
-                        "truncated": sum(document.truncated for document in documents),
-                        "data_sha256": task.data_hash() or None,
-                    }
-                    folder.write_record(record)
-                    _measure(name, task, documents, cells, engine, folder, console, outcome)
-                    found = _found(name, task, documents, folder)
-                    results[task.name] = TaskResults(task, documents, cells, found)
+                    yield from self._begin(name, task, part_of)
                 except (TaskError, UserError) as error:
-                    if isinstance(error, TaskError) and error.usage:
-                        raise
-                    outcome.failures.append({"model": name, "task": task.name, "error": str(error)})
-                    console.print(f"[red]{escape(task.name)}: {escape(str(error))}[/red]", highlight=False)
-                    continue
-                outcome.rows.extend(rows(name, results[task.name], cells, part_of))
-                outcome.curve.extend(curve_rows(results[task.name].all_samples()))
-                write_predictions(path, task, documents, cells, found, model=name if len(loaded) > 1 else None)
-                if config.states:
-                    leave_maps(path, model, task.name, documents[0], cells, config.prefill_chunk)
-                folder.write_results(outcome.rows)
-                folder.write_curve(outcome.curve)
-                folder.write_record(record)
-            for group in asked:
+                    self._fail(name, task, error)
+
+    def _begin(self, name: str, task: Task, part_of: str | None) -> Iterator[Unit]:
+        folder = self.folder
+        documents = documents_of(self.config, self.models[name], task)
+        folder.claim_data(task.name, task.data_hash())
+        self._record["tasks"][task.name] = {
+            "documents": len(documents),
+            "truncated": sum(document.truncated for document in documents),
+            "data_sha256": task.data_hash() or None,
+        }
+        self._write_record()
+        work = []
+        for document in documents:
+            prompt_hash = _prompt_hash(document)
+            left = [
+                cell
+                for cell in self.cells
+                if (name, task.name, document.id, prompt_hash, cell.key) not in folder.samples
+            ]
+            if left:
+                work.append((document, tuple(left)))
+        total = len(documents) * len(self.cells)
+        answers_left = sum(len(cells) for _, cells in work)
+        if done := total - answers_left:
+            found = f"{task.name}: {done} of {total} answers are in {folder.path} already"
+            self.console.print(found, markup=False, highlight=False, soft_wrap=True)
+        progress = ProgressReporter(self.console, f"{name} {task.name}", total, done, bars=self.bars)
+        under_way = _TaskRun(name, task, part_of, documents, answers_left, progress)
+        if not work:
+            self._finish(under_way)
+            return
+        self._under_way[name, task.name] = under_way
+        progress.__enter__()
+        size = self.config.batch or AUTO_DOCUMENTS
+        for start in range(0, len(work), size):
+            if (name, task.name) not in self._under_way:
+                return
+            yield Unit(model=name, task=task.name, work=tuple(work[start : start + size]))
+
+    def take(self, answered: Answered) -> None:
+        """Write down an answer; with the last one of a task, its rows."""
+        unit, document, result = answered
+        under_way = self._under_way.get((unit.model, unit.task))
+        if under_way is None:
+            # The task has failed while this was on its way.
+            return
+        try:
+            error = (
+                result.error if isinstance(result, Failure) else self._append(unit, under_way.task, document, result)
+            )
+            if error is not None:
+                where = {"model": unit.model, "task": unit.task, "cell": result.cell.key, "document": document.id}
+                under_way.failures.append({**where, "error": error})
+            under_way.left -= 1
+            under_way.progress.advance(self.executor.status(), failed=error is not None)
+            if not under_way.left:
+                self._end(under_way)
+                self._finish(under_way)
+        except (TaskError, UserError) as error:
+            self._end(under_way)
+            self._fail(unit.model, under_way.task, error)
+
+    def _end(self, under_way: _TaskRun) -> None:
+        """No more answers of a task are taken."""
+        if self._under_way.pop((under_way.model, under_way.task.name), None) is None:
+            return
+        under_way.progress.__exit__(None, None, None)
+        for line in failure_lines(under_way.failures):
+            self.console.print(f"[red]{escape(line)}[/red]", highlight=False)
+        self.outcome.failures += under_way.failures
+
+    def _append(self, unit: Unit, task: Task, document: Document, result: Measurement) -> str | None:
+        """Keep a sample. Returns why it cannot be kept, or None."""
+        try:
+            self.folder.append(to_sample(unit.model, task, document, _prompt_hash(document), result))
+        except records.NotFinite as error:
+            return str(error)
+        self.outcome.measured += 1
+        return None
+
+    def _finish(self, under_way: _TaskRun) -> None:
+        """Everything of a task has been answered, as far as it can be."""
+        name, task, documents = under_way.model, under_way.task, under_way.documents
+        found = _found(name, task, documents, self.folder)
+        results = self._results[name][task.name] = TaskResults(task, documents, self.cells, found)
+        self._rows[name, task.name] = rows(name, results, self.cells, under_way.part_of)
+        self._curves[name, task.name] = curve_rows(results.all_samples())
+        several = len(self.models) > 1
+        write_predictions(self.folder.path, task, documents, self.cells, found, model=name if several else None)
+        if self.config.states:
+            model = self.executor.model(name)
+            leave_maps(self.folder.path, model, task.name, documents[0], self.cells, self.config.prefill_chunk)
+        self._close_task(name, task)
+
+    def _fail(self, name: str, task: Task, error: TaskError | UserError) -> None:
+        """A task that cannot be measured. Raises ``error`` where it makes no sense at all."""
+        if isinstance(error, TaskError) and error.usage:
+            raise error
+        self.outcome.failures.append({"model": name, "task": task.name, "error": str(error)})
+        self.console.print(f"[red]{escape(task.name)}: {escape(str(error))}[/red]", highlight=False)
+        self._close_task(name, task)
+
+    def _close_task(self, name: str, task: Task) -> None:
+        """The last task of a model makes the rows of its groups."""
+        self._open[name].discard(task.name)
+        if not self._open[name]:
+            results = self._results.pop(name)
+            for group in self.asked:
                 if isinstance(group, TaskGroup):
-                    outcome.rows.extend(group_rows(name, group, results, cells))
-        folder.write_results(outcome.rows)
-        folder.write_record({**record, "finished": records.now()})
-    return outcome
+                    self._rows[name, group.name] = group_rows(name, group, results, self.cells)
+        order = [*(task.name for task, _ in self.tasks), *(item.name for item in self.asked)]
+        found = dict.fromkeys((name, item) for name in self.models for item in order)
+        self.outcome.rows = [row for key in found for row in self._rows.get(key, ())]
+        self.outcome.curve = [row for key in found for row in self._curves.get(key, ())]
+        self.folder.write_results(self.outcome.rows)
+        self.folder.write_curve(self.outcome.curve)
+        self._write_record()
+
+    def close(self) -> None:
+        """Everything has been done."""
+        self.folder.write_results(self.outcome.rows)
+        self._write_record(finished=records.now())
+
+
+def _loaded_facts(name: str, previous: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Dtype and device of a model as the run that is continued had it; unknown before it is loaded."""
+    known = (previous or {}).get("models", {}).get(name, {})
+    return {"dtype": known.get("dtype"), "device": known.get("device")}
 
 
 def _found(
@@ -271,50 +446,6 @@ def _found(
         and sample["task"] == task.name
         and wanted.get(sample["document"]) == sample["prompt_sha256"]
     }
-
-
-def _measure(
-    model: str,
-    task: Task,
-    documents: list[Document],
-    cells: list[Cell],
-    engine: Engine,
-    folder: records.RunFolder,
-    console: Console,
-    outcome: Outcome,
-) -> None:
-    """Answer what is not answered yet; note in ``outcome`` what was measured and what failed."""
-    left: dict[str, list[Cell]] = {}
-    for document in documents:
-        prompt_hash = _prompt_hash(document)
-        open_cells = [
-            cell for cell in cells if (model, task.name, document.id, prompt_hash, cell.key) not in folder.samples
-        ]
-        if open_cells:
-            left[document.id] = open_cells
-    total = len(documents) * len(cells)
-    done = total - sum(map(len, left.values()))
-    if done:
-        found = f"{task.name}: {done} of {total} answers are in {folder.path} already"
-        console.print(found, markup=False, highlight=False, soft_wrap=True)
-    failures: list[dict[str, str]] = []
-    with ProgressReporter(console, f"{model} {task.name}", total, done) as progress:
-        work = [(document, left[document.id]) for document in documents if document.id in left]
-        for document, answered in engine.answer_batch(work):
-            where = {"model": model, "task": task.name, "cell": answered.cell.key, "document": document.id}
-            if isinstance(answered, Failure):
-                failures.append({**where, "error": answered.error})
-            else:
-                sample = to_sample(model, task, document, _prompt_hash(document), answered)
-                try:
-                    folder.append(sample)
-                    outcome.measured += 1
-                except records.NotFinite as error:
-                    failures.append({**where, "error": str(error)})
-            progress.advance()
-    for line in failure_lines(failures):
-        console.print(f"[red]{escape(line)}[/red]", highlight=False)
-    outcome.failures += failures
 
 
 def failure_lines(failures: Iterable[Mapping[str, str]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from bench.errors import UserError
 
 GRID, SETTINGS, DATA, OUTPUT = "The grid", "Settings of the methods", "Models and data", "Output"
+WHERE = "Where it runs"
 
 
 def _option(help_: str, panel: str, *names: str) -> Any:
@@ -160,6 +162,36 @@ def run(
     trust_remote_code: Annotated[
         bool, _option("Run code that comes with a hub model. Only if you trust it.", DATA, "--trust-remote-code")
     ] = False,
+    device_map: Annotated[
+        str | None,
+        _option("auto spreads a model over the GPUs that there are (accelerate). Default: one device.", DATA),
+    ] = None,
+    model_kwargs: Annotated[
+        str | None,
+        _option("For transformers when it loads a model: key=value,..., or a mapping as YAML or JSON.", DATA),
+    ] = None,
+    executor: Annotated[
+        str | None, _option("local, or ray: on the workers of a cluster. Default: local.", WHERE)
+    ] = None,
+    address: Annotated[
+        str | None,
+        _option(
+            "Ray: host:port or ray://host:port of a cluster, auto for the one of this machine (or RAY_ADDRESS), local "
+            "for one of this run's own. Default: auto.",
+            WHERE,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, _option("Ray: workers, each with a model of its own. Default: as many as there is room for.", WHERE)
+    ] = None,
+    gpus_per_worker: Annotated[
+        float | None, _option("Ray: GPUs of a worker. Default: 1, or 0 on a cluster without any.", WHERE)
+    ] = None,
+    cpus_per_worker: Annotated[int | None, _option("Ray: cores and threads of a worker. Default: 1.", WHERE)] = None,
+    retries: Annotated[
+        int | None,
+        _option("Ray: how often documents whose worker died are tried again before they fail. Default: 3.", WHERE),
+    ] = None,
     plugin: Annotated[
         list[str] | None,
         _option("Python files with methods or tasks of your own (docs/plugins.md); may be repeated.", GRID),
@@ -195,13 +227,9 @@ def run(
     [bold]arkv-bench run --preset demo[/bold]
     [bold]arkv-bench run --tasks needle,gsm8k --data-dir DATA --quant-type full,mix --cache-size 512,1024[/bold]
     """
-    flags: dict[str, Any] = {
-        key: value
-        for key, value in locals().items()
-        # A switch without an opposite that was not given leaves the preset's value.
-        if key not in ("preset", "fresh", "print_config") and not (key == "trust_remote_code" and value is False)
-    }
-    flags["plugin"] = ",".join(plugin) if plugin else None
+    flags = settings_of(
+        {key: value for key, value in locals().items() if key not in ("preset", "fresh", "print_config")}
+    )
     from bench.config import FIELDS, resolve
 
     config, origin = resolve(flags, preset)
@@ -242,6 +270,14 @@ def run(
         for line in failure_lines(outcome.failures):
             typer.echo(f"  {line}", err=True)
         raise typer.Exit(1)
+
+
+def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What was typed, as :func:`bench.config.resolve` takes it."""
+    # A switch without an opposite that was not given leaves the preset's value.
+    given = {key: value for key, value in options.items() if not (key == "trust_remote_code" and value is False)}
+    plugins = options.get("plugin")
+    return {**given, "plugin": ",".join(plugins) if plugins else None}
 
 
 def _new_folder(preset: str | None) -> Path:

@@ -1,0 +1,195 @@
+"""``arkv-bench plan``: what a run would take, before it is run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bench.commands import run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bench.methods import Cell
+    from bench.plan import Calibration, ModelPlan
+
+CLUSTER = "The cluster"
+_NOT_PLANNED = (
+    *("executor", "address", "workers", "gpus_per_worker", "cpus_per_worker", "retries"),
+    *("states", "outdir", "fresh", "print_config"),
+)
+"""Settings of a run that change nothing here."""
+
+
+def _with_settings_of_run(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the settings of ``arkv-bench run`` that describe a grid in the place of ``settings``."""
+    of_run = inspect.signature(run.run, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True).parameters
+    parameters = {name: item for name, item in of_run.items() if name not in _NOT_PLANNED}
+    parameters |= {name: item for name, item in own.items() if name != "settings"}
+    signature = inspect.Signature(list(parameters.values()))
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {name: item.annotation for name, item in parameters.items()}
+    return command
+
+
+def _option(help_: str) -> Any:
+    return typer.Option(help=help_, rich_help_panel=CLUSTER)
+
+
+@_with_settings_of_run
+def plan(
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the cluster.", rich_help_panel=CLUSTER)] = 1,
+    gpu_memory: Annotated[str, _option("Memory of each, as 80GB or 24GiB.")] = "80GB",
+    gpus_per_worker: Annotated[float, _option("GPUs of a worker.")] = 1,
+    calibration_model: Annotated[
+        str, _option("What is timed on this machine; its times are scaled by the number of parameters.")
+    ] = "smollm2-135m",
+    calibrate: Annotated[bool, _option("Time a few prompts on this machine, for an estimate of the time.")] = True,
+    speedup: Annotated[float, _option("How many times faster than this machine a worker is, as far as you know.")] = 1,
+    **settings: Any,
+) -> None:
+    """What a grid would take on a cluster: documents, prefills, KV bytes, whether the models fit, time.
+
+    Takes the settings of arkv-bench run; models need a config and a tokenizer, no weights, and no GPU.
+
+    [bold]arkv-bench plan --preset paper-longbench --gpus 8 --gpu-memory 80GB[/bold]
+    """
+    from rich.console import Console
+
+    from bench.config import resolve
+    from bench.errors import UserError
+    from bench.models import describe
+    from bench.plan import Load, ModelPlan, fit, model_size, parse_bytes
+    from bench.run import documents_of, planned
+    from tasks.base import TaskError
+
+    if not speedup > 0:
+        raise UserError(f"--speedup={speedup}: give a number above 0", exit_code=2)
+    preset = settings.pop("preset", None)
+    config, _ = resolve(run.settings_of(settings), preset)
+    memory = parse_bytes(gpu_memory, "--gpu-memory")
+    if not 0 < gpus_per_worker <= gpus:
+        raise UserError(
+            f"--gpus-per-worker={gpus_per_worker:g}: give more than 0, and no more than --gpus={gpus}", exit_code=2
+        )
+    workers = int(gpus // gpus_per_worker) if gpus_per_worker >= 1 else gpus * int(1 / gpus_per_worker + 1e-9)
+    cells, tasks = planned(config)
+    console = Console()
+    calibration = _calibration(calibration_model, config, cells, console) if calibrate else None
+    plans = []
+    for reference in config.model:
+        model = describe(reference, trust_remote_code=config.trust_remote_code, weights=False)
+        size = model_size(model, config.dtype)
+        loads, failures = [], {}
+        for task in tasks:
+            try:
+                loads.append(Load.of(task.name, documents_of(config, model, task)))
+            except (TaskError, UserError) as error:
+                if isinstance(error, TaskError) and error.usage:
+                    raise
+                failures[task.name] = str(error)
+        seconds = None
+        if calibration is not None:
+            seconds = sum(calibration.seconds(load, cells, size.parameters) for load in loads) / speedup
+        needs = fit(size, loads, config, int(memory * gpus_per_worker))
+        plans.append(
+            ModelPlan(name=model.name, size=size, loads=tuple(loads), failures=failures, fit=needs, seconds=seconds)
+        )
+    for item in plans:
+        _show(item, cells, workers, console)
+    _show_time(plans, calibration, workers, speedup, console)
+    if any(item.failures for item in plans):
+        raise typer.Exit(1)
+
+
+def _calibration(reference: str, config: Any, cells: list[Cell], console: Console) -> Calibration:
+    from bench.engine import Engine
+    from bench.models import load
+    from bench.plan import calibrate
+
+    console.print(f"Timing {reference} on this machine ...", markup=False, highlight=False)
+    loaded = load(reference, dtype=config.dtype, device=config.device)
+    engine = Engine(loaded.model, loaded.tokenizer, cells, prefill_chunk=config.prefill_chunk)
+    engine.warm_up()
+    parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
+    return calibrate(engine, loaded.name, parameters, loaded.config.get_text_config().vocab_size)
+
+
+def _bytes(count: int | None) -> str:
+    """``1.5 GB``; empty where it is unknown."""
+    if count is None:
+        return ""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def _show(plan: ModelPlan, cells: list[Cell], workers: int, console: Console) -> None:
+    from rich.table import Table
+
+    from bench.plan import USABLE, cells_table
+
+    tasks = Table(title=f"{plan.name}: {plan.size.parameters / 1e9:.3g} B parameters")
+    for head in ("task", "documents", "prefills", "mean tokens", "longest", "steps per method"):
+        tasks.add_column(head, justify="left" if head == "task" else "right")
+    for load in plan.loads:
+        numbers = (load.documents, load.prefills, load.mean_context, load.longest, load.steps)
+        tasks.add_row(load.task, *(f"{number:,}" for number in numbers))
+    console.print(tasks)
+    for name, error in plan.failures.items():
+        console.print(f"{name}: {error}", markup=False, highlight=False, style="red")
+    if rows := cells_table(plan, cells):
+        table = Table(title="KV bytes of a prompt after compression, at most")
+        for head in ("method", "mean prompt", "longest prompt"):
+            table.add_column(head, justify="left" if head == "method" else "right")
+        for label, mean, most in rows:
+            table.add_row(label, _bytes(mean), _bytes(most))
+        console.print(table)
+    need = plan.fit
+    console.print(
+        f"{plan.name} {'fits' if need.fits else 'DOES NOT FIT'}: {_bytes(need.weights)} of weights, "
+        f"{_bytes(need.caches)} for the prefill of the longest prompt and a copy, {_bytes(need.activations)} for a "
+        f"forward: {_bytes(need.needed)} of {_bytes(need.available)} ({USABLE:.0%} of a worker's GPUs).",
+        markup=False,
+        highlight=False,
+    )
+    if not need.fits:
+        console.print(
+            "More GPUs for a worker (--gpus-per-worker 2 --device-map auto), --prefill-chunk, a smaller --batch-size "
+            "or --max-length make room.",
+            highlight=False,
+        )
+
+
+def _show_time(
+    plans: list[ModelPlan], calibration: Calibration | None, workers: int, speedup: float, console: Console
+) -> None:
+    from bench.progress import duration
+
+    documents = sum(load.documents for plan in plans for load in plan.loads)
+    prefills = sum(load.prefills for plan in plans for load in plan.loads)
+    console.print(f"In all: {documents:,} documents, {prefills:,} prefills, {workers} workers.", highlight=False)
+    if calibration is None:
+        return
+    total = sum(plan.seconds or 0.0 for plan in plans)
+    for plan in plans:
+        console.print(f"  {plan.name}: {duration((plan.seconds or 0.0) / workers)}", markup=False, highlight=False)
+    from bench.plan import CALIBRATION_LENGTHS, CALIBRATION_STEPS
+
+    lengths = " and ".join(f"{length:,}" for length in CALIBRATION_LENGTHS)
+    faster = f", a worker taken as {speedup:g} times as fast as this machine" if speedup != 1 else ""
+    console.print(
+        f"About {duration(total / workers)} on {workers} workers, {duration(total)} on one. How: prompts of {lengths} "
+        f"tokens and {CALIBRATION_STEPS} decoding steps were timed here for every method, with {calibration.model} "
+        f"({calibration.parameters / 1e9:.3g} B parameters) on {calibration.device}; prefill is taken as a N + b N^2, "
+        f"compression as linear in N, a decoding step as of one length, and all of them as proportional to the number "
+        f"of parameters{faster}. Answers are counted at their greatest length; loading models is not counted. For "
+        "another model or kind of machine this is an order of magnitude.",
+        markup=False,
+        highlight=False,
+    )

@@ -1,0 +1,33 @@
+"""Where units of work are answered: in this process, or on a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+
+from bench.config import RunConfig
+from bench.executors.base import Answered, Executor, Setup, Unit
+from bench.methods import Cell
+from bench.models import DescribedModel
+
+__all__ = ["Answered", "Executor", "Setup", "Unit", "make_executor"]
+
+
+def make_executor(
+    config: RunConfig, models: Mapping[str, DescribedModel], cells: Sequence[Cell], console: Console
+) -> Executor:
+    """The executor that ``config`` asks for.
+
+    Raises:
+        UserError: what it needs is not installed.
+    """
+    setup = Setup.of(config, models, cells)
+    if config.executor == "ray":
+        from bench.executors.ray import RayExecutor
+
+        fingerprints = {name: model.fingerprint for name, model in models.items()}
+        return RayExecutor(config, setup, fingerprints, console)
+    from bench.executors.local import LocalExecutor
+
+    return LocalExecutor(setup)

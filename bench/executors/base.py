@@ -1,0 +1,162 @@
+"""What every executor shares: units of work, and the one way to answer them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from bench.config import RunConfig
+from bench.engine import Engine, Failure, Measurement
+from bench.methods import Cell
+from bench.models import DescribedModel, LoadedModel, load
+from tasks.base import Compare, Document, Generate, LogLikelihood
+
+Work = tuple[Document, tuple[Cell, ...]]
+"""A document, and the cells that are to answer it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """Documents of one task for one model, with what is to answer each: what a worker does in one go."""
+
+    model: str
+    task: str
+    work: tuple[Work, ...]
+
+    @property
+    def cost(self) -> int:
+        """A rough measure of the time that it takes, to begin with what takes longest."""
+        return sum(
+            document.request.prompt_tokens + len(cells) * _read_tokens(document) for document, cells in self.work
+        )
+
+    def split(self) -> list[Unit]:
+        """A unit for each document."""
+        return [dataclasses.replace(self, work=(item,)) for item in self.work]
+
+    def failures(self, error: str) -> Iterator[Answered]:
+        """The same failure for everything that was to be answered."""
+        for document, cells in self.work:
+            yield from (Answered(self, document, Failure(cell=cell, error=error)) for cell in cells)
+
+
+def _read_tokens(document: Document) -> int:
+    """Tokens that every cell reads or writes behind the prompt, at most."""
+    request = document.request
+    if isinstance(request, Generate):
+        return request.max_new_tokens
+    if isinstance(request, Compare):
+        return len(request.continuation_ids)
+    if isinstance(request, LogLikelihood):
+        return sum(len(item.token_ids) for item in request.continuations)
+    return request.prompt_tokens
+
+
+class Answered(NamedTuple):
+    """What one cell made of one document of a unit."""
+
+    unit: Unit
+    document: Document
+    result: Measurement | Failure
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Everything that answers units, in any process on any machine."""
+
+    models: Mapping[str, str]
+    """References by name, as any working directory has them."""
+    cells: tuple[Cell, ...]
+    dtype: str
+    device: str
+    trust_remote_code: bool
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int | None = 1
+    prefill_chunk: int | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, models: Mapping[str, DescribedModel], cells: Sequence[Cell]) -> Setup:
+        return cls(
+            models={name: model.reference for name, model in models.items()},
+            cells=tuple(cells),
+            dtype=config.dtype,
+            device=config.device,
+            trust_remote_code=config.trust_remote_code,
+            model_kwargs=config.loading_kwargs,
+            batch_size=config.batch,
+            prefill_chunk=config.prefill_chunk,
+        )
+
+
+class Answerer:
+    """Answers units one after the other; holds the model of the newest one."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self._engine: Engine | None = None
+        self._model: LoadedModel | None = None
+        self._name = ""
+        self.loaded: dict[str, dict[str, str]] = {}
+        """Device and dtype of every model that was loaded, by name."""
+
+    def engine(self, name: str) -> Engine:
+        """The engine of a model, loaded and warm. Raises :class:`UserError`."""
+        if self._engine is None or self._name != name:
+            # Two models need not fit on the device.
+            self._engine = self._model = None
+            setup = self.setup
+            loaded = load(
+                setup.models[name],
+                dtype=setup.dtype,
+                device=setup.device,
+                trust_remote_code=setup.trust_remote_code,
+                model_kwargs=setup.model_kwargs,
+            )
+            self.loaded[name] = {"dtype": loaded.dtype, "device": loaded.device}
+            engine = Engine(
+                loaded.model,
+                loaded.tokenizer,
+                setup.cells,
+                batch_size=setup.batch_size,
+                prefill_chunk=setup.prefill_chunk,
+            )
+            engine.warm_up()
+            self._engine, self._model, self._name = engine, loaded, name
+        return self._engine
+
+    def model(self, name: str) -> LoadedModel:
+        """The model of :meth:`engine`. Raises :class:`UserError`."""
+        self.engine(name)
+        assert self._model is not None
+        return self._model
+
+    def answer(self, unit: Unit) -> Iterator[Answered]:
+        """Every cell's answer, as it comes."""
+        engine = self.engine(unit.model)
+        for document, result in engine.answer_batch(unit.work):
+            yield Answered(unit, document, result)
+
+
+class Executor(AbstractContextManager["Executor"], Protocol):
+    """Has units answered; a context manager."""
+
+    def run(self, units: Iterable[Unit]) -> Iterator[Answered]:
+        """Everything that the units ask for, each answer once, in any order.
+
+        ``units`` is read as far as there is something to do them with.
+        """
+
+    def status(self) -> str:
+        """How it goes, for a line of progress; may be empty."""
+
+    def model(self, name: str) -> LoadedModel:
+        """A model in this process. Raises :class:`UserError` where there is none."""
+
+    def loaded(self) -> Mapping[str, Mapping[str, str]]:
+        """Device and dtype of the models that have been loaded so far, by name."""
+
+    def record(self) -> dict[str, Any]:
+        """What took part, for the run's record."""
