@@ -84,6 +84,8 @@ def main() -> None:
     loaded = load(options.model)
     model, length, count = loaded.model, options.length, options.continuation
     ratios = [float(item) for item in options.cache_ratio.split(",")]
+    configs = {(variant, ratio): parse_variant(variant, ratio) for variant in options.variants for ratio in ratios}
+    window = max(config.window_size for config in configs.values())
     rows: list[dict[str, Any]] = []
     hashes = {}
     for spec in options.text:
@@ -92,7 +94,7 @@ def main() -> None:
         hashes[name] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
         for index, ids in enumerate(contexts(loaded.tokenizer, texts, options.prompts, length + count)):
             tokens = torch.tensor([ids], device=model.device)
-            prefill = PrefillCache(model, 64)
+            prefill = PrefillCache(model, window)
             with attach(model):
                 model(tokens[:, :length], past_key_values=prefill, logits_to_keep=1)
             following = tokens[:, length:]
@@ -100,7 +102,7 @@ def main() -> None:
             for variant in options.variants:
                 for ratio in ratios:
                     start = time.perf_counter()
-                    cache = TriStateCache.from_prefill(prefill, parse_variant(variant, ratio))
+                    cache = TriStateCache.from_prefill(prefill, configs[variant, ratio])
                     seconds = time.perf_counter() - start
                     share = cache.nbytes() / prefill.full_bytes(length)
                     with attach(model):
