@@ -210,10 +210,6 @@ class CacheConfig:
                 raise ConfigError(f"unknown setting {name!r}: {_nearest(name, fields)}")
         in_bytes = settings.get("budget_unit") == "bytes"
         defaults = {**BYTE_DEFAULTS, **BYTE_METHODS[method]} if in_bytes else METHODS[method]
-        size = settings.get("cache_size")
-        if in_bytes and isinstance(size, int):
-            # A small budget is not all window.
-            defaults["window_size"] = min(defaults["window_size"], max(size // 4, cls.window_size))
         return cls(**{**defaults, **settings})
 
 
@@ -240,12 +236,11 @@ METHODS: dict[str, dict[str, Any]] = {
 
 BYTE_DEFAULTS: dict[str, Any] = {
     "n_sink": 4,
-    "window_size": 64,
     "quant_format": "int4",
     "importance": "mean_max",
     "decode_importance": "mean",
 }
-"""Settings of every method in byte units; of a ``cache_size`` below 256 the window takes a quarter, but 32 at least."""
+"""Settings of every method in byte units."""
 
 BYTE_METHODS: dict[str, dict[str, Any]] = {
     "window": {"ranking": "recency", "original_share": 1.0},

@@ -35,7 +35,7 @@ def inspect(
     cache_ratio: Annotated[str | None, _option("Budget as a share of the prompt instead.", METHOD)] = None,
     budget_unit: Annotated[str | None, _option("tokens or bytes. Default: tokens.", METHOD)] = None,
     window_size: Annotated[
-        str | None, _option("Newest tokens that always stay at model precision. Default: 32, in bytes 64.", METHOD)
+        str | None, _option("Newest tokens that always stay at model precision. Default: 32.", METHOD)
     ] = None,
     quant_format: Annotated[str | None, _option("Format of quantized tokens. Default: by budget unit.", METHOD)] = None,
     preset: Annotated[

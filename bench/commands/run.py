@@ -38,7 +38,7 @@ def run(
         _option("tokens (published), or bytes: what quantization saves buys more tokens. Default: tokens.", GRID),
     ] = None,
     window_size: Annotated[
-        str | None, _option("Newest tokens that always stay at model precision. Default: 32, in bytes 64.", GRID)
+        str | None, _option("Newest tokens that always stay at model precision. Default: 32.", GRID)
     ] = None,
     quant_format: Annotated[
         str | None, _option("Formats of quantized tokens: fp8, int8, int4, int2, k4v3. Default: by budget unit.", GRID)
