@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
@@ -101,6 +102,16 @@ def test_an_edited_plugin_needs_another_folder(long_folder: Path, tmp_path: Path
 
 
 NAMED = "from bench.extend import Method\nclass M(Method):\n  name = {!r}\n  compress = print"
+
+
+def test_the_text_that_was_hashed_is_what_runs(tmp_path: Path) -> None:
+    """Also after an edit that leaves size and time as they were."""
+    file = write(tmp_path / "mine.py", NAMED.format("one"))
+    stamp = file.stat().st_mtime_ns
+    assert set(Plugins([file]).methods) == {"one"}
+    write(file, NAMED.format("two"))
+    os.utime(file, ns=(stamp, stamp))
+    assert set(Plugins([file]).methods) == {"two"}
 
 
 def test_a_plugin_that_raises_stops_nothing_else(long_folder: Path, tmp_path: Path) -> None:
