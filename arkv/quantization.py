@@ -7,9 +7,9 @@ leaves the window during decoding is stored like one of the prompt, and nothing 
 
 A few channels of the keys are large for every token, and would take most of a token's range. Coarse formats therefore
 subtract each channel's mean over the prompt from the keys (``center``), which costs one key per head, and turn keys and
-values by a fixed orthogonal matrix that spreads every channel over all (Hadamard; as in QuaRot, arXiv 2404.00456). On
-the attention output of the default model 4 bits per token are then as exact as 4 bits per channel in groups of 64
-tokens (KIVI, arXiv 2402.02750), which cannot take tokens that come one at a time.
+values by a fixed orthogonal matrix that spreads every channel over all (Hadamard; as in QuaRot, arXiv 2404.00456).
+Ranges per channel in groups of tokens (KIVI, arXiv 2402.02750) serve the same end, but cannot take tokens that come one
+at a time.
 
 Scales are folded after the product, ``q . (codes * scale) = (q . codes) * scale``, and zero points, centers and the
 rotation likewise, ``q . R codes = (R' q) . codes``: attention never needs the dequantized tensor in memory.

@@ -716,6 +716,8 @@ def _encode_pairs(tokenizer: Any, instances: Sequence[Any]) -> list[tuple[list[i
     prefix, encode = _scoring_encoder(tokenizer)
 
     class Encoder(TemplateLM):
+        """Encodes pairs, and is asked for nothing else; the class is abstract without the last two methods."""
+
         eot_token_id = prefix
         prefix_token_id = prefix
 

@@ -125,6 +125,23 @@ class NotFinite(ValueError):
     """A sample with NaN or infinity in it."""
 
 
+def lock_folder(path: Path, what: str) -> FileLock:
+    """Make the folder if absent and take its lock, which ends with the process at the latest.
+
+    Raises:
+        UserError: another process (doing ``what``) holds it, or the folder cannot be written to.
+    """
+    lock = FileLock(path / ".lock")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{path}: another {what} writes here; wait for it or give another --outdir") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there ({error.strerror}); give another --outdir") from None
+    return lock
+
+
 class RunFolder:
     """A run folder that is open for writing; a context manager that holds its lock.
 
@@ -144,16 +161,9 @@ class RunFolder:
         self.samples: dict[tuple[str, ...], dict[str, Any]] = {}
         self.previous: dict[str, Any] | None = None
         """The record of the run that this one continues."""
-        self._lock = FileLock(path / ".lock")
 
     def __enter__(self) -> RunFolder:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{self.path}: another run writes here; wait for it or give another --outdir") from None
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot write there ({error.strerror}); give another --outdir") from None
+        self._lock = lock_folder(self.path, "run")
         try:
             self._open()
         except BaseException:
@@ -177,7 +187,7 @@ class RunFolder:
             self.fingerprint[part] = {**known.get(part, {}), **self.fingerprint.get(part, {})}
         self.previous = old
         # What a run that was killed while it replaced a file has left.
-        for name in (RECORD, RESULTS, CURVE):
+        for name in (RECORD, RESULTS, CURVE, STATES):
             for stale in self.path.glob(f".{name}.*.tmp"):
                 stale.unlink()
         path = self.path / SAMPLES

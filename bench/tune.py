@@ -27,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 
 from arkv import METHODS, CacheConfig, ConfigError, PrefillCache, TriStateCache, attach
 from bench import records, stats
@@ -506,17 +505,10 @@ class Study:
     ) -> None:
         self.folder, self.directions, self.seed, self.fresh = folder, dict(directions), seed, fresh
         self.settings = json.loads(json.dumps(settings))
-        self._lock = FileLock(folder / ".lock")
         self._study: optuna.Study
 
     def __enter__(self) -> Study:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{self.folder}: another search writes here; wait or give another --outdir") from None
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot write there ({error.strerror}); give another --outdir") from None
+        self._lock = records.lock_folder(self.folder, "search")
         try:
             self._open()
         except BaseException:
