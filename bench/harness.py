@@ -101,10 +101,17 @@ class _Options:
 
 
 class HarnessTasks:
-    """lm-eval's tasks and groups by name: a fallback for :func:`tasks.registry.get_task`."""
+    """lm-eval's tasks and groups by name: a fallback for :func:`tasks.registry.get_task`.
+
+    Raises:
+        TaskError: a folder of ``include_path`` is none.
+    """
 
     def __init__(self, *, include_path: Sequence[Path] = ()) -> None:
         self._include_path = tuple(include_path)
+        for folder in self._include_path:
+            if not folder.is_dir():
+                raise TaskError(f"include_path: {folder} is not a folder", usage=True)
 
     def get(self, name: str) -> HarnessTask | HarnessGroup | None:
         found = _find_all(self._include_path).get(name)
@@ -232,6 +239,7 @@ class HarnessTask(Task):
         self._instances: dict[str, list[Any]] = {}
         self._rows: dict[str, int] = {}
         self._data_hash = ""
+        self._files: list[Path] = []
 
     @property
     def official(self) -> Any:
@@ -240,7 +248,7 @@ class HarnessTask(Task):
 
     def load(self, settings: TaskSettings) -> list[Document]:
         options = _Options.parse(self.name, settings.options)
-        with _quiet(), _explained(self.name, local=settings.data_dir is not None):
+        with _quiet(), self._explained(f"cannot load the task {self.name}"):
             task = self._build(settings, options)
             rows = draw(len(task.eval_docs), settings.sampling_ratio, settings.seed)[: settings.limit]
             task.build_all_requests(
@@ -277,6 +285,11 @@ class HarnessTask(Task):
             instance = copy.copy(instance)
             instance.resps, instance.filtered_resps = [response] * instance.repeats, {}
             instances.append(instance)
+        with self._explained(f"{document.id} cannot be scored"):
+            return self._scores(instances)
+
+    def _scores(self, instances: Sequence[Any]) -> dict[str, float]:
+        """Every metric of one document, whose instances have their responses."""
         # Task.apply_filters would do, but only on the instances that the task itself holds.
         for ensemble in self._task._filters:
             ensemble.apply(instances)
@@ -310,7 +323,7 @@ class HarnessTask(Task):
         # evaluate() builds every prompt anew, and nobody reads them: leave the examples out, most of the work.
         self._task.set_config("num_fewshot", 0)
         try:
-            with _quiet():
+            with _quiet(), self._explained(f"{self.name} cannot be scored"):
                 results = evaluate(
                     lm=_replay([stored[row] for row in rows]),
                     task_dict={"tasks": {self.name: self._task}, "groups": {}, "group_map": {}},
@@ -327,6 +340,41 @@ class HarnessTask(Task):
 
     def data_hash(self) -> str:
         return self._data_hash
+
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Turn what lm-eval, a task's own code and the datasets library raise over bad data into a :class:`TaskError`.
+
+        ``what`` is how its line begins.
+        """
+        from datasets.exceptions import DatasetsError
+        from jinja2 import TemplateError
+
+        # lm-eval asserts on what users get wrong, such as more examples than there are rows. A task's code meets fields
+        # that are absent, null or of another type.
+        expected = (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RuntimeError,
+            ImportError,
+            AssertionError,
+            TemplateError,
+            DatasetsError,
+        )
+        try:
+            yield
+        except TaskError:
+            raise
+        except expected as error:
+            reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+            if self._files:
+                reason += f" in rows of {' and '.join(map(str, self._files))}"
+            elif isinstance(error, OSError):
+                reason += f"; without a connection, give --data-dir with a folder that holds {self.name}/<split>.jsonl"
+            raise TaskError(f"{what}: {reason}") from error
 
     def _build(self, settings: TaskSettings, options: _Options) -> Any:
         """lm-eval's task object, its rows loaded. Raises :class:`TaskError`."""
@@ -351,7 +399,8 @@ class HarnessTask(Task):
             shots = options.num_fewshot
         overrides: dict[str, Any] = {**self._overrides, "num_fewshot": shots or 0}
         if settings.data_dir is not None:
-            overrides |= _local_rows(self.name, config, settings.data_dir, shots or 0)
+            local, self._files = _local_rows(self.name, config, settings.data_dir, shots or 0)
+            overrides |= local
         # A task in a group is how lm-eval lets a caller change single settings of a task it knows.
         loaded = manager.load([{"group": "arkv-bench", "task": [{"task": self.name, **overrides}]}])
         task = loaded["tasks"][self.name]
@@ -446,8 +495,6 @@ def _find_all(include_path: Sequence[Path]) -> dict[str, _Found]:
         raise TaskError("lm-eval is not installed: pip install lm-eval")
     found = dict(_find(Path(spec.origin).parent / "tasks"))
     for folder in include_path:
-        if not folder.is_dir():
-            raise TaskError(f"include_path: {folder} is not a folder", usage=True)
         found |= _find(folder)
     return found
 
@@ -487,8 +534,8 @@ def _group_fields() -> set[str]:
 # --- Local rows ---
 
 
-def _local_rows(task: str, config: Mapping[str, Any], data_dir: Path, shots: int) -> dict[str, Any]:
-    """Settings that make lm-eval take a task's rows from ``data_dir``. Raises :class:`TaskError`."""
+def _local_rows(task: str, config: Mapping[str, Any], data_dir: Path, shots: int) -> tuple[dict[str, Any], list[Path]]:
+    """Settings that make lm-eval take a task's rows from ``data_dir``, and the files. Raises :class:`TaskError`."""
     import datasets
 
     if "class" in config:
@@ -500,13 +547,13 @@ def _local_rows(task: str, config: Mapping[str, Any], data_dir: Path, shots: int
     subset = config.get("dataset_name")
     if subset and (folder / subset).is_dir():
         folder, subset = folder / subset, None
-    tables = {}
+    tables, files = {}, []
     for split in dict.fromkeys((evaluation, fewshot)):
         if split is None:
             continue
         path = _split_file(task, folder, split)
-        # What process_docs makes of the rows is what the templates read: only lm-eval can tell what is missing.
-        rows = _read_rows(path, {} if config.get("process_docs") else config, subset)
+        files.append(path)
+        rows = _read_rows(path, config, subset)
         # Where examples come from the evaluated rows, the row in question is set aside.
         if split == fewshot and len(rows) < shots + (fewshot == evaluation):
             raise TaskError(f"{path} has {len(rows)} rows, too few to draw {shots} examples from")
@@ -518,7 +565,7 @@ def _local_rows(task: str, config: Mapping[str, Any], data_dir: Path, shots: int
     def custom_dataset(**_: Any) -> datasets.DatasetDict:
         return datasets.DatasetDict(tables)
 
-    return {"custom_dataset": custom_dataset, **unused}
+    return {"custom_dataset": custom_dataset, **unused}, files
 
 
 def _fewshot_split(config: Mapping[str, Any]) -> str | None:
@@ -548,11 +595,15 @@ def _split_file(task: str, folder: Path, split: str) -> Path:
 def _read_rows(path: Path, config: Mapping[str, Any], subset: str | None) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file; each must have the fields that the templates in ``config`` read.
 
-    Where rows have a field ``subject``, only those whose subject is ``subset``. Raises :class:`TaskError` with the
-    file, line and field.
+    Code of a task may read any field: for one that has some, each row must have the fields that others have. Where rows
+    have a field ``subject``, only those whose subject is ``subset``. Raises :class:`TaskError` with the file, line and
+    field.
     """
-    stat = path.stat()
-    rows = _parse_rows(path, stat.st_size, stat.st_mtime_ns)
+    try:
+        stat = path.stat()
+        rows = _parse_rows(path, stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise TaskError(f"{path} cannot be read: {error.strerror}") from error
     if not rows:
         raise TaskError(f"{path} has no rows")
     if subset and any("subject" in row for _, row in rows):
@@ -563,7 +614,11 @@ def _read_rows(path: Path, config: Mapping[str, Any], subset: str | None) -> lis
         rows = [(number, row) for number, row in rows if row["subject"] == subset]
         if not rows:
             raise TaskError(f"{path} has no rows of the subject {subset!r}: {nearest(subset, map(str, subjects))}")
-    _check_fields(path, rows, config)
+    # What process_docs makes of the rows is what the templates read.
+    if not config.get("process_docs"):
+        _check_fields(path, rows, config)
+    if config.get("process_docs") or config.get("process_results"):
+        _check_same_fields(path, rows)
     return [dict(row) for _, row in rows]
 
 
@@ -604,6 +659,14 @@ def _check_fields(path: Path, rows: Sequence[tuple[int, dict[str, Any]]], config
                 compiled.render(**row)
             except UndefinedError as error:
                 raise TaskError(f"{path}, line {number}: the task's {key} misses a field: {error}") from error
+
+
+def _check_same_fields(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> None:
+    known = dict.fromkeys(field for _, row in rows for field in row)
+    for number, row in rows:
+        for field in known:
+            if field not in row:
+                raise TaskError(f"{path}, line {number}: no field {field!r}, which other rows have")
 
 
 def _hash_rows(task: Any) -> str:
@@ -812,34 +875,6 @@ def _selection(rows: Sequence[int], *, name: str | None = None) -> dict[str, Any
     if list(rows) == list(range(len(rows))):
         return {"limit": len(rows)}
     return {"samples": list(rows) if name is None else {name: list(rows)}}
-
-
-@contextlib.contextmanager
-def _explained(task: str, *, local: bool) -> Iterator[None]:
-    """Turn what lm-eval and the datasets library raise over bad data into a :class:`TaskError`."""
-    from datasets.exceptions import DatasetsError
-    from jinja2 import TemplateError
-
-    # lm-eval asserts on what users get wrong, such as more examples than there are rows.
-    expected = (
-        OSError,
-        ValueError,
-        LookupError,
-        RuntimeError,
-        ImportError,
-        AssertionError,
-        TemplateError,
-        DatasetsError,
-    )
-    try:
-        yield
-    except TaskError:
-        raise
-    except expected as error:
-        reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-        if isinstance(error, OSError) and not local:
-            reason += f"; without a connection, give --data-dir with a folder that holds {task}/<split>.jsonl"
-        raise TaskError(f"cannot load the task {task}: {reason}") from error
 
 
 @contextlib.contextmanager

@@ -41,8 +41,8 @@ class Outcome:
     curve: list[dict[str, Any]] = field(default_factory=list)
     """Divergence over the position, of tasks that compare distributions."""
     failures: list[dict[str, str]] = field(default_factory=list)
-    """``model``, ``task`` and ``error``; ``cell`` and ``document`` where one cell failed in one document. Of a plugin,
-    ``plugin`` and ``error``."""
+    """``model``, ``task`` and ``error``; ``cell`` and ``document`` where one cell failed in one document; no ``model``
+    where the task is unknown. Of a plugin, ``plugin`` and ``error``."""
     measured: int = 0
     """Samples measured now, as opposed to found in the folder."""
 
@@ -108,16 +108,16 @@ def task_settings(config: RunConfig, model: DescribedModel, task: Task) -> TaskS
     )
 
 
-def make_task(name: str, include_path: Sequence[Path] = (), plugins: Plugins | None = None) -> Task | TaskGroup:
-    """A task of the suite, of a plugin, or a task or group of lm-eval.
+def make_task(name: str, include_path: Sequence[Path] = ()) -> Task | TaskGroup:
+    """A task of the suite, of an installed plugin, or a task or group of lm-eval.
 
     Raises :class:`TaskError` for an unknown name, with the nearest ones.
     """
-    return get_task(name, fallback=TaskSources(plugins or Plugins(), HarnessTasks(include_path=include_path)))
+    return get_task(name, fallback=TaskSources(Plugins(), HarnessTasks(include_path=include_path)))
 
 
-def _asked_for(config: RunConfig, plugins: Plugins) -> tuple[list[Cell], list[Task | TaskGroup]]:
-    """The grid and the tasks, without what a plugin that has failed may have had.
+def _asked_for(config: RunConfig, plugins: Plugins) -> tuple[list[Cell], list[Task | TaskGroup], list[dict[str, str]]]:
+    """The grid, the tasks, and what failed: plugins with what they may have had, and tasks that cannot be found.
 
     Raises:
         UserError, arkv.ConfigError, TaskError: what was asked for makes no sense, or nothing of it is left.
@@ -125,17 +125,26 @@ def _asked_for(config: RunConfig, plugins: Plugins) -> tuple[list[Cell], list[Ta
     methods = plugins.usable_methods(config.quant_type)
     budgets, formats = config.budgets, config.quant_format
     cells = grid(methods, budgets, config.window_size, formats, config.method_settings, plugins.methods)
+    sources = TaskSources(plugins, HarnessTasks(include_path=[Path(folder) for folder in config.include_path or ()]))
     asked = []
+    errors: dict[str, TaskError] = {}
     for name in config.tasks:
         try:
-            asked.append(make_task(name, [Path(folder) for folder in config.include_path or ()], plugins))
+            item = get_task(name, fallback=sources)
+            tasks_of([item])
         except TaskError as error:
-            if not error.usage or not plugins.failures:
-                raise
-            plugins.lose(str(error))
-    if not cells or not asked:
-        raise UserError("; ".join(failure_lines(plugins.failures)))
-    return cells, asked
+            if error.usage and plugins.failures:
+                plugins.lose(str(error))
+            else:
+                errors[name] = error
+        else:
+            asked.append(item)
+    failures = [*plugins.failures, *({"task": name, "error": str(error)} for name, error in errors.items())]
+    if asked and cells:
+        return cells, asked, failures
+    if plugins.failures:
+        raise UserError("; ".join(failure_lines(failures)))
+    raise TaskError("; ".join(map(str, errors.values())), usage=any(error.usage for error in errors.values()))
 
 
 def tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]:
@@ -158,10 +167,10 @@ def tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]
     return list(tasks.values())
 
 
-def planned(config: RunConfig) -> tuple[list[Cell], list[Task]]:
-    """The grid of a run and what it would measure. Raises as :func:`execute`."""
-    cells, asked = _asked_for(config, Plugins(config.plugin or ()))
-    return cells, [task for task, _ in tasks_of(asked)]
+def planned(config: RunConfig) -> tuple[list[Cell], list[Task], list[dict[str, str]]]:
+    """The grid of a run, what it would measure, and what cannot be found. Raises as :func:`execute`."""
+    cells, asked, failures = _asked_for(config, Plugins(config.plugin or ()))
+    return cells, [task for task, _ in tasks_of(asked)], failures
 
 
 def documents_of(config: RunConfig, model: DescribedModel, task: Task) -> list[Document]:
@@ -190,9 +199,9 @@ def execute(
         UserError, arkv.ConfigError, TaskError: what was asked for makes no sense; nothing has been measured.
     """
     plugins = Plugins(config.plugin or ())
-    cells, asked = _asked_for(config, plugins)
+    cells, asked, failures = _asked_for(config, plugins)
     tasks = tasks_of(asked)
-    outcome = Outcome(path, failures=list(plugins.failures))
+    outcome = Outcome(path, failures=failures)
     for line in failure_lines(outcome.failures):
         console.print(f"[red]{escape(line)}[/red]", highlight=False)
     started = records.now()
@@ -452,16 +461,17 @@ def failure_lines(failures: Iterable[Mapping[str, str]]) -> list[str]:
     """What failed, for a person: a line per plugin, per task, and per cell of a task with its first error."""
     failures = list(failures)
     lines = [f"plugin {failure['plugin']}: {failure['error']}" for failure in failures if "plugin" in failure]
-    groups: dict[tuple[str, str, str | None], list[Mapping[str, str]]] = {}
+    groups: dict[tuple[str, str | None], list[Mapping[str, str]]] = {}
     for failure in failures:
         if "plugin" in failure:
             continue
-        groups.setdefault((failure["model"], failure["task"], failure.get("cell")), []).append(failure)
-    for (model, task, cell), mine in groups.items():
+        what = failure["task"] if "model" not in failure else f"{failure['task']} ({failure['model']})"
+        groups.setdefault((what, failure.get("cell")), []).append(failure)
+    for (what, cell), mine in groups.items():
         first = mine[0]
         if cell is None:
-            lines.append(f"{task} ({model}): {first['error']}")
+            lines.append(f"{what}: {first['error']}")
         else:
             more = f" and {len(mine) - 1} more documents" if len(mine) > 1 else ""
-            lines.append(f"{task} ({model}), {cell}, {first['document']}{more}: {first['error']}")
+            lines.append(f"{what}, {cell}, {first['document']}{more}: {first['error']}")
     return lines

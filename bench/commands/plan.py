@@ -64,7 +64,7 @@ def plan(
     from bench.errors import UserError
     from bench.models import describe
     from bench.plan import Load, ModelPlan, fit, model_size, parse_bytes
-    from bench.run import documents_of, planned
+    from bench.run import documents_of, failure_lines, planned
     from tasks.base import TaskError
 
     if not speedup > 0:
@@ -77,7 +77,7 @@ def plan(
             f"--gpus-per-worker={gpus_per_worker:g}: give more than 0, and no more than --gpus={gpus}", exit_code=2
         )
     workers = int(gpus // gpus_per_worker) if gpus_per_worker >= 1 else gpus * int(1 / gpus_per_worker + 1e-9)
-    cells, tasks = planned(config)
+    cells, tasks, lost = planned(config)
     console = Console()
     calibration = _calibration(calibration_model, config, cells, console) if calibrate else None
     plans = []
@@ -102,7 +102,9 @@ def plan(
     for item in plans:
         _show(item, cells, workers, console)
     _show_time(plans, calibration, workers, speedup, console)
-    if any(item.failures for item in plans):
+    for line in failure_lines(lost):
+        console.print(line, markup=False, highlight=False, style="red")
+    if lost or any(item.failures for item in plans):
         raise typer.Exit(1)
 
 

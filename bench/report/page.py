@@ -498,8 +498,8 @@ def _problems(run: Run) -> list[str]:
     if not run.samples:
         said.append(f"no {SAMPLES}: no ratios by layer, and prompts cannot be compared with those of other runs")
     for failure in (record or {}).get("failures", []):
-        what = f"plugin {failure['plugin']}" if "plugin" in failure else f"{failure['task']}, {failure['model']}"
-        said.append(f"failed: {what}: {failure['error']}")
+        what = ", ".join(failure[name] for name in ("task", "model") if name in failure)
+        said.append(f"failed: {what or 'plugin ' + failure['plugin']}: {failure['error']}")
     cut: dict[tuple[str, str], dict[str, None]] = {}
     for sample in run.samples:
         if sample["truncated"]:

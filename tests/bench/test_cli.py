@@ -133,6 +133,7 @@ def test_underscore_spellings_reach_the_settings(capsys: pytest.CaptureFixture[s
         (["--quant-type", "full,mxi"], "unknown method 'mxi': did you mean mix"),
         (["--tasks", "needel"], "unknown task 'needel': did you mean needle"),
         (["--tasks", "gsm8"], "unknown task 'gsm8': did you mean"),
+        (["--tasks", "needel,gsm8"], "'needel': did you mean needle or winogender_all?; unknown task 'gsm8': did"),
         (["--quant-format", "fp9"], "unknown quant format 'fp9': did you mean fp8"),
         (["--model", "smollm-135m"], "smollm2-135m"),
         (["--preset", "dmeo"], "unknown preset 'dmeo': did you mean demo"),
@@ -201,6 +202,15 @@ def test_missing_data_dir(fail: Any, tiny_run: list[object], tmp_path: Path) -> 
     code, text = fail(*tiny_run, "--tasks", "gsm8k", "--data-dir", tmp_path / "nowhere")
     assert code == 1
     assert str(tmp_path / "nowhere") in text
+
+
+def test_an_unknown_task_among_others(fail: Any, tiny_run: list[object], tmp_path: Path) -> None:
+    code, text = fail(*tiny_run, "--tasks", "needel,needle")
+    assert code == 1
+    assert text.splitlines()[1:] == ["  needel: unknown task 'needel': did you mean needle or winogender_all?"]
+    assert (tmp_path / "run/results.csv").is_file()
+    planned = [*tiny_run[1:-2], "--no-calibrate", "--tasks", "needel,needle"]
+    assert fail("plan", *planned) == (1, "")
 
 
 def test_a_whole_run_and_its_report(tiny_run: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -271,7 +271,7 @@ def test_own_task_files(tokenizer: Any, tmp_path: Path) -> None:
     assert document.request.stop == (".", "</s>")
     assert task.name == "toy"
     with pytest.raises(TaskError, match="is not a folder"):
-        HarnessTasks(include_path=[tmp_path / "nowhere"]).get("toy")
+        HarnessTasks(include_path=[tmp_path / "nowhere"])
 
 
 @pytest.mark.parametrize(
@@ -527,6 +527,33 @@ def test_damaged_rows(tokenizer: Any, data: Path, content: str, message: str) ->
     with pytest.raises(TaskError, match=message) as caught:
         load(tokenizer, data)
     assert "\n" not in str(caught.value)
+
+
+def test_rows_that_a_tasks_code_cannot_read(tokenizer: Any, tmp_path: Path) -> None:
+    """What hellaswag's own code reads stands in no template."""
+    file = tmp_path / "hellaswag/validation.jsonl"
+    good: dict[str, Any] = {"ind": 1, "activity_label": "Cooking", "ctx_a": "A man", "ctx_b": "he goes", "label": "1"}
+    good["endings"] = ["up.", "down.", "on.", "home."]
+    lacking = {key: value for key, value in good.items() if key != "ctx_b"}
+    for rows, message in (
+        ([good, lacking], r"validation\.jsonl, line 2: no field 'ctx_b', which other rows have"),
+        ([lacking, lacking], r"hellaswag: KeyError: 'ctx_b' in rows of .*validation\.jsonl"),
+        ([good, {**good, "ctx_b": None}], r"hellaswag: AttributeError: .* in rows of .*validation\.jsonl"),
+    ):
+        write_rows(file, rows)
+        with pytest.raises(TaskError, match=message):
+            load(tokenizer, tmp_path, "hellaswag")
+    write_rows(file, [good])
+    assert len(load(tokenizer, tmp_path, "hellaswag")[1]) == 1
+
+
+def test_answers_that_a_tasks_code_cannot_score(tokenizer: Any, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data/toy/test.jsonl", [question(1)])
+    folder = define(tmp_path / "tasks", TOY + "    process_results: !function code.score\n")
+    (folder / "code.py").write_text("def score(doc, results):\n    return {'exact_match': doc['missing']}\n")
+    task, (document,) = load(tokenizer, tmp_path / "data", "toy", include_path=[folder])
+    with pytest.raises(TaskError, match=r"toy-0 cannot be scored: KeyError: 'missing' in rows of .*test\.jsonl"):
+        task.score(document, Generated(text="2"))
 
 
 def test_undecodable_rows(tokenizer: Any, data: Path) -> None:

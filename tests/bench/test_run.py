@@ -144,6 +144,29 @@ def test_a_failed_task_leaves_the_others_alone(tiny_folder: Path, tmp_path: Path
     assert read_record(tmp_path)["failures"] == outcome.failures
 
 
+def test_an_unknown_task_leaves_the_others_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    """Like one without data, or with a row that lacks a field; all are tried again."""
+    settings = toys(tmp_path / "toys")
+    data = settings["data_dir"]
+    rows = (data / "toy_text/test.jsonl").read_text()
+    (data / "toy_text/test.jsonl").write_text("{}\n")
+    settings |= {"tasks": ("toy_wset", "gsm8k", "toy_text", "toy_west", "longbench:trecc"), "quant_type": ("full",)}
+    outcome, said = go(tiny_folder, tmp_path / "run", **settings)
+    errors = {failure["task"]: failure["error"] for failure in outcome.failures}
+    assert list(errors) == ["toy_wset", "longbench:trecc", "gsm8k", "toy_text"]
+    assert "did you mean toy_west" in errors["toy_wset"]
+    assert "did you mean trec" in errors["longbench:trecc"]
+    assert str(data / "gsm8k/test.jsonl") in errors["gsm8k"]
+    assert "line 1: " in errors["toy_text"]
+    assert "toy_wset: unknown task 'toy_wset'" in said
+    assert {row["task"] for row in outcome.rows} == {"toy_west"}
+    assert read_record(tmp_path / "run")["failures"] == outcome.failures
+    (data / "toy_text/test.jsonl").write_text(rows)
+    outcome, _ = go(tiny_folder, tmp_path / "run", **settings)
+    assert [failure["task"] for failure in outcome.failures] == ["toy_wset", "longbench:trecc", "gsm8k"]
+    assert {row["task"] for row in outcome.rows} == {"toy_west", "toy_text"}
+
+
 def test_a_failed_cell_leaves_the_others_alone(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
