@@ -13,7 +13,17 @@ from typing import Any
 
 from bench.methods import FULL
 from bench.records import STATISTICS
-from bench.stats import ALPHA, benjamini_hochberg, compare, holm, is_binary, mean_interval, p_value
+from bench.stats import (
+    ALPHA,
+    UNBOUNDED,
+    benjamini_hochberg,
+    compare,
+    holm,
+    is_binary,
+    mean_interval,
+    p_value,
+)
+from tasks.base import Metric
 
 Row = dict[str, Any]
 Scores = Mapping[tuple[str, str], float]
@@ -41,7 +51,9 @@ def by_budget(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def add_statistics(rows: Sequence[Row], samples: Iterable[Mapping[str, Any]], *, seed: int = 0) -> None:
+def add_statistics(
+    rows: Sequence[Row], samples: Iterable[Mapping[str, Any]], metrics: Iterable[Metric] = (), *, seed: int = 0
+) -> None:
     """Fill the columns :data:`bench.records.STATISTICS` of the rows of one model and task or group; None is unknown.
 
     A score that is no mean over documents, such as a perplexity, gets none.
@@ -50,6 +62,7 @@ def add_statistics(rows: Sequence[Row], samples: Iterable[Mapping[str, Any]], *,
         rows: as :func:`bench.results.rows` makes them.
         samples: those that the rows are made of, with ``task``, ``document``, ``cell`` and ``scores``, where None is a
             score that one document cannot have.
+        metrics: whose range no interval leaves.
         seed: of the resamples.
     """
     scores: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
@@ -65,15 +78,17 @@ def add_statistics(rows: Sequence[Row], samples: Iterable[Mapping[str, Any]], *,
         scores.pop(key, None)
     for row in rows:
         row.update(dict.fromkeys(STATISTICS))
+    ranges = {metric.name: (metric.low, metric.high) for metric in metrics}
     for metric in dict.fromkeys(row["metric"] for row in rows):
+        bounds = ranges.get(metric, UNBOUNDED)
         mine = [row for row in rows if row["metric"] == metric]
         by_cell = {row["cell"]: scores[metric, row["cell"]] for row in mine if _averages(row, scores)}
         # A divergence of the full cache from itself is 0 in every document and yet no proportion.
-        binary = is_binary(*(list(found.values()) for found in by_cell.values()))
+        binary = is_binary(*(list(found.values()) for (name, _), found in scores.items() if name == metric))
         for row in mine:
             if row["cell"] in by_cell:
-                _add_interval(row, by_cell[row["cell"]], binary, seed)
-        _add_differences([row for row in mine if row["method"] != FULL], by_cell, seed)
+                _add_interval(row, by_cell[row["cell"]], binary, bounds, seed)
+        _add_differences([row for row in mine if row["method"] != FULL], by_cell, bounds, seed)
         for group in by_budget(mine):
             _mark_leading(group, by_cell, seed)
 
@@ -90,8 +105,8 @@ def _averages(row: Row, scores: Mapping[tuple[str, str], Scores]) -> bool:
     return isclose(sum(found.values()) / len(found), row["score"], rel_tol=1e-6, abs_tol=1e-9)
 
 
-def _add_interval(row: Row, scores: Scores, binary: bool, seed: int) -> None:
-    interval = mean_interval(list(scores.values()), binary=binary, seed=seed)
+def _add_interval(row: Row, scores: Scores, binary: bool, bounds: tuple[float, float], seed: int) -> None:
+    interval = mean_interval(list(scores.values()), binary=binary, bounds=bounds, seed=seed)
     if interval is not None:
         row["score_low"], row["score_high"] = interval
 
@@ -103,13 +118,15 @@ def _paired(mine: Scores | None, other: Scores | None) -> tuple[list[float], lis
     return list(mine.values()), [other[document] for document in mine]
 
 
-def _add_differences(rows: Sequence[Row], by_cell: Mapping[str, Scores], seed: int) -> None:
+def _add_differences(
+    rows: Sequence[Row], by_cell: Mapping[str, Scores], bounds: tuple[float, float], seed: int
+) -> None:
     tested = []
     for row in rows:
         paired = _paired(by_cell.get(row["cell"]), by_cell.get(FULL))
         if paired is None:
             continue
-        found = compare(*paired, seed=seed)
+        found = compare(*paired, bounds=bounds, seed=seed)
         row["difference"] = found.difference
         if not_exercised(row):
             continue

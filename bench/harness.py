@@ -63,6 +63,10 @@ _GREEDY_IRRELEVANT = {"until", "max_gen_toks", "do_sample", "temperature", "top_
 """Generation settings that are honoured, or that change nothing when decoding greedily."""
 
 
+_PROPORTIONS = {"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "acc_all", "exact_match"}
+"""Metrics of lm-eval that are never outside [0, 1]."""
+
+
 @dataclass(frozen=True)
 class _Options:
     """What is read from ``TaskSettings.options``."""
@@ -270,7 +274,12 @@ class HarnessTask(Task):
             documents = [self._document(identifier, settings, options) for identifier in self._instances]
         directions = task.higher_is_better()
         self.metrics = tuple(
-            Metric(name=f"{metric},{ensemble.name}", higher_is_better=directions[metric] is not False)
+            Metric(
+                name=f"{metric},{ensemble.name}",
+                higher_is_better=directions[metric] is not False,
+                low=0.0 if metric in _PROPORTIONS else -math.inf,
+                high=1.0 if metric in _PROPORTIONS else math.inf,
+            )
             for ensemble in task._filters
             for metric in directions
         )

@@ -169,7 +169,7 @@ def rows(model: str, results: TaskResults, cells: Sequence[Cell], part_of: str |
         if taken:
             full = results.full(cell)
             table += _cell_rows(model, task.name, task.metrics, cell, taken, results.evaluations[cell.key], full)
-    add_statistics(table, results.all_samples())
+    add_statistics(table, results.all_samples(), task.metrics)
     return [{**row, "part_of": part_of} for row in table]
 
 
@@ -201,7 +201,7 @@ def group_rows(
             taken = [sample for name in having for sample in mine[name].values()]
             table += _cell_rows(model, group.name, [metric], cell, taken, evaluation, full)
     if table:
-        add_statistics(table, [sample for name in names for sample in results[name].all_samples()])
+        add_statistics(table, [sample for name in names for sample in results[name].all_samples()], group.metrics())
     table = [{**row, "part_of": part_of} for row in table]
     for member in group.members:
         if isinstance(member, TaskGroup):

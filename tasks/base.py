@@ -7,6 +7,7 @@ cache method is asked exactly the same thing.
 from __future__ import annotations
 
 import difflib
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -230,6 +231,10 @@ class Metric:
 
     name: str
     higher_is_better: bool = True
+    low: float = -math.inf
+    """No score can be smaller."""
+    high: float = math.inf
+    """No score can be larger."""
 
 
 @dataclass(frozen=True, kw_only=True)

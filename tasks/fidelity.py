@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,6 +30,12 @@ from tasks.base import (
     draw,
     nearest,
 )
+from tasks.text import made_sentences, read_text
+
+SENTENCES = Path("sentences")
+"""The value of ``text`` that stands for made sentences."""
+_SENTENCES = 4000
+"""How many of them: some 56,000 tokens."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,9 @@ class FidelityTask(Task):
 
     Options: ``lengths``, tokens of the prompt (default 2000); ``samples``, prompts per length (8); ``continuation``,
     tokens that are read and compared behind it (64); ``text``, a file of plain text, or of JSON lines (``.jsonl``) with
-    one in the field ``text_field`` (``text``) of each, in place of the English reference texts that come with Python;
-    ``per_layer``, whether the outputs of the layers' attention are compared as well (no).
+    one in the field ``text_field`` (``text``) of each, or ``sentences``, which are made, in place of the English
+    reference texts that come with Python, which differ between its versions; ``per_layer``, whether the outputs of the
+    layers' attention are compared as well (no).
 
     The prompts of a length begin at evenly spread places of the text, moved a little with the seed. ``sampling_ratio``
     keeps that share of them, and ``limit`` the first ones of every length, so many of all lengths together.
@@ -86,9 +94,9 @@ class FidelityTask(Task):
 
     name = "fidelity"
     metrics: tuple[Metric, ...] = (
-        Metric(name="kl", higher_is_better=False),
-        Metric(name="kl_p95", higher_is_better=False),
-        Metric(name="top1_agreement"),
+        Metric(name="kl", higher_is_better=False, low=0.0),
+        Metric(name="kl_p95", higher_is_better=False, low=0.0),
+        Metric(name="top1_agreement", low=0.0, high=1.0),
         Metric(name="delta_nll", higher_is_better=False),
     )
     option_names = tuple(field.name for field in fields(_Options))
@@ -99,7 +107,7 @@ class FidelityTask(Task):
     def load(self, settings: TaskSettings) -> list[Document]:
         options = _Options.parse(settings.options)
         if options.per_layer:
-            self.metrics = (*type(self).metrics, Metric(name="attention_error", higher_is_better=False))
+            self.metrics = (*type(self).metrics, Metric(name="attention_error", higher_is_better=False, low=0.0))
         text = _read(options)
         self._data_hash = hashlib.sha256(text.encode()).hexdigest()
         ids = tuple(settings.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -171,12 +179,9 @@ def _read(options: _Options) -> str:
 
         # In the order of the topics' names: that of the module differs between versions.
         return "\n\n".join(topics[name] for name in sorted(topics))
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise TaskError(f"the text {path} is not UTF-8") from None
-    except OSError as error:
-        raise TaskError(f"cannot read the text {path}: {error.strerror}") from None
+    if path == SENTENCES:
+        return " ".join(islice(made_sentences(random.Random(0)), _SENTENCES))
+    content = read_text(path)
     if path.suffix != ".jsonl":
         return content
     texts = []

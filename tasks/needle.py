@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tasks.base import Answer, Document, Generate, Generated, Metric, Task, TaskError, TaskSettings, draw, nearest
+from tasks.text import made_sentences, read_text
 
 _INTRODUCTION = (
     "There is a special magic number hidden in the following text. Find it and remember it. "
@@ -27,37 +28,6 @@ _ANSWER = "The special magic number mentioned in the text is"
 
 _SLACK = 40
 """A prompt is fewer than this many tokens shorter than asked for: room for one whole sentence."""
-
-
-def _phrases(text: str) -> list[str]:
-    return [" ".join(phrase.split()) for phrase in text.split(",")]
-
-
-_SUBJECTS = _phrases("""
-    The old farmer, A young teacher, My neighbour, The quiet librarian, Her brother, The baker, A tall sailor,
-    The doctor, Our cousin, The gardener, A small child, The painter, His grandmother, The postman, A busy cook,
-    The tailor, My best friend, The fisherman, A clever student, The shop owner, Her aunt, The carpenter,
-    A tired traveller, The singer, The night guard, A kind nurse, The bus driver, Our uncle, The dancer, The mayor
-""")
-_ACTIONS = _phrases("""
-    bought a basket of apples, painted a wooden chair, lost a pair of gloves, wrote a long letter, cooked a warm soup,
-    read a story about the sea, fixed a broken bicycle, planted a row of tulips, sang an old song, found a silver key,
-    carried a heavy box, watched the birds, fed the hungry cats, drank a cup of tea, built a little boat,
-    cleaned the dusty windows, told a funny joke, baked a loaf of bread, sold a bunch of roses, waited for a friend,
-    took a photograph, picked ripe cherries, folded the clean towels, mended a torn jacket, drew a picture of a horse,
-    played a slow waltz, opened a jar of honey, walked the brown dog, counted the passing trains, hung up a lamp
-""")
-_PLACES = _phrases("""
-    near the river, in the kitchen, behind the church, at the market, under the bridge, beside the lake,
-    in the garden, on the hill, at the station, by the harbour, in the village, next to the school,
-    across the street, at the library, in the park, outside the bakery, near the old mill, on the beach,
-    in the forest, at the corner shop
-""")
-_TIMES = _phrases("""
-    on Monday, early in the morning, after lunch, before sunset, last summer, on a rainy day, late at night,
-    in the autumn, during the holidays, after the storm, on Sunday, when the snow fell, in the spring,
-    before breakfast, while the sun was shining
-""")
 
 
 @dataclass(frozen=True)
@@ -109,7 +79,7 @@ class NeedleTask(Task):
     """
 
     name = "needle"
-    metrics = (Metric(name="exact_match"),)
+    metrics = (Metric(name="exact_match", low=0.0, high=1.0),)
     option_names = tuple(field.name for field in fields(_Options))
 
     def __init__(self) -> None:
@@ -134,7 +104,7 @@ class NeedleTask(Task):
                 number = str(rng.randrange(10 ** (options.digits - 1), 10**options.digits))
                 depth = (index + 0.5) / options.samples
                 # No tokenizer needs fewer than five tokens for a made sentence of eight words and more.
-                sentences = _rotated(haystack, rng) if haystack else list(islice(_sentences(rng), length // 5 + 1))
+                sentences = _rotated(haystack, rng) if haystack else list(islice(made_sentences(rng), length // 5 + 1))
                 prompt_ids, needle_token = _fill(frame, sentences, _NEEDLE.format(number=number), depth, length)
                 documents.append(
                     Document(
@@ -240,33 +210,13 @@ def _grow(prompt: Callable[[int], list[int]], total: int, empty: list[int], leng
     return low, best
 
 
-def _sentences(rng: random.Random) -> Iterator[str]:
-    """Endless made sentences; none repeats before 270,000 others have passed."""
-    seen: set[str] = set()
-    everything = len(_SUBJECTS) * len(_ACTIONS) * len(_PLACES) * len(_TIMES)
-    while True:
-        parts = (_SUBJECTS, _ACTIONS, _PLACES, _TIMES)
-        sentence = " ".join(rng.choice(part) for part in parts) + "."
-        if sentence not in seen:
-            seen.add(sentence)
-            yield sentence
-        if len(seen) == everything:
-            seen.clear()
-
-
 def _read(path: Path) -> tuple[list[str], str]:
-    """Sentences of a text file, and the SHA-256 of its bytes."""
-    try:
-        content = path.read_bytes()
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise TaskError(f"needle: cannot read the haystack {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TaskError(f"needle: the haystack {path} is not UTF-8 text (byte {error.start})") from error
+    """Sentences of a text file, and the SHA-256 of the text."""
+    text = read_text(path)
     sentences = [" ".join(s.split()) for s in re.split(r"(?<=[.!?])\s+|(?<=[。！？])|\n\s*\n", text) if s.strip()]
     if not sentences:
         raise TaskError(f"needle: the haystack {path} is empty")
-    return sentences, hashlib.sha256(content).hexdigest()
+    return sentences, hashlib.sha256(text.encode()).hexdigest()
 
 
 def _rotated(sentences: Sequence[str], rng: random.Random) -> list[str]:

@@ -145,14 +145,15 @@ def _write(path: Path, content: str) -> None:
 
 
 def _read(path: Path, tokens: int | None, loaded: LoadedModel, steps: int) -> tuple[int, ...]:
-    """Token ids of a text file. Raises :class:`UserError` for one that cannot be read or does not fit the model."""
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"--text {path}: not UTF-8") from None
-    except OSError as error:
-        raise UserError(f"--text {path}: cannot be read ({error.strerror})") from None
-    ids = loaded.tokenizer(content, verbose=False)["input_ids"]
+    """Token ids of a text file.
+
+    Raises:
+        TaskError: it cannot be read.
+        UserError: it does not fit the model.
+    """
+    from tasks.text import read_text
+
+    ids = loaded.tokenizer(read_text(path), verbose=False)["input_ids"]
     room = None if loaded.context_length is None else loaded.context_length - steps
     if tokens is None and room is not None and len(ids) > room:
         raise UserError(f"--text {path}: {len(ids)} tokens, more than the model's context: give --tokens {room}")

@@ -42,7 +42,8 @@ class LongBenchTask(Task):
         self.dataset = dataset
         self.extended = extended
         self.name = f"{'longbench-e' if extended else 'longbench'}:{dataset.name}"
-        self.metrics = (Metric(name=dataset.metric), *(Metric(name=name) for name in self._bucket_metrics()))
+        names = (dataset.metric, *self._bucket_metrics())
+        self.metrics = tuple(Metric(name=name, low=0.0, high=100.0) for name in names)
         self._data_hash = ""
 
     def _bucket_metrics(self) -> tuple[str, ...]:

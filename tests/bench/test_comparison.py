@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 from bench import stats
 from bench.comparison import add_statistics
 from bench.records import STATISTICS
+from tasks.base import Metric
 
 Scores = dict[str, list[float]]
 
 
-def statistics(scores: Scores, **more: Any) -> dict[str, dict[str, Any]]:
+def statistics(scores: Scores, metrics: Sequence[Metric] = (), **more: Any) -> dict[str, dict[str, Any]]:
     """Rows by method, for scores of each method on the same documents; all but full have one budget."""
     rows = [
         {
@@ -37,7 +39,7 @@ def statistics(scores: Scores, **more: Any) -> dict[str, dict[str, Any]]:
         for method, values in scores.items()
         for i, value in enumerate(values)
     ]
-    add_statistics(rows, samples)
+    add_statistics(rows, samples, metrics)
     return {row["method"]: row for row in rows}
 
 
@@ -105,6 +107,20 @@ def test_a_constant_is_no_proportion_where_others_are_none() -> None:
     rows = statistics({"full": [0.0] * 12, "mix": [0.1 * i for i in range(12)]})
     assert (rows["full"]["score_low"], rows["full"]["score_high"]) == (None, None)
     assert rows["mix"]["score_low"] < rows["mix"]["score"] < rows["mix"]["score_high"]
+
+
+def test_nor_where_the_others_are_no_means() -> None:
+    """A percentile over all tokens is no mean over documents; that of the full cache's divergence is 0 in each."""
+    rows = statistics({"full": [0.0] * 12, "mix": [0.1 * i for i in range(12)]}, mix={"score": 1.0})
+    assert (rows["full"]["score_low"], rows["full"]["score_high"]) == (None, None)
+
+
+def test_intervals_keep_to_the_range_of_the_metric() -> None:
+    scores = {"full": [1.0] * 5, "mix": [1.0, 1.0, 1.0, 1.0, 0.4]}
+    assert statistics(scores)["mix"]["score_high"] > 1
+    row = statistics(scores, metrics=[Metric(name="exact_match", low=0.0, high=1.0)])["mix"]
+    assert row["score_high"] == 1
+    assert -1 <= row["difference_low"] < row["difference_high"]
 
 
 def test_documents_of_a_groups_tasks_may_share_ids_and_lack_a_score() -> None:

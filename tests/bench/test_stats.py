@@ -103,6 +103,24 @@ def test_intervals_are_seeded_and_unknown_where_documents_are_too_few_or_equal()
     assert stats.difference_interval([0.5, 0.6, 0.7, 0.8, 0.3], [0.5, 0.6, 0.7, 0.8, 0.3]) is None
 
 
+def test_no_interval_leaves_the_range_of_its_score() -> None:
+    scores, baseline = [0.95, 1.0, 0.9, 1.0, 0.7], [0.05, 0.0, 0.1, 0.0, 0.3]
+    for find in (stats.mean_interval, lambda values, **more: stats.difference_interval(values, baseline, **more)):
+        free = find(scores)
+        assert free is not None
+        assert -1.0 < free.low < 1.0 < free.high
+        assert find(scores, bounds=(0.0, 1.0)) == (free.low, 1.0)
+
+
+@pytest.mark.parametrize("n", [5, 20, 50])
+def test_coverage_of_intervals_that_are_cut_to_the_range(n: int) -> None:
+    """Agreement near 1: cutting takes nothing from the coverage, since the truth lies within the range."""
+    rng = np.random.default_rng(n)
+    scores = rng.binomial(16, 0.9, size=(REPETITIONS, n)) / 16
+    low, high = stats.bootstrap_t(scores, resamples=999)
+    assert 0.93 <= coverage(np.clip(low, 0, 1), np.clip(high, 0, 1), 0.9) <= 0.97
+
+
 def test_few_documents_that_differ_still_give_a_finite_interval() -> None:
     scores = [0.5] * 19 + [0.1]
     interval = stats.difference_interval(scores, [0.5] * 20)

@@ -85,6 +85,14 @@ def test_the_default_text_comes_with_python() -> None:
     assert len(task.data_hash()) == 64
 
 
+def test_made_sentences_are_the_same_everywhere() -> None:
+    """A baseline of one version of Python is compared with runs of others."""
+    task = FidelityTask()
+    documents = task.load(TaskSettings(tokenizer=Letters(), max_length=4096, options={"text": "sentences"}))
+    assert len(documents) == 8
+    assert task.data_hash() == "52e38d12f8bd68815ed320d41d7aeaf73f1af43cf4675936ea840424d75f1349"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -254,7 +254,7 @@ def test_bad_haystack(tokenizer: Any, tmp_path: Path, content: bytes, message: s
 
 
 def test_missing_haystack(tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match=r"cannot read the haystack .*nothing\.txt: No such file"):
+    with pytest.raises(TaskError, match=r"cannot read the text .*nothing\.txt: No such file"):
         NeedleTask().load(ask(tokenizer, options={"haystack": str(tmp_path / "nothing.txt")}))
 
 
