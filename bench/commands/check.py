@@ -51,7 +51,8 @@ def check(
     """Fail when a run is worse than a baseline: scores, KL divergence, KV bytes, tokens/s over full's.
 
     Both must have answered the same documents with the same model. A change fails when its whole 95 % interval over
-    the documents lies beyond the tolerance. Exit codes: 0 passed, 1 worse or incomplete, 2 must not be compared.
+    the documents lies beyond the tolerance. Exit codes: 0 passed, 1 worse or incomplete, 2 must not be compared, or
+    what was asked for makes no sense.
 
     [bold]arkv-bench run --preset ci --outdir runs/ci[/bold]
     [bold]arkv-bench check runs/ci --against results/ci --markdown check.md[/bold]

@@ -80,7 +80,11 @@ def run(
     ] = None,
     text: Annotated[
         str | None,
-        _option("fidelity: a text file, or JSON lines. Default: the reference texts that come with Python.", DATA),
+        _option(
+            "fidelity: a text file, JSON lines, or sentences: made ones, the same everywhere. Default: the reference "
+            "texts that come with Python.",
+            DATA,
+        ),
     ] = None,
     text_field: Annotated[
         str | None, _option("fidelity: field of the text in a file of JSON lines. Default: text.", DATA)

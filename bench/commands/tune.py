@@ -63,7 +63,7 @@ def tune(
     lengths: Annotated[str, _option("needle, fidelity: prompt lengths in tokens.", DATA)] = "2048",
     continuation: Annotated[int, _option("fidelity: tokens compared behind a prompt.", DATA)] = 64,
     text: Annotated[
-        str | None, _option("fidelity: text file, or JSON lines. Default: Python's reference texts.", DATA)
+        str | None, _option("fidelity: a text file, JSON lines, or sentences. Default: Python's reference texts.", DATA)
     ] = None,
     text_field: Annotated[str, _option("fidelity: field with the text in JSON lines.", DATA)] = "text",
     haystack: Annotated[str | None, _option("needle: text file to hide the number in.", DATA)] = None,
