@@ -162,10 +162,6 @@ class RunConfig:
                 if getattr(self, name) != FIELDS[name].default:
                     option = f"--{name.replace('_', '-')}"
                     raise UserError(f"{option}={getattr(self, name)}: it needs --executor ray", exit_code=2)
-        else:
-            for name in ("plugin", "states"):
-                if getattr(self, name):
-                    raise UserError(f"--{name}: works with --executor local only", exit_code=2)
         if self.gpus_per_worker is not None and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             raise UserError(
                 f"--gpus-per-worker={self.gpus_per_worker}: give a share of one GPU, or a whole number", exit_code=2

@@ -365,41 +365,39 @@ def prompt_of(document: Document) -> tuple[tuple[int, ...], tuple[int, ...] | No
     return ids[:prompt], ids[prompt:]
 
 
-@torch.inference_mode()
-def leave_maps(
-    folder: Path,
-    model: LoadedModel,
-    task: str,
-    document: Document,
-    cells: Sequence[Cell],
-    prefill_chunk: int | None = None,
-) -> None:
-    """Write what the tri-state cells make of a document's prompt; nothing where the folder has it already.
-
-    Cells that cannot compress the prompt are left out: the run itself has recorded their failures.
-    """
+def cells_to_map(folder: Path, model: str, task: str, document: Document, cells: Sequence[Cell]) -> list[Cell]:
+    """The tri-state cells whose states map of a document the folder lacks; none for a prompt too short for one."""
     known = {
         item["cell"]
         for item in read_maps(folder)
-        if (item["model"], item["task"], item["document"]) == (model.name, task, document.id)
+        if (item["model"], item["task"], item["document"]) == (model, task, document.id)
     }
-    mine = [cell for cell in cells if cell.config is not None and cell.key not in known]
+    if len(prompt_of(document)[0]) < 2:
+        return []
+    return [cell for cell in cells if cell.config is not None and cell.key not in known]
+
+
+@torch.inference_mode()
+def map_states(
+    model: LoadedModel, document: Document, cells: Sequence[Cell], prefill_chunk: int | None = None
+) -> dict[str, StatesMap]:
+    """What tri-state cells make of a document's prompt, by the cell's key.
+
+    Cells that cannot compress the prompt are left out: the run itself has recorded their failures.
+    """
+    configs = {cell.key: cell.config for cell in cells if cell.config is not None}
     ids, _ = prompt_of(document)
-    if not mine or len(ids) < 2:
-        return
-    widest = max(cell.config.window_size for cell in mine if cell.config is not None)
+    widest = max(config.window_size for config in configs.values())
     prefill, _ = record_prompt(model.model, ids, widest, prefill_chunk)
-    maps = []
-    for cell in mine:
-        assert cell.config is not None
+    maps = {}
+    for key, config in configs.items():
         try:
-            cache = TriStateCache.from_prefill(prefill, cell.config)
+            cache = TriStateCache.from_prefill(prefill, config)
         except FAILURES:
             continue
         layers = [place for place, layer in enumerate(cache.layers) if isinstance(layer, TriStateLayer)]
-        where = {"model": model.name, "task": task, "document": document.id, "cell": cell.key, "label": cell.label}
-        maps.append({**where, "map": states_map(state_codes(cache), layers)})
-    write_maps(folder, maps)
+        maps[key] = states_map(state_codes(cache), layers)
+    return maps
 
 
 def read_maps(folder: Path) -> list[dict[str, Any]]:

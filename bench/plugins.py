@@ -11,12 +11,14 @@ been its own.
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
@@ -88,6 +90,8 @@ class Plugins:
                 "defines no method and no task: no subclass of bench.extend.Method or tasks.base.Task with a name"
             )
         for item in found:
+            if issubclass(item, Method):
+                copyreg.pickle(item, partial(_reduce, str(path), source))
             self._add(item, item.name, sha256[:12])
 
     def _add(self, item: Any, name: str, version: str) -> None:
@@ -177,10 +181,30 @@ class _OwnTask(Task):
             return self._task.data_hash()
 
 
+def _reduce(file: str, source: bytes, method: Method) -> tuple[Any, ...]:
+    """How a method is pickled: with the text of its file, since a worker has neither the file nor the module."""
+    return _restore, (file, source, type(method).__name__), vars(method)
+
+
+def _restore(file: str, source: bytes, name: str) -> Method:
+    """A method of a plugin file in any process, without its state. Raises :class:`UserError` for a file that fails."""
+    path, sha256 = Path(file), hashlib.sha256(source).hexdigest()
+    with OthersCode(path.name):
+        module = sys.modules.get(_module_name(path, sha256)) or _run(path, source, sha256)
+        kind = getattr(module, name)
+        method: Method = kind.__new__(kind)
+    return method
+
+
+def _module_name(path: Path, sha256: str) -> str:
+    # The hash: an edited file is another module.
+    return f"arkv_bench_plugin_{path.stem}_{sha256[:12]}"
+
+
 def _run(path: Path, source: bytes, sha256: str) -> ModuleType:
     """Run a file as a module of its own."""
-    # The hash: an edited file is another module. Known to sys.modules, as dataclasses and pickle want it.
-    name = f"arkv_bench_plugin_{path.stem}_{sha256[:12]}"
+    # Known to sys.modules, as dataclasses and pickle want it.
+    name = _module_name(path, sha256)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None:
         raise UserError("not a Python file: its name must end in .py")

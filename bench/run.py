@@ -21,7 +21,7 @@ from bench.engine import AUTO_DOCUMENTS, Failure, Measurement
 from bench.errors import UserError
 from bench.executors import Answered, Executor, Unit, make_executor
 from bench.harness import HarnessTasks
-from bench.inspect import leave_maps
+from bench.inspect import cells_to_map, write_maps
 from bench.methods import Cell, grid
 from bench.models import DescribedModel, describe
 from bench.plugins import Plugins
@@ -403,9 +403,17 @@ class _Run:
         several = len(self.models) > 1
         write_predictions(self.folder.path, task, documents, self.cells, found, model=name if several else None)
         if self.config.states:
-            model = self.executor.model(name)
-            leave_maps(self.folder.path, model, task.name, documents[0], self.cells, self.config.prefill_chunk)
+            self._leave_maps(name, task, documents[0])
         self._close_task(name, task)
+
+    def _leave_maps(self, name: str, task: Task, document: Document) -> None:
+        """States maps of a document, where the folder has none yet."""
+        if cells := cells_to_map(self.folder.path, name, task.name, document, self.cells):
+            maps = self.executor.map_states(name, document, cells)
+            where = {"model": name, "task": task.name, "document": document.id}
+            labels = {cell.key: cell.label for cell in cells}
+            found = [{**where, "cell": key, "label": labels[key], "map": item} for key, item in maps.items()]
+            write_maps(self.folder.path, found)
 
     def _fail(self, name: str, task: Task, error: TaskError | UserError) -> None:
         """A task that cannot be measured. Raises ``error`` where it makes no sense at all."""

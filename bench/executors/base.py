@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 from bench.config import RunConfig
 from bench.engine import Engine, Failure, Measurement
+from bench.inspect import StatesMap, map_states
 from bench.methods import Cell
 from bench.models import DescribedModel, LoadedModel, load
 from tasks.base import Compare, Document, Generate, LogLikelihood
@@ -127,11 +128,11 @@ class Answerer:
             self._engine, self._model, self._name = engine, loaded, name
         return self._engine
 
-    def model(self, name: str) -> LoadedModel:
-        """The model of :meth:`engine`. Raises :class:`UserError`."""
+    def map_states(self, name: str, document: Document, cells: Sequence[Cell]) -> dict[str, StatesMap]:
+        """See :func:`bench.inspect.map_states`. Raises :class:`UserError`."""
         self.engine(name)
         assert self._model is not None
-        return self._model
+        return map_states(self._model, document, cells, self.setup.prefill_chunk)
 
     def answer(self, unit: Unit) -> Iterator[Answered]:
         """Every cell's answer, as it comes."""
@@ -152,8 +153,8 @@ class Executor(AbstractContextManager["Executor"], Protocol):
     def status(self) -> str:
         """How it goes, for a line of progress; may be empty."""
 
-    def model(self, name: str) -> LoadedModel:
-        """A model in this process. Raises :class:`UserError` where there is none."""
+    def map_states(self, name: str, document: Document, cells: Sequence[Cell]) -> Mapping[str, StatesMap]:
+        """What a model's tri-state cells make of a document's prompt, by key. Raises :class:`UserError`."""
 
     def loaded(self) -> Mapping[str, Mapping[str, str]]:
         """Device and dtype of the models that have been loaded so far, by name."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from bench.errors import UserError
 from bench.executors.base import Answered, Answerer, Executor, Setup, Unit
-from bench.models import LoadedModel
+from bench.inspect import StatesMap
+from bench.methods import Cell
+from tasks.base import Document
 
 
 class LocalExecutor(Executor):
@@ -41,8 +43,8 @@ class LocalExecutor(Executor):
     def status(self) -> str:
         return ""
 
-    def model(self, name: str) -> LoadedModel:
-        return self._answerer.model(name)
+    def map_states(self, name: str, document: Document, cells: Sequence[Cell]) -> dict[str, StatesMap]:
+        return self._answerer.map_states(name, document, cells)
 
     def loaded(self) -> dict[str, dict[str, str]]:
         return self._answerer.loaded

@@ -15,7 +15,8 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,8 +29,11 @@ from bench.engine import Failure, Measurement
 from bench.errors import UserError
 from bench.executors.base import Answered, Answerer, Executor, Setup, Unit
 from bench.executors.scheduler import Scheduler, Ticket
-from bench.models import LoadedModel, describe
+from bench.inspect import StatesMap
+from bench.methods import Cell
+from bench.models import describe
 from bench.progress import LOG_INTERVAL_S
+from tasks.base import Document
 
 CONNECT_S = 15.0
 """How long a cluster has to answer."""
@@ -125,6 +129,11 @@ class Worker:
         assert self._answerer is not None
         results = [(answered.document.id, answered.result) for answered in self._answerer.answer(unit)]
         return Reply(results, self._answerer.loaded)
+
+    def map_states(self, name: str, document: Document, cells: Sequence[Cell]) -> dict[str, StatesMap]:
+        """What a model's tri-state cells make of a document's prompt, by key."""
+        assert self._answerer is not None
+        return self._answerer.map_states(name, document, cells)
 
 
 @dataclass
@@ -445,8 +454,21 @@ class RayExecutor(Executor):
         ends = [_rate(rates[0]), _rate(rates[-1])]
         return f"{text}, {' to '.join(dict.fromkeys(ends))} documents/min each"
 
-    def model(self, name: str) -> LoadedModel:
-        raise UserError(f"{name} is on the workers, not in this process: use --executor local")
+    def map_states(self, name: str, document: Document, cells: Sequence[Cell]) -> dict[str, StatesMap]:
+        """By the worker that has the least to do."""
+        tasks = Counter(hand.name for hand, _ in self._hands.asked.values())
+        for hand in sorted(self._hands.working.values(), key=lambda hand: tasks[hand.name]):
+            try:
+                maps: dict[str, StatesMap] = self._ray.get(hand.actor.map_states.remote(name, document, list(cells)))
+            except self._ray.exceptions.RayTaskError as error:
+                if not isinstance(error.cause, UserError):
+                    raise
+                raise UserError(f"{hand.place}: {error.cause}") from None
+            except self._ray.exceptions.RayError:
+                # It is gone, which the run will hear of where its answers are awaited.
+                continue
+            return maps
+        raise UserError(f"no worker is left to map the states of {document.id}")
 
     def loaded(self) -> dict[str, dict[str, str]]:
         return self._loaded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import re
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
@@ -112,6 +113,21 @@ def test_the_text_that_was_hashed_is_what_runs(tmp_path: Path) -> None:
     write(file, NAMED.format("two"))
     os.utime(file, ns=(stamp, stamp))
     assert set(Plugins([file]).methods) == {"two"}
+
+
+def test_a_method_is_pickled_with_the_text_of_its_file(tmp_path: Path) -> None:
+    """As a worker gets it, which has neither the module nor the file."""
+    file = write(tmp_path / "own.py", NAMED.format("own"))
+    method = Plugins([file]).methods["own"].method
+    method.seen = 3  # type: ignore[attr-defined]
+    pickled = pickle.dumps(method)
+    module = sys.modules.pop(type(method).__module__)
+    file.unlink()
+    again = pickle.loads(pickled)
+    assert (again.name, again.seen) == ("own", 3)
+    assert type(again).__module__ == module.__name__ in sys.modules
+    sys.modules[module.__name__] = module
+    assert type(pickle.loads(pickled)) is type(method), "run once in each process"
 
 
 def test_a_plugin_that_raises_stops_nothing_else(long_folder: Path, tmp_path: Path) -> None:

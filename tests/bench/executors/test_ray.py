@@ -25,6 +25,7 @@ from rich.console import Console
 from bench.config import RunConfig
 from bench.errors import UserError
 from bench.executors.base import Unit
+from bench.inspect import read_maps
 from bench.records import RESULTS, SAMPLES, read_record, sample_key
 from bench.run import Outcome, execute
 from tests.bench.conftest import quiet_environment, read_lines, save_tiny_model
@@ -32,6 +33,23 @@ from tests.bench.conftest import quiet_environment, read_lines, save_tiny_model
 ray = pytest.importorskip("ray")
 
 from bench.executors import ray as executor  # noqa: E402
+
+PLUGIN = """
+import torch
+
+from bench.extend import Method, keep_tokens
+
+
+class Newest(Method):
+    name = "newest"
+
+    def __init__(self):
+        self.least = 1
+
+    def compress(self, model, prompt, budget):
+        count = max(self.least, budget.tokens)
+        return keep_tokens(prompt, [torch.arange(prompt.tokens - count, prompt.tokens)] * len(prompt.layers))
+"""
 
 RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 """Ray's workers would stand back behind everything else on a busy machine."""
@@ -263,6 +281,29 @@ def test_the_same_samples_as_in_one_process(cluster: Any, model: Path, tmp_path:
     # Where it was measured does not matter to a run that goes on.
     again, _ = go(config(model, **settings), tmp_path / "there")
     assert again.measured == 0
+
+
+@pytest.mark.slow
+def test_plugins_and_states_maps(cluster: Any, model: Path, tmp_path: Path) -> None:
+    plugin = tmp_path / "own.py"
+    plugin.write_text(PLUGIN)
+    settings: dict[str, Any] = {"tasks": ("needle", "fidelity"), "quant_type": ("full", "mix", "newest")}
+    settings |= {"samples": 3, "continuation": 8, "states": True, "plugin": (str(plugin),)}
+    go(config(model, **settings), tmp_path / "here")
+    outcome, _ = go(on(cluster, model, **settings), tmp_path / "there")
+    assert not outcome.failures
+    assert samples(tmp_path / "here") == samples(tmp_path / "there")
+    assert {row["method"] for row in outcome.rows} == {"full", "mix", "newest"}
+    assert len(read_maps(tmp_path / "there")) == 2
+    assert read_maps(tmp_path / "here") == read_maps(tmp_path / "there")
+
+
+@pytest.mark.slow
+def test_a_plugin_that_workers_cannot_run(cluster: Any, model: Path, tmp_path: Path) -> None:
+    plugin = tmp_path / "own.py"
+    plugin.write_text(f"import os\nif os.getpid() != {os.getpid()}:\n    import nowhere\n{PLUGIN}")
+    with pytest.raises(UserError, match=r"worker 1 on .*own\.py: ModuleNotFoundError: No module named 'nowhere'"):
+        go(on(cluster, model, workers=1, quant_type=("full", "newest"), plugin=(str(plugin),)), tmp_path / "run")
 
 
 @pytest.mark.slow
