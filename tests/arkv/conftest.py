@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from arkv import CacheConfig, TriStateCache, attach
 from arkv.attention import attention_forward
@@ -23,7 +31,7 @@ SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -70,6 +78,12 @@ def qwen3() -> Qwen3ForCausalLM:
 def wide_llama() -> LlamaForCausalLM:
     """Head dim 64, as real models have it: formats of less than 8 bits need groups of 32 channels."""
     return spread(LlamaForCausalLM(LlamaConfig(**{**SHAPE, "head_dim": 64})), seed=3, deviation=0.1)
+
+
+def gemma3(sliding_window: int) -> Gemma3ForCausalLM:
+    """A full layer between two sliding ones."""
+    layers = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+    return spread(Gemma3ForCausalLM(Gemma3TextConfig(**{**SHAPE, **layers}, sliding_window=sliding_window)), seed=4)
 
 
 @pytest.fixture(scope="session", params=["llama", "qwen3"])

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Cache, DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import Cache, DynamicCache
 
 from arkv import CacheBatch, CacheConfig, PrefillCache, TriStateCache, attach
-from tests.arkv.conftest import PUBLISHED, SHAPE, forward, held_sets, prompt, spread
+from tests.arkv.conftest import MODELS_AND_METHODS, forward, gemma3, held_sets, prompt
 
 W = 8
 LENGTHS = (60, 1, 25, 12)
@@ -42,7 +42,7 @@ def assert_as_alone(model: Any, batch: Sequence[Cache], alone: Sequence[Cache]) 
         assert one.get_seq_length() == other.get_seq_length()
 
 
-@pytest.mark.parametrize("method", PUBLISHED)
+@pytest.mark.parametrize("model, method", MODELS_AND_METHODS, indirect=["model"])
 def test_rows_of_tri_state_caches_are_as_alone(model: Any, method: str) -> None:
     config = CacheConfig.for_method(method, cache_size=20, window_size=W)
     batch, alone = ([TriStateCache(model, config) for _ in LENGTHS] for _ in range(2))
@@ -69,8 +69,7 @@ def test_rows_may_be_of_different_kinds(llama: Any) -> None:
 
 def test_layers_with_a_sliding_window() -> None:
     """Longer prompts than the window, and blocks behind them."""
-    layers = ["sliding_attention", "full_attention", "sliding_attention"]
-    gemma = spread(Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, sliding_window=10, layer_types=layers)), seed=4)
+    gemma = gemma3(10)
     config = CacheConfig.for_method("mix", cache_size=20, window_size=W)
     assert_as_alone(gemma, *([TriStateCache(gemma, config) for _ in LENGTHS] for _ in range(2)))
 

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch.testing._internal.two_tensor import TwoTensor
-from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from arkv import FORMATS, CacheConfig, PrefillCache, TriStateCache, attach, storage_bytes
-from tests.arkv.conftest import PUBLISHED, SHAPE, feed, forward, prompt, spread
+from tests.arkv.conftest import PUBLISHED, SHAPE, feed, forward, gemma3, prompt, spread
 
 W = 8
 METADATA = 6
@@ -186,8 +186,7 @@ def test_bytes_of_a_prefill_are_those_of_the_stock_cache(half: Any) -> None:
 
 
 def test_full_bytes_of_a_model_with_sliding_layers() -> None:
-    types = ["sliding_attention", "full_attention", "sliding_attention"]
-    model = spread(Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE, sliding_window=16, layer_types=types)), seed=4)
+    model = gemma3(16)
     for length in (5, 15, 16, 17, 60):
         ids = prompt(length, seed=1)
         prefill, full = PrefillCache(model), DynamicCache(config=model.config)

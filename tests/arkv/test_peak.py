@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from arkv import CacheConfig, TriStateCache, attach
 from tests.arkv.conftest import SHAPE, prompt, spread
 
-LAYERS, HEADS, DIM, TOKENS, BUDGET = 12, 4, 32, 1500, 160
+LAYERS, HEADS, DIM, TOKENS, BUDGET = 8, 4, 32, 1500, 160
 
 
 def peak_bytes(model: Any, ids: torch.Tensor, **settings: Any) -> int:

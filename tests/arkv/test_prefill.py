@@ -85,7 +85,7 @@ def test_from_prefill_of_a_padded_batch(llama: Any, method: str) -> None:
 
 
 def test_one_prefill_serves_many_caches_and_stays_as_it_was(llama: Any) -> None:
-    ids, more = prompt(50, seed=1, batch=2), prompt(20, seed=2, batch=2)
+    ids, more = prompt(50, seed=1, batch=2), prompt(10, seed=2, batch=2)
     prefill = prefilled(llama, ids)
     before = contents(prefill)
     configs = [
@@ -144,7 +144,7 @@ def test_the_prompt_itself_is_read_as_by_the_stock_cache(model: Any) -> None:
 
 @pytest.mark.parametrize("chunks", [[20, 20, 10], [49, 1], [3] * 16 + [2], [10, 1, 2, 37]])
 def test_a_prompt_may_come_in_chunks(llama: Any, chunks: list[int]) -> None:
-    ids, more = prompt(50, seed=1), prompt(10, seed=2)
+    ids, more = prompt(50, seed=1), prompt(4, seed=2)
     whole, parts = prefilled(llama, ids), PrefillCache(llama, window_size=W)
     with attach(llama):
         for part in ids.split(chunks, dim=1):

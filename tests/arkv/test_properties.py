@@ -244,7 +244,7 @@ sequences = st.lists(st.sampled_from([1, 1, 1, 1, 1, 1, 2, 3, 7, 20, 50]), min_s
 
 
 @given(config=configs(), parts=sequences, seed=st.integers(0, 2**16))
-@settings(few, max_examples=60)
+@settings(few, max_examples=40)
 def test_budget_window_and_one_way_states(config: CacheConfig, parts: list[int], seed: int) -> None:
     """For prompts, blocks and single steps in any order."""
     driver = Driver(config, layers=2, dim=32)

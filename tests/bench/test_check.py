@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -50,6 +51,8 @@ SETTINGS: dict[str, Any] = {
     "samples": 6,
     "continuation": 8,
 }
+TEXT = "\n\n".join(topics[name] for name in sorted(topics))[:20_000]
+"""Of Python's reference text: all of it takes a second to tokenize."""
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +63,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def measured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("check") / "measured"
-    go(model, path, **SETTINGS)
+    (model / "text.txt").write_text(TEXT)
+    go(model, path, **SETTINGS, text=model / "text.txt")
     return path
 
 
@@ -241,7 +245,7 @@ def test_quantized_tokens_that_are_lost_fail(
     model: Path, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drop_quantized(monkeypatch)
-    go(model, tmp_path / "spoiled", **{**SETTINGS, "tasks": ("fidelity",)}, gamma=0.0)
+    go(model, tmp_path / "spoiled", **{**SETTINGS, "tasks": ("fidelity",), "text": model / "text.txt"}, gamma=0.0)
     report = check(read(tmp_path / "spoiled"), read(measured), Tolerances(judge_speed=False), partial=True)
     assert ("mix", "fidelity kl") in worse(report)
     assert {method for method, _ in worse(report)} == {"mix"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import FunctionType, ModuleType
 from typing import Any
@@ -301,7 +301,7 @@ def text(share: float = 0.5, chunk: int = 32, length: int = 200) -> Document:
     return Document(id="text", request=Rolling(windows=windows, prefill_share=share, chunk=chunk))
 
 
-@pytest.mark.parametrize(("share", "chunk"), [(0.0, 1), (0.5, 1), (0.5, 32), (0.99, 32), (0.3, 1000)])
+@pytest.mark.parametrize(("share", "chunk"), [(0.0, 1), (0.5, 32), (0.99, 32), (0.3, 1000)])
 def test_full_scores_texts_as_the_model_alone(tiny: Any, share: float, chunk: int) -> None:
     question = text(share, chunk)
     *_, measured = score(tiny, cells("mix", "full"), question)
@@ -310,15 +310,15 @@ def test_full_scores_texts_as_the_model_alone(tiny: Any, share: float, chunk: in
     assert (measured.scored_tokens, measured.prefills) == (200, 2)
 
 
-@pytest.mark.parametrize("chunk", [1, 32])
-def test_texts_are_read_through_the_compressed_cache(tiny: Any, chunk: int) -> None:
-    full, *others = score(tiny, cells(), text(chunk=chunk))
+@pytest.mark.parametrize(("methods", "chunk"), [(("full", "mix"), 1), (METHODS, 32)])
+def test_texts_are_read_through_the_compressed_cache(tiny: Any, methods: Sequence[str], chunk: int) -> None:
+    full, *others = score(tiny, cells(*methods), text(chunk=chunk))
     for measured in others:
         assert all(abs(a - b) > 1e-2 for a, b in zip(sums(measured), sums(full), strict=True))
         assert measured.tokens_evicted > 0
         seen = measured.tokens_original + measured.tokens_quantized + measured.tokens_evicted
         assert seen == pytest.approx(150)
-    for measured in score(tiny, cells(cache_size=256), text(chunk=chunk)):
+    for measured in score(tiny, cells(*methods[1:], cache_size=256), text(chunk=chunk)):
         assert sums(measured) == pytest.approx(sums(full), abs=1e-3)
 
 

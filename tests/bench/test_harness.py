@@ -562,6 +562,7 @@ def test_undecodable_rows(tokenizer: Any, data: Path) -> None:
         load(tokenizer, data)
 
 
+@pytest.mark.slow
 def test_local_rows_touch_no_cache(data: Path, tmp_path: Path) -> None:
     code = f"""
         from pathlib import Path

@@ -104,8 +104,14 @@ class Parsed(HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
-def test_the_page_holds_the_figures_of_the_results(tmp_path: Path) -> None:
-    page = page_of(make_run(tmp_path / "run"))
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The page of one run."""
+    return page_of(make_run(tmp_path_factory.mktemp("runs") / "run"))
+
+
+def test_the_page_holds_the_figures_of_the_results(plain: Page) -> None:
+    page = plain
     (table,) = Parsed(page.html).tables
     headers, *lines = table
     assert headers[:4] == ["budget", "method", "score", "minus full"]
@@ -125,16 +131,16 @@ def test_the_page_holds_the_figures_of_the_results(tmp_path: Path) -> None:
     assert "1 prompts were longer than the model&#39;s context and were cut: d1" in page.html
 
 
-def test_nothing_is_fetched(tmp_path: Path) -> None:
-    html = page_of(make_run(tmp_path / "run")).html
+def test_nothing_is_fetched(plain: Page) -> None:
+    html = plain.html
     assert "://" not in html
     links = [value for _, attrs in Parsed(html).tags for name, value in attrs.items() if name in ("src", "href")]
     assert all(value is not None and value.startswith("#") for value in links)
     assert len(html) < 3_000_000
 
 
-def test_ids_are_unique_and_references_lead_somewhere(tmp_path: Path) -> None:
-    html = page_of(make_run(tmp_path / "run")).html
+def test_ids_are_unique_and_references_lead_somewhere(plain: Page) -> None:
+    html = plain.html
     ids = [attrs["id"] for _, attrs in Parsed(html).tags if "id" in attrs]
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', html)) <= {(i, "") for i in ids} | {("", i) for i in ids}
@@ -227,7 +233,7 @@ def test_comparable_runs_share_a_table(tmp_path: Path) -> None:
     ],
 )
 def test_runs_that_must_not_be_compared_say_why(tmp_path: Path, changed: dict[str, Any], reason: str) -> None:
-    page = page_of(make_run(tmp_path / "a"), make_run(tmp_path / "b", **changed))
+    page = page_of(make_run(tmp_path / "a", ROWS[:1]), make_run(tmp_path / "b", ROWS[:1], **changed))
     assert f"a and b must not be compared on needle, tiny: {reason}" in page.html
     assert len(Parsed(page.html).tables) == 2
 
@@ -430,8 +436,8 @@ def contrast(first: str, second: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_contrast_is_aa_in_both_themes(tmp_path: Path) -> None:
-    html = page_of(make_run(tmp_path / "run")).html
+def test_contrast_is_aa_in_both_themes(plain: Page) -> None:
+    html = plain.html
     themes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", html, re.S)]
     assert len(themes) == 2
     for theme in themes:

@@ -35,18 +35,17 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 LENGTH = 203
 GROUPED = [name for name in peers.BACKENDS if name != "fp8"]
 HAS_FP8 = hasattr(cache_utils, peers.FP8_LAYER)
 EVICTING = ("snapkv", "pyramidkv", "streaming_llm", "expected_attention", "tova", "knorm")
 
 
-@pytest.fixture(
-    scope="module", params=[(LlamaConfig, LlamaForCausalLM), (Qwen3Config, Qwen3ForCausalLM)], ids=["llama", "qwen3"]
-)
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest) -> Any:
     torch.manual_seed(0)
-    config, kind = request.param
+    config, kind = FAMILIES[request.param]
     made = kind(config(**SIZES)).eval()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -228,6 +227,7 @@ def test_a_shared_prefill_is_its_own(model: Any, prompt: torch.Tensor, name: str
     assert greedy(model, shared, 8) == greedy(model, Prefilled(own, logits, 0.0, None), 8)
 
 
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
 @pytest.mark.parametrize("name", GROUPED)
 def test_decoding_past_the_next_quantization(model: Any, prompt: torch.Tensor, name: str) -> None:
     """After 128 more tokens everything is quantized again, whatever the length of the prompt."""

@@ -25,7 +25,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     row = {"input": "Type:", "context": "the river on Monday " * 40, "length": 5_000, "all_classes": None}
     for name, changes in {
         "trec": {"answers": ["Food"], "all_classes": ["Food", "the", "it"]},
-        "samsum": {"answers": ["the river", "Monday"]},
+        "triviaqa": {"answers": ["the river", "Monday"]},
         "lcc_e": {"answers": ["    return the"]},
     }.items():
         lines = [json.dumps({**row, **changes, "input": f"{n} {row['input']}"}) for n in range(3)]
@@ -36,7 +36,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def go(model: Path, data_dir: Path, path: Path, **changes: Any) -> Outcome:
     settings: dict[str, Any] = {
         "model": (str(model),),
-        "tasks": ("longbench:trec,samsum", "longbench-e:lcc"),
+        "tasks": ("longbench:trec,triviaqa", "longbench-e:lcc"),
         "quant_type": ("full", "mix"),
         "cache_size": (64,),
         "window_size": (8,),
@@ -62,7 +62,7 @@ def test_every_dataset_is_a_task(done: tuple[Path, Outcome]) -> None:
     rows = {(row["task"], row["metric"]): row for row in outcome.rows if row["method"] == "full"}
     assert list(rows) == [
         ("longbench:trec", "classification"),
-        ("longbench:samsum", "rouge"),
+        ("longbench:triviaqa", "qa_f1"),
         ("longbench-e:lcc", "code_sim"),
         ("longbench-e:lcc", "code_sim,4-8k"),
     ]
@@ -80,7 +80,7 @@ def test_predictions_lie_in_the_official_form(done: tuple[Path, Outcome]) -> Non
     files = sorted(str(file.relative_to(path)) for file in path.glob("pred*/**/*.jsonl"))
     cells = ("full", mix)
     assert files == sorted(
-        [f"pred/{cell}/{name}.jsonl" for cell in cells for name in ("trec", "samsum")]
+        [f"pred/{cell}/{name}.jsonl" for cell in cells for name in ("trec", "triviaqa")]
         + [f"pred_e/{cell}/lcc.jsonl" for cell in cells]
     )
     lines = read_lines(path / "pred" / "full" / "trec.jsonl")
@@ -114,7 +114,7 @@ def test_averages_of_the_run(done: tuple[Path, Outcome]) -> None:
     header, full, mix = tables[0][1]
     assert header == ["budget", "method", "Few-shot", "English", "All"]
     scores = {row["task"]: row["score"] for row in outcome.rows if row["method"] == "full"}
-    mean = (scores["longbench:trec"] + scores["longbench:samsum"]) / 2
+    mean = (scores["longbench:trec"] + scores["longbench:triviaqa"]) / 2
     assert full == ["", "full", f"{mean:.2f} (2/4)", f"{mean:.2f} (2/14)", f"{mean:.2f} (2/21)"]
     assert mix[:2] == ["64", "mix int8"]
 

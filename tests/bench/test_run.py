@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -213,8 +214,16 @@ def toys(folder: Path) -> dict[str, Any]:
     return {"tasks": ("toys",), "include_path": (str(tasks),), "data_dir": data, "cache_ratio": (0.25,)}
 
 
-def test_a_group_has_rows_for_its_tasks_and_itself(tiny_folder: Path, tmp_path: Path) -> None:
-    outcome, _ = go(tiny_folder, tmp_path / "run", **toys(tmp_path / "toys"))
+@pytest.fixture(scope="module")
+def toy_run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], Outcome]:
+    """A run of the toy tasks one document at a time: its folder, its settings and what it found."""
+    path = tmp_path_factory.mktemp("toys")
+    settings = toys(path / "toys")
+    return path / "run", settings, go(tiny_folder, path / "run", **settings)[0]
+
+
+def test_a_group_has_rows_for_its_tasks_and_itself(toy_run: tuple[Path, dict[str, Any], Outcome]) -> None:
+    path, _, outcome = toy_run
     accuracy = [row for row in outcome.rows if row["metric"] == "acc,none" and row["method"] == "mix"]
     assert [(row["task"], row["part_of"], row["n"]) for row in accuracy] == [
         ("toy_east", "toys", 3),
@@ -229,12 +238,13 @@ def test_a_group_has_rows_for_its_tasks_and_itself(tiny_folder: Path, tmp_path: 
         assert (row["evicted_share"] > 0.3) == compressed
         assert row["ttft_ms"] is row["tpot_ms"] is row["decode_tokens_per_s"] is None
         assert row["score_full"] is not None
-    full, *others = [line["log_likelihoods"] for line in read_lines(tmp_path / "run" / SAMPLES)[:3]]
+    full, *others = [line["log_likelihoods"] for line in read_lines(path / SAMPLES)[:3]]
     assert all(other != full for other in others)
 
 
 def test_fidelity_is_a_task_like_others(tiny_folder: Path, tmp_path: Path) -> None:
-    settings = {"tasks": ("fidelity",), "lengths": (120,), "continuation": 8, "samples": 2}
+    text = a_text(tmp_path / "text.txt")
+    settings = {"tasks": ("fidelity",), "text": text, "lengths": (120,), "continuation": 8, "samples": 2}
     outcome, _ = go(tiny_folder, tmp_path, **settings)
     scores = {(row["metric"], row["method"]): row["score"] for row in outcome.rows}
     assert {metric for metric, _ in scores} == {"kl", "kl_p95", "top1_agreement", "delta_nll"}
@@ -305,16 +315,22 @@ def test_the_same_command_gives_the_same_samples(tiny_folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("batch_size", ["4", "auto"])
-def test_the_batch_size_changes_no_score(tiny_folder: Path, tmp_path: Path, batch_size: str) -> None:
-    settings = toys(tmp_path / "toys")
-    one, _ = go(tiny_folder, tmp_path / "one", **settings)
-    many, _ = go(tiny_folder, tmp_path / "many", **settings, batch_size=batch_size)
+def test_the_batch_size_changes_no_score(
+    tiny_folder: Path, tmp_path: Path, toy_run: tuple[Path, dict[str, Any], Outcome], batch_size: str
+) -> None:
+    _, settings, one = toy_run
+    many, _ = go(tiny_folder, tmp_path, **settings, batch_size=batch_size)
+    assert many.measured == one.measured
     assert [row["score"] for row in one.rows] == pytest.approx([row["score"] for row in many.rows])
 
 
-def test_changed_rows_are_noticed(tiny_folder: Path, tmp_path: Path) -> None:
-    settings = toys(tmp_path / "toys")
-    go(tiny_folder, tmp_path / "run", **settings)
+def test_changed_rows_are_noticed(
+    tiny_folder: Path, tmp_path: Path, toy_run: tuple[Path, dict[str, Any], Outcome]
+) -> None:
+    path, settings, _ = toy_run
+    shutil.copytree(path, tmp_path / "run")
+    shutil.copytree(settings["data_dir"], tmp_path / "data")
+    settings = {**settings, "data_dir": tmp_path / "data"}
     file = settings["data_dir"] / "toy_text/test.jsonl"
     file.write_text(file.read_text().replace("magic", "tragic"))
     outcome, said = go(tiny_folder, tmp_path / "run", **settings)

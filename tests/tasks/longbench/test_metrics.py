@@ -227,6 +227,7 @@ def test_an_answer_that_names_no_paragraph() -> None:
         metrics.retrieval("3", "Passage 3")
 
 
+@pytest.mark.slow
 def test_jieba_says_and_writes_nothing(tmp_path: Path) -> None:
     code = "from tasks.longbench.metrics import qa_f1_zh; print(qa_f1_zh('我爱北京天安门', '北京'))"
     environment = {
