@@ -6,6 +6,8 @@ unexport PYTHONDONTWRITEBYTECODE
 NEWEST := $(VENV)-newest
 PYTHON := $(VENV)/bin/python
 PYTEST := TQDM_DISABLE=1 $(PYTHON) -m pytest
+# Each test computes with one thread.
+FAST := $(PYTEST) -m "not slow" -n auto --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help env env-newest system-deps demo test gate check lint format types docs clean lock
@@ -28,7 +30,7 @@ test: env-newest ## everything: lint, types, fast tests, slow tests, the regress
 	@set -o pipefail; logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; failed=; \
 	if [ "$${CI:-}" = true ]; then $(MAKE) --no-print-directory system-deps; fi; \
 	for step in lint types; do $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; done; \
-	$(PYTEST) -m "not slow" 2>&1 | tee "$$logs/fast" || failed="$$failed fast-tests"; \
+	$(FAST) 2>&1 | tee "$$logs/fast" || failed="$$failed fast-tests"; \
 	$(PYTEST) -m slow 2>&1 | tee "$$logs/slow" || failed="$$failed slow-tests"; \
 	$(MAKE) --no-print-directory gate || failed="$$failed gate"; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; fi; \
@@ -41,7 +43,7 @@ gate: env ## the preset ci against results/ci: scores, divergence, bytes
 	@"$(VENV)/bin/arkv-bench" check runs/ci --against results/ci --speed-tolerance 0.5
 
 check: lint types ## lint, types and the fast tests: before every commit
-	@$(PYTEST) -m "not slow"
+	@$(FAST)
 
 lint: env ## ruff: rules and format
 	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .

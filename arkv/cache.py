@@ -222,11 +222,12 @@ class TriStateCache(Cache):
         """Compress what ``prefill`` holds, which stays as it is: one prefill serves any number of caches.
 
         Raises:
-            ConfigError: the window is larger than the number of queries that ``prefill`` recorded.
+            ConfigError: the scores need more queries than ``prefill`` recorded.
         """
-        if config.window_size > prefill.window_size:
+        if config.recorded_queries > prefill.queries:
             raise ConfigError(
-                f"window_size={config.window_size}: the prefill recorded {prefill.window_size} queries; record as many"
+                f"window_size={config.window_size} and query_span={config.query_span}: the prefill recorded "
+                f"{prefill.queries} queries; record {config.recorded_queries}"
             )
         cache = cls(prefill.model_config, config)
         for layer_idx, (source, layer) in enumerate(zip(prefill.layers, cache.layers, strict=True)):
@@ -266,9 +267,9 @@ class TriStateCache(Cache):
 class PrefillLayer(DynamicLayer):
     """A full layer that also keeps the newest queries, so that it can be compressed later."""
 
-    def __init__(self, window_size: int) -> None:
+    def __init__(self, recorded: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.window_size = window_size
+        self.recorded = recorded
         self.queries: torch.Tensor = torch.empty(0)
         self.scaling = 1.0
         self.padding: torch.Tensor | None = None
@@ -313,9 +314,9 @@ class _PrefillHandle(Handle):
     ) -> torch.Tensor:
         """Plain attention; the newest queries are kept."""
         layer = self.layer
-        kept = query[:, :, -layer.window_size :]
-        if layer.queries.numel() and kept.shape[2] < layer.window_size:
-            kept = torch.cat([layer.queries, kept], dim=2)[:, :, -layer.window_size :]
+        kept = query[:, :, -layer.recorded :]
+        if layer.queries.numel() and kept.shape[2] < layer.recorded:
+            kept = torch.cat([layer.queries, kept], dim=2)[:, :, -layer.recorded :]
         layer.queries = kept.clone()
         layer.scaling = scaling
         layer.padding = mask.padding if isinstance(mask, LazyMask) else None
@@ -327,13 +328,14 @@ class _PrefillHandle(Handle):
 class PrefillCache(Cache):
     """Everything that a prompt leaves, kept once and compressed by any number of methods.
 
-    A prompt may come in chunks. ``window_size`` is the largest window that a method may use.
+    A prompt may come in chunks. ``queries`` is how many of the newest queries stay for scoring: the most
+    ``CacheConfig.recorded_queries`` of the methods to come.
     """
 
-    def __init__(self, model: PreTrainedModel | PreTrainedConfig, window_size: int = 32) -> None:
+    def __init__(self, model: PreTrainedModel | PreTrainedConfig, queries: int = 128) -> None:
         self.model_config: Any = getattr(model, "config", model)
-        self.window_size = window_size
-        super().__init__(layers=_layers(model, lambda: PrefillLayer(window_size)))
+        self.queries = queries
+        super().__init__(layers=_layers(model, lambda: PrefillLayer(queries)))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

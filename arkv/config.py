@@ -79,6 +79,13 @@ class CacheConfig:
     gamma: float = 263.8108280337562
     """``mean_var``: weight of the variance over the window's queries."""
 
+    query_span: int | None = None
+    """``mean_max``: the importance is averaged with that from every ``query_stride``-th of so many newest queries.
+    None: the window's queries alone."""
+
+    query_stride: int = 4
+    """Of ``query_span`` queries, one in so many counts."""
+
     value_norm: bool = False
     """Weight the scores of a prompt, or of a further block of tokens, by the norms of the tokens' values."""
 
@@ -144,6 +151,9 @@ class CacheConfig:
             raise ConfigError(f"gamma={self.gamma}: use a number from 0, for example 200.0")
         if not 0.0 < self.decode_rate <= 1.0:
             raise ConfigError(f"decode_rate={self.decode_rate}: use a weight above 0 and up to 1, for example 0.03")
+        for name in ("query_span", "query_stride"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: give at least 1, for example 4")
         for name in ("pool_width", "max_pool_width"):
             if getattr(self, name) < 1 or getattr(self, name) % 2 == 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: use an odd number, for example 5")
@@ -178,6 +188,13 @@ class CacheConfig:
     def quantizes(self) -> bool:
         """Whether any token can become Quantized."""
         return self.original_share != 1.0
+
+    @property
+    def recorded_queries(self) -> int:
+        """Newest queries of a prompt that the scores are taken from."""
+        if self.ranking == "recency" or self.importance != "mean_max":
+            return self.window_size
+        return max(self.window_size, self.query_span or 0)
 
     @property
     def number_format(self) -> Format:

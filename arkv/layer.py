@@ -24,7 +24,7 @@ from arkv import kernels
 from arkv.attention import LazyMask
 from arkv.budget import Slots
 from arkv.config import CacheConfig
-from arkv.scoring import causal_visibility, prefill_statistics, update_scores, window_attention
+from arkv.scoring import causal_visibility, prefill_statistics, update_scores, window_attention, with_span
 from arkv.storage import CLOSED, EMPTY, QuantizedPool, Tokens, best
 
 GROWTH = 64
@@ -248,7 +248,8 @@ class TriStateLayer(CacheLayerMixin):
         """Score all tokens by the attention of the newest queries, and the layer by its first forward.
 
         Args:
-            query: at least the last W queries of the incoming tokens, or all if there are fewer, [B, Hq, >=w, D].
+            query: at least the newest queries of the incoming tokens that the scores are taken from
+                (``CacheConfig.recorded_queries``), or all if there are fewer, [B, Hq, n, D].
             padding: [B, tokens seen and incoming], False where a token is padding.
 
         Returns:
@@ -277,12 +278,19 @@ class TriStateLayer(CacheLayerMixin):
             keys = key if stored is None else torch.cat([stored.key, key], dim=2)
             # Without padding and stored tokens, queries see all keys before the window.
             alone = stored is None and padding is None
-            visible = self._visible(stored, window if alone else length, window, padding)
+            span = max(min(config.recorded_queries, length), window)
+            seen_by_span = self._visible(stored, span if alone else length, span, padding)
+            visible = seen_by_span[:, :, -window:, -window:] if alone else seen_by_span[:, :, -window:]
             attention = window_attention(query[:, :, -window:], keys, scaling, visible)
-            statistics = prefill_statistics(attention, heads, config, visible)
+            sinks = self._sinks(position if stored is None else torch.cat([stored.position, position], dim=2))
+            statistics = prefill_statistics(attention, heads, config, visible, sinks)
             if not self.oq:
                 self.oq = statistics.oq_score(config.tau1, config.tau2, config.tau3).tolist()
             score = statistics.importance
+            if span > window:
+                few = slice((span - 1) % config.query_stride, None, config.query_stride)
+                queries, seen = query[:, :, -span:][:, :, few], seen_by_span[:, :, few]
+                score = with_span(score, queries, keys, scaling, seen, sinks[..., :-window], config)
             if config.value_norm:
                 values = value if stored is None else torch.cat([stored.value, value], dim=2)
                 score = score * values.float().norm(dim=-1)
@@ -300,9 +308,13 @@ class TriStateLayer(CacheLayerMixin):
     def _pin(self, score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Scores of new tokens, with attention sinks above all others and padding below."""
         if self.config.n_sink and self.seen < max(self.padded) + self.config.n_sink:
-            first = torch.tensor(self.padded, device=score.device)[:, None, None]
-            score = score.masked_fill(position < first + self.config.n_sink, float("inf"))
+            score = score.masked_fill(self._sinks(position), float("inf"))
         return score.masked_fill(position < 0, EMPTY) if any(self.padded) else score
+
+    def _sinks(self, position: torch.Tensor) -> torch.Tensor:
+        """Which tokens at ``position`` [B, H, n] are attention sinks; padding counts among them."""
+        first = torch.tensor(self.padded, device=position.device)[:, None, None]
+        return position < first + self.config.n_sink
 
     def _check_positions(self, length: int) -> None:
         """Beyond the model's context a position can outgrow its number type, at the price of more bytes."""

@@ -13,6 +13,8 @@ dim. With the last ``W`` queries (ARKV, arXiv 2603.08727)::
 
 The alternative importance ``mean_max`` is the mean of ``avg_pool1d(mean_gq(P), 5)`` and ``max_pool1d(max_gq(P), 15)``,
 scaled to the same sum per head: a token that one query of one head needs badly counts like one that all use a little.
+It may be averaged with the same from a longer span of queries (``query_span``): the window's queries say what is asked
+for now, older ones what a text like this needs again.
 
 Variances are the unbiased ones and ``m2`` is held above 1e-8, as in the setting that the published taus were fitted to.
 """
@@ -111,7 +113,11 @@ def max_pool(scores: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def prefill_statistics(
-    attention: torch.Tensor, heads: int, config: CacheConfig, visible: torch.Tensor | None = None
+    attention: torch.Tensor,
+    heads: int,
+    config: CacheConfig,
+    visible: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> PrefillStatistics:
     """Layer statistics and token importance from :func:`window_attention`.
 
@@ -121,20 +127,26 @@ def prefill_statistics(
         config: how importance is scored.
         visible: as for :func:`window_attention`. A query that sees nothing (padding) does not count, so that a sample
             that is shorter than the window has the scores that it would have alone. None: wherever there is attention.
+        sinks: bool [B, H, N], True for tokens that stay whatever their score, which takes no part in its scale. None:
+            there are none.
     """
     if visible is None:
         visible = attention.unflatten(1, (heads, -1)).amax(dim=2) > 0
+    if sinks is None:
+        sinks = torch.zeros(attention.shape[0], 1, attention.shape[3], dtype=torch.bool, device=attention.device)
     real = visible.any(dim=-1)[:, 0].sum(dim=-1).clamp_min(1).tolist()
     if min(real) < attention.shape[2]:
         alone = [
-            _statistics(attention[b : b + 1, :, -n:], heads, config, visible[b : b + 1, :, -n:])
+            _statistics(attention[b : b + 1, :, -n:], heads, config, visible[b : b + 1, :, -n:], sinks[b : b + 1])
             for b, n in enumerate(int(count) for count in real)
         ]
         return PrefillStatistics(*(torch.cat(parts) for parts in zip(*alone, strict=True)))
-    return _statistics(attention, heads, config, visible)
+    return _statistics(attention, heads, config, visible, sinks)
 
 
-def _statistics(attention: torch.Tensor, heads: int, config: CacheConfig, visible: torch.Tensor) -> PrefillStatistics:
+def _statistics(
+    attention: torch.Tensor, heads: int, config: CacheConfig, visible: torch.Tensor, sinks: torch.Tensor
+) -> PrefillStatistics:
     """:func:`prefill_statistics` of samples whose queries are all real."""
     batch, query_heads, window, length = attention.shape
     past = length - window
@@ -164,20 +176,71 @@ def _statistics(attention: torch.Tensor, heads: int, config: CacheConfig, visibl
         importance = _pool_parts(score, past, pool, config.pool_width)
         importance[..., newest].masked_fill_(nothing, 0.0)
     else:
-        average = _pool_parts(mean.view(grouped).mean(dim=2), past, pool, config.pool_width)
         largest = attention.view(*grouped[:3], window, length).amax(dim=(2, 3))
-        largest = _pool_parts(largest, past, max_pool, config.max_pool_width)
-        for part in (average, largest):
-            part[..., newest].masked_fill_(nothing, 0.0)
-        size = average[..., :past].sum(dim=-1, keepdim=True) / largest[..., :past].sum(dim=-1, keepdim=True)
-        # Without an evictable region there is nothing to scale by.
-        importance = (average + largest * size.nan_to_num(1.0, posinf=1.0)) / 2
+        importance = _mean_max(mean.view(grouped).mean(dim=2), largest, nothing, sinks[..., :past], config)
     return PrefillStatistics(
         importance=importance,
         entropy=oq[:, 0],
         variance=oq[:, 1],
         kurtosis=oq[:, 2],
     )
+
+
+def _mean_max(
+    mean: torch.Tensor, largest: torch.Tensor, nothing: torch.Tensor, sinks: torch.Tensor, config: CacheConfig
+) -> torch.Tensor:
+    """Importance ``mean_max`` [B, H, N] from the mean and the largest attention of each token, [B, H, N].
+
+    Args:
+        nothing: bool, [B, 1 or H, n]: which of the newest n slots hold no token.
+        sinks: bool, [B, 1 or H, N - W]: tokens before the window that stay whatever their score.
+    """
+    past = sinks.shape[-1]
+    average = _pool_parts(mean, past, pool, config.pool_width)
+    largest = _pool_parts(largest, past, max_pool, config.max_pool_width)
+    for part in (average, largest):
+        part[..., part.shape[-1] - nothing.shape[-1] :].masked_fill_(nothing, 0.0)
+    return _same_size(average, largest, sinks)
+
+
+def _same_size(one: torch.Tensor, other: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """Mean of two scores [B, H, N] once their sums over the tokens that compete are the same.
+
+    Attention sinks, which get most of the attention and never leave, would otherwise set the scale.
+    """
+    mine, others = (score[..., : sinks.shape[-1]].masked_fill(sinks, 0.0) for score in (one, other))
+    size = mine.sum(dim=-1, keepdim=True) / others.sum(dim=-1, keepdim=True)
+    # Without an evictable region there is nothing to scale by.
+    return (one + other * size.nan_to_num(1.0, posinf=1.0)) / 2
+
+
+def with_span(
+    importance: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float,
+    visible: torch.Tensor,
+    sinks: torch.Tensor,
+    config: CacheConfig,
+) -> torch.Tensor:
+    """``importance`` [B, H, N] of the window's queries, averaged with that of a longer span of them.
+
+    Args:
+        query: the span's queries after RoPE, [B, Hq, Q, D]; those that see nothing (padding) do not count.
+        key, scaling, visible: as for :func:`window_attention`.
+        sinks: bool, [B, 1 or H, N - W]: tokens before the window that stay whatever their score.
+    """
+    batch, heads, length, _ = key.shape
+    window = length - sinks.shape[-1]
+    total, largest = torch.zeros_like(importance), torch.zeros_like(importance)
+    # No more attention at a time than that of the window's queries: it sets the peak of memory.
+    for few, seen in zip(query.split(window, dim=2), visible.split(window, dim=2), strict=True):
+        attention = window_attention(few, key, scaling, seen).view(batch, heads, -1, length)
+        total += attention.sum(dim=2)
+        largest = torch.maximum(largest, attention.amax(dim=2))
+    real = visible.any(dim=-1).sum(dim=-1, keepdim=True).clamp_min(1) * (query.shape[1] // heads)
+    nothing = ~visible.any(dim=2)
+    return _same_size(importance, _mean_max(total / real, largest, nothing, sinks, config), sinks)
 
 
 def _pool_parts(

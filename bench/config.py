@@ -53,7 +53,7 @@ def _parse_mapping(text: str | None, name: str) -> dict[str, Any]:
 EXECUTORS = ("local", "ray")
 METHOD_SETTINGS = (
     *("tau1", "tau2", "tau3", "gamma"),
-    *("original_share", "importance", "pool_width", "max_pool_width", "decode_rate"),
+    *("original_share", "importance", "query_span", "pool_width", "max_pool_width", "decode_rate"),
 )
 """Settings of a cache that a run, a preset or a search may change; each method has its own values for the others."""
 
@@ -79,6 +79,7 @@ class RunConfig:
     gamma: float | None = None
     original_share: float | None = None
     importance: str | None = None
+    query_span: int | None = None
     pool_width: int | None = None
     max_pool_width: int | None = None
     decode_rate: float | None = None

@@ -282,11 +282,11 @@ class Engine:
         end = model.generation_config.eos_token_id
         ends = end if isinstance(end, list) else [end]
         self.end_ids = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}
-        self.window_size = max((cell.recorded_queries for cell in cells), default=1)
+        self.recorded_queries = max((cell.recorded_queries for cell in cells), default=1)
 
     def warm_up(self) -> None:
         """Run a few tokens through every cell, so that one-time costs do not count for the first document."""
-        request = Generate(prompt_ids=(0,) * max(2 * self.window_size, 64), max_new_tokens=3)
+        request = Generate(prompt_ids=(0,) * max(2 * self.recorded_queries, 64), max_new_tokens=3)
         for _ in self.answer(Document(id="warm-up", request=request), self.cells):
             pass
 
@@ -414,7 +414,7 @@ class Engine:
         """Compute contexts in one forward, or a single one in chunks."""
         if not all(contexts):
             return [_Prefill(ids=()) for _ in contexts]
-        caches = [PrefillCache(self.model, self.window_size) for _ in contexts]
+        caches = [PrefillCache(self.model, self.recorded_queries) for _ in contexts]
         chunk = self.prefill_chunk or max(map(len, contexts))
         clock = Stopwatch(self.device)
         with attach(self.model), clock:
@@ -731,7 +731,7 @@ class Engine:
         """Compute the first tokens of a window, and score those that they predict."""
         if not ids:
             return _Prefill(ids=()), []
-        cache = PrefillCache(self.model, self.window_size)
+        cache = PrefillCache(self.model, self.recorded_queries)
         clock = Stopwatch(self.device)
         parts: list[Scored] = []
         with attach(self.model), clock:

@@ -158,7 +158,7 @@ def inspect_prompt(
     Raises:
         arkv.ConfigError: the cache cannot be made for this model or prompt.
     """
-    prefill, logits = record_prompt(model, ids, config.window_size, prefill_chunk)
+    prefill, logits = record_prompt(model, ids, config.recorded_queries, prefill_chunk)
     cache = TriStateCache.from_prefill(prefill, config)
     before = state_codes(cache)
     first = before
@@ -196,10 +196,10 @@ def inspect_prompt(
 
 
 def record_prompt(
-    model: Any, ids: Sequence[int], window_size: int, chunk: int | None = None
+    model: Any, ids: Sequence[int], queries: int, chunk: int | None = None
 ) -> tuple[PrefillCache, torch.Tensor]:
     """The recorded prefill of a prompt, and the logits [1, V] of the token that follows."""
-    prefill = PrefillCache(model, window_size)
+    prefill = PrefillCache(model, queries)
     with attach(model):
         for part in torch.tensor([ids], device=model.device).split(chunk or len(ids), dim=1):
             logits = model(part, past_key_values=prefill, logits_to_keep=1).logits[:, -1]
@@ -387,8 +387,8 @@ def map_states(
     """
     configs = {cell.key: cell.config for cell in cells if cell.config is not None}
     ids, _ = prompt_of(document)
-    widest = max(config.window_size for config in configs.values())
-    prefill, _ = record_prompt(model.model, ids, widest, prefill_chunk)
+    most = max(config.recorded_queries for config in configs.values())
+    prefill, _ = record_prompt(model.model, ids, most, prefill_chunk)
     maps = {}
     for key, config in configs.items():
         try:

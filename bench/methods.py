@@ -91,7 +91,7 @@ class Cell:
         """Newest queries of a prompt that the method looks at."""
         if self.peer is not None and self.peer.method is not None:
             return self.peer.method.queries
-        return self.window_size or 1
+        return 1 if self.config is None else self.config.recorded_queries
 
     @property
     def key(self) -> str:

@@ -85,8 +85,7 @@ class SpeedBench:
         if len(self.prompt_ids) < context_length:
             raise UserError(f"the text has {len(self.prompt_ids)} tokens, fewer than the context of {context_length}")
         prompt = torch.tensor([self.prompt_ids[:context_length]], device=self.device)
-        window = max([cell.config.window_size for _, _, cell in self.cells if cell.config is not None], default=1)
-        recorded = PrefillCache(self.model, window)
+        recorded = PrefillCache(self.model, max(cell.recorded_queries for _, _, cell in self.cells))
         with attach(self.model):
             self.model(prompt, past_key_values=recorded, logits_to_keep=1)
         for name, size, cell in self.cells:

@@ -210,10 +210,10 @@ class TuneConfig:
         return [self.config(budget, found) for budget in range(len(self.run.budgets))]
 
     @property
-    def widest_window(self) -> int:
-        """The largest window of any trial."""
+    def recorded_queries(self) -> int:
+        """Newest queries of a prompt that any trial takes scores from."""
         widest = int(PARAMETERS["window_size"].high) if "window_size" in self.searched else 0
-        return max(self.run.window_size[0], widest)
+        return max(self.base(0).recorded_queries, widest)
 
     def budget_text(self, budget: int) -> str:
         """A budget of the list for a person."""
@@ -307,7 +307,7 @@ class FidelityBench:
 
     Args:
         model: a transformers causal language model in eval mode.
-        window_size: the largest window of any cache.
+        queries: the most that any cache takes scores from.
         chunk: tokens that are read at once; None for the whole continuation.
         keep_bytes: memory for recorded contexts; one that no longer fits is computed anew each time.
         prefill_chunk: tokens of a prompt that are read in one forward; None for all.
@@ -317,13 +317,13 @@ class FidelityBench:
         self,
         model: Any,
         *,
-        window_size: int,
+        queries: int,
         chunk: int | None = None,
         keep_bytes: float = float("inf"),
         prefill_chunk: int | None = None,
     ) -> None:
         self.model = model
-        self.window_size = window_size
+        self.queries = queries
         self.chunk = chunk
         self.keep_bytes = keep_bytes
         self.prefill_chunk = prefill_chunk
@@ -350,7 +350,7 @@ class FidelityBench:
             return self._kept[key]
         context = torch.tensor([request.context_ids[:-1]], device=self.model.device)
         inputs = torch.tensor([request.context_ids[-1:] + request.continuation_ids[:-1]], device=self.model.device)
-        prefill = PrefillCache(self.model, self.window_size)
+        prefill = PrefillCache(self.model, self.queries)
         with attach(self.model):
             for part in context.split(self.prefill_chunk or context.shape[1], dim=1):
                 self.model(part, past_key_values=prefill, logits_to_keep=1)
@@ -384,7 +384,7 @@ class Objective:
         self.config, self.model, self.splits = config, model, list(splits)
         self.fidelity = FidelityBench(
             model.model,
-            window_size=config.widest_window,
+            queries=config.recorded_queries,
             chunk=config.chunk,
             keep_bytes=config.keep_gib * 2**30,
             prefill_chunk=config.run.prefill_chunk,

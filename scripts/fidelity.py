@@ -85,7 +85,7 @@ def main() -> None:
     model, length, count = loaded.model, options.length, options.continuation
     ratios = [float(item) for item in options.cache_ratio.split(",")]
     configs = {(variant, ratio): parse_variant(variant, ratio) for variant in options.variants for ratio in ratios}
-    window = max(config.window_size for config in configs.values())
+    queries = max(config.recorded_queries for config in configs.values())
     rows: list[dict[str, Any]] = []
     hashes = {}
     for spec in options.text:
@@ -94,7 +94,7 @@ def main() -> None:
         hashes[name] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
         for index, ids in enumerate(contexts(loaded.tokenizer, texts, options.prompts, length + count)):
             tokens = torch.tensor([ids], device=model.device)
-            prefill = PrefillCache(model, window)
+            prefill = PrefillCache(model, queries)
             with attach(model):
                 model(tokens[:, :length], past_key_values=prefill, logits_to_keep=1)
             following = tokens[:, length:]

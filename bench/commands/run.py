@@ -58,6 +58,13 @@ def run(
     importance: Annotated[
         str | None, _option("Importance of a prompt's tokens: mean_var (published) or mean_max.", SETTINGS)
     ] = None,
+    query_span: Annotated[
+        int | None,
+        _option(
+            "mean_max: one in four of so many newest queries scores too, beside the window's. Default in bytes: 128.",
+            SETTINGS,
+        ),
+    ] = None,
     pool_width: Annotated[int | None, _option("Width of its average pooling, odd. Default: 5.", SETTINGS)] = None,
     max_pool_width: Annotated[
         int | None, _option("mean_max: width of the maximum pooling, odd. Default: 15.", SETTINGS)

@@ -344,7 +344,7 @@ def test_sliding_layers_keep_their_stock_layer(method: str) -> None:
 def test_a_prefill_of_a_model_with_sliding_layers() -> None:
     model = gemma3(10)
     ids, more = prompt(40, seed=1), prompt(6, seed=2)
-    prefill = PrefillCache(model, window_size=W)
+    prefill = PrefillCache(model, queries=W)
     config = CacheConfig.for_method("mix", **SMALL)
     direct, full = TriStateCache(model, config), DynamicCache(config=model.config)
     expected = torch.cat([forward(model, full, ids), *feed(model, full, more)], dim=1)

@@ -113,6 +113,14 @@ class Oracle:
                     scores += np.array(pooled) / self.groups
                 if config.importance == "mean_max":
                     scores = self._mean_max(mean_of_group, max_of_group, past)
+                span = min(config.query_span or 0, length)
+                if config.importance == "mean_max" and span > window:
+                    few = [
+                        self._rows(query[h * self.groups + g], key[h], span)[:: -config.query_stride]
+                        for g in range(self.groups)
+                    ]
+                    wide = self._mean_max(np.mean(few, axis=(0, 1)), np.max(few, axis=(0, 1)), past)
+                    scores = (scores + wide * (scores[:past].sum() / wide[:past].sum() if past else 1.0)) / 2
                 for n in range(length):
                     head.tokens[n] = Token(key[h, n], value[h, n], self._fixed(n, float(scores[n])))
             oq.append(entropy ** (1 / config.tau1) * variance ** (1 / config.tau2) * kurtosis ** (1 / config.tau3))
@@ -297,6 +305,7 @@ CASES = {
     "half, mean, int8": {"original_share": 0.5, "decode_importance": "mean", "quant_format": "int8"},
     "mix, other taus": {"tau1": 1.0, "tau2": 2.0, "tau3": 0.7},
     "mix, mean and maximum": {"importance": "mean_max"},
+    "mix, a span of queries": {"importance": "mean_max", "query_span": 16, "query_stride": 3},
     "half, ratio": {"cache_size": None, "cache_ratio": 0.5, "original_share": 0.5},
     # In byte units scores of heavy hitters are rounded to bfloat16, and ties are frequent: recency has neither.
     "recency, bytes": {"budget_unit": "bytes", "original_share": 0.4, "quant_format": "int8", "ranking": "recency"},

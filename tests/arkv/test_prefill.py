@@ -40,7 +40,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 
 def prefilled(model: Any, ids: torch.Tensor, window: int = W, **kw: Any) -> PrefillCache:
-    prefill = PrefillCache(model, window_size=window)
+    prefill = PrefillCache(model, queries=window)
     with attach(model):
         forward(model, prefill, ids, **kw)
     return prefill
@@ -145,7 +145,7 @@ def test_the_prompt_itself_is_read_as_by_the_stock_cache(model: Any) -> None:
 @pytest.mark.parametrize("chunks", [[20, 20, 10], [49, 1], [3] * 16 + [2], [10, 1, 2, 37]])
 def test_a_prompt_may_come_in_chunks(llama: Any, chunks: list[int]) -> None:
     ids, more = prompt(50, seed=1), prompt(4, seed=2)
-    whole, parts = prefilled(llama, ids), PrefillCache(llama, window_size=W)
+    whole, parts = prefilled(llama, ids), PrefillCache(llama, queries=W)
     with attach(llama):
         for part in ids.split(chunks, dim=1):
             logits = forward(llama, parts, part)
@@ -167,7 +167,7 @@ def test_a_padded_prompt_in_chunks(llama: Any) -> None:
     ids, mask = left_padded([prompt(40, seed=1), prompt(7, seed=2)])
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     whole = prefilled(llama, ids, attention_mask=mask, position_ids=positions)
-    parts = PrefillCache(llama, window_size=W)
+    parts = PrefillCache(llama, queries=W)
     with attach(llama):
         for start in range(0, 40, 10):
             part = slice(start, start + 10)

@@ -15,6 +15,7 @@ from arkv.scoring import (
     pool,
     prefill_statistics,
     window_attention,
+    with_span,
 )
 
 B, HQ, H, N, W, D = 2, 4, 2, 19, 5, 8
@@ -255,3 +256,40 @@ def test_without_an_evictable_region_the_score_is_zero() -> None:
     assert statistics.oq_score(*TAUS).tolist() == [0.0] * B
     assert statistics.importance.shape == (B, H, W)
     assert statistics.importance.isfinite().all()
+
+
+def test_a_span_of_queries_is_averaged_with_the_window() -> None:
+    """Importances of the window's queries and of the span's, brought to the same sum over the evictable region."""
+    config = settings(importance="mean_max", max_pool_width=7, query_span=13, query_stride=3)
+    past = N - W
+    query, key = random(1, HQ, 13, D, seed=1) * 2, random(1, H, N, D, seed=2)
+    seen = causal_visibility(N, 13, None, query.device)
+    whole = window_attention(query, key, D**-0.5, seen)
+    near = prefill_statistics(whole[:, :, -W:], H, config).importance
+    few = slice(0, None, 3)
+    far = window_attention(query[:, :, few], key, D**-0.5, seen[:, :, few])
+    sinks = torch.zeros(1, 1, past, dtype=torch.bool)
+    got = with_span(near, query[:, :, few], key, D**-0.5, seen[:, :, few], sinks, config)
+    for h in range(H):
+        columns = [[far[0, h * 2 + g, w, n].item() for g in range(2) for w in range(5)] for n in range(past)]
+        average = naive_pool([sum(column) / len(column) for column in columns], 5)
+        top = [max(column) for column in columns]
+        largest = [max(top[max(n - 3, 0) : n + 4]) for n in range(past)]
+        size = sum(average) / sum(largest)
+        wide = [(a + m * size) / 2 for a, m in zip(average, largest, strict=True)]
+        size = float(near[0, h, :past].sum()) / sum(wide)
+        expected = [(a + b * size) / 2 for a, b in zip(near[0, h, :past].tolist(), wide, strict=True)]
+        assert got[0, h, :past].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_padding_in_the_span_changes_no_score() -> None:
+    config = settings(importance="mean_max", query_span=N, query_stride=1)
+    query, key = random(1, HQ, N, D, seed=1) * 2, random(1, H, N, D, seed=2)
+    near = random(1, H, N, seed=3).abs()
+    sinks = torch.zeros(1, 1, N - W, dtype=torch.bool)
+    alone = with_span(near, query, key, 1.0, causal_visibility(N, N, None, query.device), sinks, config)
+    padded_query, padded_key = (torch.cat([random(1, x.shape[1], 7, D, seed=4), x], dim=2) for x in (query, key))
+    seen = causal_visibility(N + 7, N + 7, torch.arange(N + 7)[None] >= 7, query.device)
+    near, sinks = torch.cat([torch.zeros(1, H, 7), near], -1), torch.nn.functional.pad(sinks, (7, 0), value=True)
+    padded = with_span(near, padded_query, padded_key, 1.0, seen, sinks, config)
+    assert torch.allclose(padded[..., 7:], alone, rtol=1e-5, atol=1e-9)

@@ -196,11 +196,11 @@ def test_divergences_are_those_of_a_run(tiny: Any, objective: Objective) -> None
     (answered,) = Engine(tiny.model, tiny.tokenizer, [cell]).answer(document, [cell])
     assert isinstance(answered, Measurement)
     expected = objective.splits[0].task.score(document, answered.answer)["kl"]
-    found = FidelityBench(tiny.model, window_size=8, chunk=1).divergences(document.request, [config])
+    found = FidelityBench(tiny.model, queries=8, chunk=1).divergences(document.request, [config])
     assert found == [pytest.approx(expected, rel=1e-4)]
     # A budget that holds everything is the full cache.
     whole = CacheConfig.for_method("mix", cache_size=400, window_size=8)
-    assert FidelityBench(tiny.model, window_size=8).divergences(document.request, [whole])[0] < 1e-6
+    assert FidelityBench(tiny.model, queries=8).divergences(document.request, [whole])[0] < 1e-6
 
 
 def counted(model: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
