@@ -83,7 +83,7 @@ class CacheConfig:
     """``mean_max``: the importance is averaged with that from every ``query_stride``-th of so many newest queries.
     None: the window's queries alone."""
 
-    query_stride: int = 4
+    query_stride: int = 2
     """Of ``query_span`` queries, one in so many counts."""
 
     value_norm: bool = False
@@ -253,8 +253,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 BYTE_DEFAULTS: dict[str, Any] = {
     "n_sink": 4,
-    "quant_format": "int4",
+    "quant_format": "k4v3",
     "importance": "mean_max",
+    "query_span": 128,
     "decode_importance": "mean",
 }
 """Settings of every method in byte units."""

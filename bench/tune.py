@@ -88,14 +88,17 @@ PARAMETERS: dict[str, Parameter] = {
     "window_size": Parameter(low=8, high=128, step=8),
     "original_share": Parameter(low=0.0, high=0.3),
     "importance": Parameter(choices=("mean_var", "mean_max")),
+    "query_span": Parameter(low=32, high=256, step=32),
     "pool_width": Parameter(low=1, high=15, step=2),
     "max_pool_width": Parameter(low=1, high=31, step=2),
     "decode_rate": Parameter(low=1 / 256, high=1 / 4, log=True),
 }
 """What can be searched, and within which range."""
+OF_MEAN_MAX = ("query_span", "max_pool_width")
+"""Settings of the importance ``mean_max`` only."""
 DEFAULTS = {
     "tokens": ("tau1", "tau2", "tau3", "gamma"),
-    "bytes": ("tau1", "tau2", "tau3", "window_size", "original_share", "pool_width", "max_pool_width"),
+    "bytes": ("tau1", "tau2", "tau3", "window_size", "original_share", "query_span", "pool_width", "max_pool_width"),
 }
 """By budget unit: what is searched unless it is said. In tokens those of the published search."""
 
@@ -114,7 +117,7 @@ def idle(name: str, base: CacheConfig, searched: Sequence[str], decodes: bool) -
         return "the method ranks tokens by age"
     if name == "original_share" and (base.original_share is None or base.original_share in (0.0, 1.0)):
         return "the method or its OQ ratios say what stays Original"
-    if name in ("gamma", "max_pool_width") and "importance" not in searched:
+    if name in ("gamma", *OF_MEAN_MAX) and "importance" not in searched:
         wanted = "mean_var" if name == "gamma" else "mean_max"
         return None if base.importance == wanted else f"importance is {base.importance}"
     if name == "decode_rate" and base.decode_importance != "mean":
@@ -212,8 +215,8 @@ class TuneConfig:
     @property
     def recorded_queries(self) -> int:
         """Newest queries of a prompt that any trial takes scores from."""
-        widest = int(PARAMETERS["window_size"].high) if "window_size" in self.searched else 0
-        return max(self.base(0).recorded_queries, widest)
+        widest = [int(PARAMETERS[name].high) for name in ("window_size", "query_span") if name in self.searched]
+        return max(self.base(0).recorded_queries, *widest, 1)
 
     def budget_text(self, budget: int) -> str:
         """A budget of the list for a person."""
@@ -578,7 +581,7 @@ class Study:
         trial = self._study.ask()
         for name in names:
             importance = trial.params.get("importance")
-            if importance is not None and name == ("max_pool_width" if importance == "mean_var" else "gamma"):
+            if importance is not None and name in (OF_MEAN_MAX if importance == "mean_var" else ("gamma",)):
                 continue
             PARAMETERS[name].suggest(trial, name)
         return trial

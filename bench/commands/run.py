@@ -61,7 +61,7 @@ def run(
     query_span: Annotated[
         int | None,
         _option(
-            "mean_max: one in four of so many newest queries scores too, beside the window's. Default in bytes: 128.",
+            "mean_max: every second of so many newest queries scores too, beside the window's. Default in bytes: 128.",
             SETTINGS,
         ),
     ] = None,

@@ -42,8 +42,9 @@ def tune(
     params: Annotated[
         str | None,
         _option(
-            "Settings that are searched: tau1, tau2, tau3, gamma, window_size, original_share, importance, pool_width, "
-            "max_pool_width, decode_rate. Default: in tokens the first four, in bytes those that matter there.",
+            "Settings that are searched: tau1, tau2, tau3, gamma, window_size, original_share, importance, query_span, "
+            "pool_width, max_pool_width, decode_rate. Default: in tokens the first four, in bytes those that matter "
+            "there.",
             SEARCH,
         ),
     ] = None,

@@ -39,8 +39,8 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def prefilled(model: Any, ids: torch.Tensor, window: int = W, **kw: Any) -> PrefillCache:
-    prefill = PrefillCache(model, queries=window)
+def prefilled(model: Any, ids: torch.Tensor, queries: int = 128, **kw: Any) -> PrefillCache:
+    prefill = PrefillCache(model, queries)
     with attach(model):
         forward(model, prefill, ids, **kw)
     return prefill
@@ -145,7 +145,7 @@ def test_the_prompt_itself_is_read_as_by_the_stock_cache(model: Any) -> None:
 @pytest.mark.parametrize("chunks", [[20, 20, 10], [49, 1], [3] * 16 + [2], [10, 1, 2, 37]])
 def test_a_prompt_may_come_in_chunks(llama: Any, chunks: list[int]) -> None:
     ids, more = prompt(50, seed=1), prompt(4, seed=2)
-    whole, parts = prefilled(llama, ids), PrefillCache(llama, queries=W)
+    whole, parts = prefilled(llama, ids), PrefillCache(llama)
     with attach(llama):
         for part in ids.split(chunks, dim=1):
             logits = forward(llama, parts, part)
@@ -167,7 +167,7 @@ def test_a_padded_prompt_in_chunks(llama: Any) -> None:
     ids, mask = left_padded([prompt(40, seed=1), prompt(7, seed=2)])
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     whole = prefilled(llama, ids, attention_mask=mask, position_ids=positions)
-    parts = PrefillCache(llama, queries=W)
+    parts = PrefillCache(llama)
     with attach(llama):
         for start in range(0, 40, 10):
             part = slice(start, start + 10)
@@ -192,10 +192,14 @@ def test_a_smaller_window_than_recorded(llama: Any, recorded: int, used: int) ->
         assert one.oq == other.oq
 
 
-def test_a_larger_window_than_recorded_is_refused(llama: Any) -> None:
-    prefill = prefilled(llama, prompt(50, seed=1))
-    with pytest.raises(ConfigError, match="window_size=9"):
-        TriStateCache.from_prefill(prefill, CacheConfig(cache_size=24, window_size=9))
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"window_size": 9}, "window_size=9"), ({"importance": "mean_max", "query_span": 12}, "query_span=12")],
+)
+def test_more_queries_than_recorded_are_refused(llama: Any, settings: dict[str, Any], named: str) -> None:
+    prefill = prefilled(llama, prompt(50, seed=1), queries=8)
+    with pytest.raises(ConfigError, match=named):
+        TriStateCache.from_prefill(prefill, CacheConfig(cache_size=24, **{"window_size": 8, **settings}))
 
 
 def test_nothing_prefilled_yet_is_said(llama: Any) -> None:

@@ -34,7 +34,7 @@ def test_bytes_of_a_cache_are_at_most_those_planned(tiny: Any, tiny_folder: Path
     cells = grid(
         ["full", "window", "origin", "quant", "mix"], [{"cache_size": 80}], [8], ["int8"], {"budget_unit": unit}
     )
-    prefill = PrefillCache(tiny.model, 8)
+    prefill = PrefillCache(tiny.model)
     with attach(tiny.model), torch.inference_mode():
         tiny.model(ids, past_key_values=prefill)
         for cell in cells:
