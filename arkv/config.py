@@ -80,11 +80,15 @@ class CacheConfig:
     """``mean_var``: weight of the variance over the window's queries."""
 
     query_span: int | None = None
-    """``mean_max``: the importance is averaged with that from every ``query_stride``-th of so many newest queries.
-    None: the window's queries alone."""
+    """``mean_max``: importance that every ``query_stride``-th of so many newest queries gives is added to that from the
+    window's queries. None: nothing is."""
 
     query_stride: int = 2
     """Of ``query_span`` queries, one in so many counts."""
+
+    span_weight: float = 0.3
+    """Weight of what they add, once it has been brought to the same size. More of it follows text that goes on as it
+    was, less of it a question at the end of a prompt."""
 
     value_norm: bool = False
     """Weight the scores of a prompt, or of a further block of tokens, by the norms of the tokens' values."""
@@ -151,6 +155,8 @@ class CacheConfig:
             raise ConfigError(f"gamma={self.gamma}: use a number from 0, for example 200.0")
         if not 0.0 < self.decode_rate <= 1.0:
             raise ConfigError(f"decode_rate={self.decode_rate}: use a weight above 0 and up to 1, for example 0.03")
+        if not self.span_weight >= 0:
+            raise ConfigError(f"span_weight={self.span_weight}: use a number from 0, for example 0.3")
         for name in ("query_span", "query_stride"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: give at least 1, for example 4")

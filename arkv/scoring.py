@@ -13,8 +13,8 @@ dim. With the last ``W`` queries (ARKV, arXiv 2603.08727)::
 
 The alternative importance ``mean_max`` is the mean of ``avg_pool1d(mean_gq(P), 5)`` and ``max_pool1d(max_gq(P), 15)``,
 scaled to the same sum per head: a token that one query of one head needs badly counts like one that all use a little.
-It may be averaged with the same from a longer span of queries (``query_span``): the window's queries say what is asked
-for now, older ones what a text like this needs again.
+What a longer span of queries says (``query_span``) may be added with less weight: the window's queries tell what is
+asked for now, older ones what a text like this needs again.
 
 Variances are the unbiased ones and ``m2`` is held above 1e-8, as in the setting that the published taus were fitted to.
 """
@@ -200,18 +200,18 @@ def _mean_max(
     largest = _pool_parts(largest, past, max_pool, config.max_pool_width)
     for part in (average, largest):
         part[..., part.shape[-1] - nothing.shape[-1] :].masked_fill_(nothing, 0.0)
-    return _same_size(average, largest, sinks)
+    return _weighted(average, largest, 1.0, sinks)
 
 
-def _same_size(one: torch.Tensor, other: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    """Mean of two scores [B, H, N] once their sums over the tokens that compete are the same.
+def _weighted(one: torch.Tensor, other: torch.Tensor, weight: float, sinks: torch.Tensor) -> torch.Tensor:
+    """Mean of two scores [B, H, N], the other one weighted, once their sums over the tokens that compete are the same.
 
     Attention sinks, which get most of the attention and never leave, would otherwise set the scale.
     """
     mine, others = (score[..., : sinks.shape[-1]].masked_fill(sinks, 0.0) for score in (one, other))
     size = mine.sum(dim=-1, keepdim=True) / others.sum(dim=-1, keepdim=True)
     # Without an evictable region there is nothing to scale by.
-    return (one + other * size.nan_to_num(1.0, posinf=1.0)) / 2
+    return (one + other * (weight * size.nan_to_num(1.0, posinf=1.0))) / (1 + weight)
 
 
 def with_span(
@@ -223,7 +223,7 @@ def with_span(
     sinks: torch.Tensor,
     config: CacheConfig,
 ) -> torch.Tensor:
-    """``importance`` [B, H, N] of the window's queries, averaged with that of a longer span of them.
+    """``importance`` [B, H, N] of the window's queries, and with less weight that of a longer span of them.
 
     Args:
         query: the span's queries after RoPE, [B, Hq, Q, D]; those that see nothing (padding) do not count.
@@ -240,7 +240,8 @@ def with_span(
         largest = torch.maximum(largest, attention.amax(dim=2))
     real = visible.any(dim=-1).sum(dim=-1, keepdim=True).clamp_min(1) * (query.shape[1] // heads)
     nothing = ~visible.any(dim=2)
-    return _same_size(importance, _mean_max(total / real, largest, nothing, sinks, config), sinks)
+    wide = _mean_max(total / real, largest, nothing, sinks, config)
+    return _weighted(importance, wide, config.span_weight, sinks)
 
 
 def _pool_parts(

@@ -114,6 +114,7 @@ BAD: list[tuple[dict[str, Any], str, str, dict[str, Any]]] = [
     ({"layer_budgets": "equals"}, "layer_budgets", "'equals'", {"layer_budgets": "equal"}),
     ({"importance": "mean_vax"}, "importance", "'mean_vax'", {"importance": "mean_var"}),
     ({"query_span": 0}, "query_span", "0", {"query_span": 4}),
+    ({"span_weight": -0.1}, "span_weight", "-0.1", {"span_weight": 0.3}),
     ({"query_stride": 0}, "query_stride", "0", {"query_stride": 4}),
     ({"max_pool_width": 2}, "max_pool_width", "2", {"max_pool_width": 5}),
     ({"decode_rate": 0.0}, "decode_rate", "0.0", {"decode_rate": 0.03}),

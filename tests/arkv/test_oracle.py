@@ -120,7 +120,8 @@ class Oracle:
                         for g in range(self.groups)
                     ]
                     wide = self._mean_max(np.mean(few, axis=(0, 1)), np.max(few, axis=(0, 1)), past)
-                    scores = (scores + wide * (scores[:past].sum() / wide[:past].sum() if past else 1.0)) / 2
+                    wide *= config.span_weight * (scores[:past].sum() / wide[:past].sum() if past else 1.0)
+                    scores = (scores + wide) / (1 + config.span_weight)
                 for n in range(length):
                     head.tokens[n] = Token(key[h, n], value[h, n], self._fixed(n, float(scores[n])))
             oq.append(entropy ** (1 / config.tau1) * variance ** (1 / config.tau2) * kurtosis ** (1 / config.tau3))

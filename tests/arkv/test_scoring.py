@@ -260,7 +260,7 @@ def test_without_an_evictable_region_the_score_is_zero() -> None:
 
 def test_a_span_of_queries_is_averaged_with_the_window() -> None:
     """Importances of the window's queries and of the span's, brought to the same sum over the evictable region."""
-    config = settings(importance="mean_max", max_pool_width=7, query_span=13, query_stride=3)
+    config = settings(importance="mean_max", max_pool_width=7, query_span=13, query_stride=3, span_weight=0.5)
     past = N - W
     query, key = random(1, HQ, 13, D, seed=1) * 2, random(1, H, N, D, seed=2)
     seen = causal_visibility(N, 13, None, query.device)
@@ -278,7 +278,7 @@ def test_a_span_of_queries_is_averaged_with_the_window() -> None:
         size = sum(average) / sum(largest)
         wide = [(a + m * size) / 2 for a, m in zip(average, largest, strict=True)]
         size = float(near[0, h, :past].sum()) / sum(wide)
-        expected = [(a + b * size) / 2 for a, b in zip(near[0, h, :past].tolist(), wide, strict=True)]
+        expected = [(a + 0.5 * b * size) / 1.5 for a, b in zip(near[0, h, :past].tolist(), wide, strict=True)]
         assert got[0, h, :past].tolist() == pytest.approx(expected, rel=1e-4)
 
 
