@@ -7,7 +7,7 @@ NEWEST := $(VENV)-newest
 PYTHON := $(VENV)/bin/python
 PYTEST := TQDM_DISABLE=1 $(PYTHON) -m pytest
 # Each test computes with one thread.
-FAST := $(PYTEST) -m "not slow" -n auto --dist worksteal
+FAST := $(PYTEST) -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help env env-newest system-deps demo test gate check lint format types docs clean lock

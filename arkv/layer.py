@@ -278,7 +278,7 @@ class TriStateLayer(CacheLayerMixin):
             keys = key if stored is None else torch.cat([stored.key, key], dim=2)
             # Without padding and stored tokens, queries see all keys before the window.
             alone = stored is None and padding is None
-            span = max(min(config.recorded_queries, length), window)
+            span = min(config.recorded_queries, length)
             seen_by_span = self._visible(stored, span if alone else length, span, padding)
             visible = seen_by_span[:, :, -window:, -window:] if alone else seen_by_span[:, :, -window:]
             attention = window_attention(query[:, :, -window:], keys, scaling, visible)

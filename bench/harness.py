@@ -787,23 +787,19 @@ def _encode_pairs(tokenizer: Any, instances: Sequence[Any]) -> list[tuple[list[i
 
     prefix, encode = _scoring_encoder(tokenizer)
 
-    class Encoder(TemplateLM):
-        """Encodes pairs, and is asked for nothing else; the class is abstract without the last two methods."""
+    class Encoder:
+        """What lm-eval's own encoding of pairs asks of a model, which is no model otherwise."""
 
-        eot_token_id = prefix
+        backend = TemplateLM.backend
         prefix_token_id = prefix
+        loglikelihood: Any = TemplateLM.loglikelihood
+        _encode_pair: Any = TemplateLM._encode_pair
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             return encode(string, add_special_tokens)
 
         def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[Any]:
             return [(context, continuation) for _, context, continuation in requests]
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            raise NotImplementedError
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            raise NotImplementedError
 
     pairs: list[Any] = Encoder().loglikelihood(list(instances), disable_tqdm=True)
     return pairs

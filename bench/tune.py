@@ -215,8 +215,10 @@ class TuneConfig:
     @property
     def recorded_queries(self) -> int:
         """Newest queries of a prompt that any trial takes scores from."""
+        base = self.base(0)
         widest = [int(PARAMETERS[name].high) for name in ("window_size", "query_span") if name in self.searched]
-        return max(self.base(0).recorded_queries, *widest, 1)
+        # A trial may choose the importance that the method's own span belongs to.
+        return max([base.window_size, base.query_span or 0, *widest])
 
     def budget_text(self, budget: int) -> str:
         """A budget of the list for a person."""

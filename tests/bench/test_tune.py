@@ -130,6 +130,26 @@ def test_the_published_search(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("params", "found"),
+    [
+        (("importance",), {"importance": "mean_max"}),
+        (("importance", "query_span"), {"importance": "mean_max", "query_span": int(PARAMETERS["query_span"].high)}),
+        (("window_size",), {"window_size": int(PARAMETERS["window_size"].high)}),
+    ],
+    ids=str,
+)
+def test_prompts_are_recorded_with_the_queries_of_any_trial(
+    tmp_path: Path, params: tuple[str, ...], found: dict[str, Any]
+) -> None:
+    """Also where the method's own importance needs fewer than the one that a trial chooses."""
+    run = {"budget_unit": "bytes", "quant_format": None, "importance": "mean_var", "cache_size": (512,)}
+    config = configured(tmp_path, run, params=params)
+    needed = config.config(0, found).recorded_queries
+    assert needed > config.base(0).recorded_queries
+    assert needed <= config.recorded_queries
+
+
+@pytest.mark.parametrize(
     ("run", "settings", "said"),
     [
         ({}, {"params": ("tau4",)}, "--params=tau4: did you mean tau"),
