@@ -158,8 +158,8 @@ class TuneConfig:
         if len(self.run.quant_type) != 1 or self.run.quant_type[0] not in METHODS:
             given = ",".join(self.run.quant_type)
             raise UserError(f"--quant-type={given}: give one of {', '.join(METHODS)}", exit_code=2)
-        for name in ("model", "window_size"):
-            if len(getattr(self.run, name)) != 1:
+        for name, least in (("model", 1), ("window_size", 0)):
+            if not least <= len(getattr(self.run, name)) <= 1:
                 given = ",".join(map(str, getattr(self.run, name)))
                 raise UserError(f"--{name.replace('_', '-')}={given}: a search has one", exit_code=2)
         for name in self.params or ():
@@ -197,11 +197,10 @@ class TuneConfig:
         Raises:
             arkv.ConfigError: they make no sense together.
         """
-        window = {"window_size": self.run.window_size[0]}
         (cell,) = grid(
             [self.method],
             [self.run.budgets[budget]],
-            [{**window, **found}["window_size"]],
+            [found["window_size"]] if "window_size" in found else self.run.window_size,
             self.run.quant_format,
             {**self.run.method_settings, **{name: value for name, value in found.items() if name != "window_size"}},
         )
@@ -797,7 +796,7 @@ def write_preset(config: TuneConfig, found: Mapping[str, Any], description: str,
         "quant-type": [FULL, config.method],
         "budget-unit": run.budget_unit,
         **({"cache-ratio": list(run.cache_ratio)} if run.cache_ratio else {"cache-size": list(run.cache_size)}),
-        "window-size": run.window_size[0],
+        **({"window-size": run.window_size[0]} if run.window_size else {}),
         **({} if run.quant_format is None else {"quant-format": list(run.quant_format)}),
     }
     settings = {**run.method_settings, **found}

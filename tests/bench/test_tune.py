@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from arkv import CacheConfig
 from bench.cli import main
@@ -32,6 +33,7 @@ from bench.tune import (
     load_splits,
     overlap,
     search,
+    write_preset,
 )
 from tasks.base import Compare
 
@@ -171,6 +173,14 @@ def test_searches_that_make_no_sense(tmp_path: Path, run: dict[str, Any], settin
     with pytest.raises(UserError, match=said) as caught:
         configured(tmp_path, run, **settings)
     assert caught.value.exit_code == 2
+
+
+def test_a_search_without_a_window_has_the_method_s_own(tmp_path: Path) -> None:
+    config = configured(tmp_path, {"window_size": (), "cache_size": (512,)})
+    assert config.base(0).window_size == 32
+    assert config.config(0, {"window_size": 16}).window_size == 16
+    write_preset(config, {}, "found", tmp_path)
+    assert "window-size" not in yaml.safe_load((tmp_path / "preset.yaml").read_text())
 
 
 def test_a_chunk_makes_decoding_count(tmp_path: Path) -> None:

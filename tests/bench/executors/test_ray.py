@@ -13,11 +13,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from rich.console import Console
@@ -265,6 +264,39 @@ def after_units(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[Any
     return register
 
 
+class Stuck(NamedTuple):
+    """A worker that has a unit and never answers it."""
+
+    pid: int
+    node: str
+
+
+def hold_one_worker(monkeypatch: pytest.MonkeyPatch, note: Path) -> Callable[[], Stuck]:
+    """Have the first worker that gets a unit keep it for good, so that its death finds it at work. Returns a function
+    that waits until one does, and says who."""
+
+    class Held(executor.Worker):
+        def answer(self, unit: Unit) -> executor.Reply:
+            try:
+                with open(note, "x") as file:
+                    file.write(f"{os.getpid()} {ray.get_runtime_context().get_node_id()}\n")
+            except FileExistsError:
+                return executor.Worker.answer(self, unit)
+            time.sleep(600)
+            raise AssertionError("nobody has killed it")
+
+    def stuck() -> Stuck:
+        for _ in range(600):
+            if note.exists() and (words := note.read_text()).endswith("\n"):
+                pid, node = words.split()
+                return Stuck(int(pid), node)
+            time.sleep(0.1)
+        raise AssertionError("no worker has begun with a unit")
+
+    monkeypatch.setattr(executor, "Worker", Held)
+    return stuck
+
+
 @pytest.mark.slow
 def test_the_same_samples_as_in_one_process(cluster: Any, model: Path, tmp_path: Path, shared_data: Path) -> None:
     settings: dict[str, Any] = {"tasks": ("needle", "fidelity", "gsm8k"), "samples": 3, "continuation": 8, "limit": 3}
@@ -356,14 +388,12 @@ def test_a_model_that_workers_cannot_see(
 
 
 @pytest.mark.slow
-def test_a_worker_is_killed(cluster: Any, model: Path, tmp_path: Path, after_units: Any) -> None:
+def test_a_worker_is_killed(
+    cluster: Any, model: Path, tmp_path: Path, after_units: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go(config(model), tmp_path / "here")
-
-    def kill(running: Any) -> None:
-        hand = next(iter(running._hands.working.values()))
-        os.kill(hand.introduction.pid, signal.SIGKILL)
-
-    after_units(3, kill)
+    stuck = hold_one_worker(monkeypatch, tmp_path / "stuck")
+    after_units(3, lambda running: os.kill(stuck().pid, signal.SIGKILL))
     outcome, said = go(on(cluster, model), tmp_path / "there")
     assert "died" in said
     assert "its documents are done by others" in said
@@ -436,18 +466,19 @@ def test_ctrl_c_leaves_a_run_that_goes_on(cluster: Any, model: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_node_is_lost(cluster: Any, model: Path, tmp_path: Path, after_units: Any) -> None:
+def test_a_node_is_lost(
+    cluster: Any, model: Path, tmp_path: Path, after_units: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Last of those on the cluster: what is left of it is one node."""
     go(config(model), tmp_path / "here")
-    lost = threading.Event()
+    stuck = hold_one_worker(monkeypatch, tmp_path / "stuck")
 
     def remove(running: Any) -> None:
-        cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
-        lost.set()
+        (node,) = (node for node in cluster.worker_nodes if node.node_id == stuck().node)
+        cluster.remove_node(node, allow_graceful=False)
 
     after_units(3, remove)
     outcome, said = go(on(cluster, model), tmp_path / "there")
-    assert lost.is_set()
     assert "its documents are done by others" in said
     assert not outcome.failures
     assert samples(tmp_path / "here") == samples(tmp_path / "there")
