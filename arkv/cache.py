@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from arkv.attention import LazyMask
 from arkv.budget import ByteBudget, Geometry, Slots, byte_slots, oq_ratios, token_limit, token_slots
 from arkv.config import CacheConfig, ConfigError
-from arkv.layer import TriStateLayer
+from arkv.layer import PromptScores, TriStateLayer
 from arkv.memory import storage_bytes
 from arkv.stepping import LayerGroup
 from arkv.storage import Tokens
@@ -133,12 +133,19 @@ class TriStateCache(Cache):
                 self._groups.update({index: (group, place) for place, (index, _) in enumerate(members)})
         return self._groups[layer_idx]
 
-    def _absorb(self, layer_idx: int, query: torch.Tensor, scaling: float, padding: torch.Tensor | None) -> None:
+    def _absorb(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        scaling: float,
+        padding: torch.Tensor | None,
+        scores: PromptScores | None = None,
+    ) -> None:
         """Compress layer ``layer_idx`` as soon as it has been computed."""
         layer = self.layers[layer_idx]
         assert isinstance(layer, TriStateLayer)
         first = layer.tokens is None
-        tokens = layer.measure(query, scaling, padding)
+        tokens = layer.measure(query, scaling, padding, scores)
         if first and self.config.budget_unit == "tokens":
             self._share_tokens(layer, tokens)
         elif first:
@@ -224,16 +231,13 @@ class TriStateCache(Cache):
         Raises:
             ConfigError: the scores need more queries than ``prefill`` recorded.
         """
-        if config.recorded_queries > prefill.queries:
-            raise ConfigError(
-                f"window_size={config.window_size} and query_span={config.query_span}: the prefill recorded "
-                f"{prefill.queries} queries; record {config.recorded_queries}"
-            )
+        prefill.check(config)
         cache = cls(prefill.model_config, config)
         for layer_idx, (source, layer) in enumerate(zip(prefill.layers, cache.layers, strict=True)):
             if isinstance(source, PrefillLayer):
                 layer.update(*source.states())
-                cache._absorb(layer_idx, source.queries, source.scaling, source.padding)
+                scores = source.scores.get(config.scoring)
+                cache._absorb(layer_idx, source.queries, source.scaling, source.padding, scores)
             else:
                 cache.layers[layer_idx] = _copy_layer(source)
         return cache
@@ -273,9 +277,12 @@ class PrefillLayer(DynamicLayer):
         self.queries: torch.Tensor = torch.empty(0)
         self.scaling = 1.0
         self.padding: torch.Tensor | None = None
+        self.scores: dict[Any, PromptScores] = {}
+        """By ``CacheConfig.scoring``, as far as :meth:`PrefillCache.score` has been asked for them."""
 
     def _pick(self, indices: torch.Tensor) -> None:
         """The queries and padding of samples ``indices``."""
+        self.scores = {}
         if self.queries.numel():
             self.queries = self.queries.index_select(0, indices.to(self.queries.device))
         if self.padding is not None:
@@ -318,6 +325,7 @@ class _PrefillHandle(Handle):
         if layer.queries.numel() and kept.shape[2] < layer.recorded:
             kept = torch.cat([layer.queries, kept], dim=2)[:, :, -layer.recorded :]
         layer.queries = kept.clone()
+        layer.scores = {}
         layer.scaling = scaling
         layer.padding = mask.padding if isinstance(mask, LazyMask) else None
         dense = mask.dense if isinstance(mask, LazyMask) else mask
@@ -347,6 +355,33 @@ class PrefillCache(Cache):
             return plain
         handle = _PrefillHandle(layer)
         return handle, handle
+
+    def check(self, config: CacheConfig) -> None:
+        """Raises :class:`ConfigError` where ``config`` needs more queries than have been recorded."""
+        if config.recorded_queries > self.queries:
+            raise ConfigError(
+                f"window_size={config.window_size} and query_span={config.query_span}: the prefill recorded "
+                f"{self.queries} queries; record {config.recorded_queries}"
+            )
+
+    def score(self, config: CacheConfig) -> None:
+        """Compute the scores of all tokens once for every cache that takes the same (``CacheConfig.scoring``), as far
+        as they are not there yet: with several budgets or methods they are most of what compression costs.
+
+        They take 4 bytes per token, layer and KV head as long as this cache lives.
+
+        Raises:
+            ConfigError: they need more queries than have been recorded.
+        """
+        self.check(config)
+        if config.scoring is None:
+            return
+        for source in self.layers:
+            if isinstance(source, PrefillLayer) and config.scoring not in source.scores:
+                layer = TriStateLayer(config)
+                layer.update(*source.states())
+                scored = layer.measure(source.queries, source.scaling, source.padding).score
+                source.scores[config.scoring] = PromptScores(scored, layer.oq)
 
     def to_dynamic(self) -> DynamicCache:
         """A stock full cache that continues from here; this one stays as it is."""

@@ -203,6 +203,22 @@ class CacheConfig:
         return max(self.window_size, self.query_span or 0)
 
     @property
+    def scoring(self) -> tuple[Any, ...] | None:
+        """All that the scores of a prompt depend on: methods and budgets for which it is equal share them.
+
+        None: nothing is computed for them.
+        """
+        if self.ranking == "recency":
+            return None
+        names = ("window_size", "n_sink", "value_norm", "importance", "pool_width", "uses_oq")
+        of_oq = ("tau1", "tau2", "tau3") if self.uses_oq else ()
+        if self.importance == "mean_var":
+            own: tuple[str, ...] = ("gamma",)
+        else:
+            own = ("max_pool_width", "query_span", "query_stride", "span_weight")
+        return tuple(getattr(self, name) for name in (*names, *of_oq, *own))
+
+    @property
     def number_format(self) -> Format:
         """The format of Quantized tokens."""
         return FORMATS[self.quant_format]

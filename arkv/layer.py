@@ -39,6 +39,15 @@ class States(NamedTuple):
     quantized: torch.Tensor
 
 
+class PromptScores(NamedTuple):
+    """What a layer makes of a prompt before it decides what stays."""
+
+    importance: torch.Tensor
+    """Of every token, [B, H, N]; infinite for attention sinks."""
+    oq: list[float]
+    """OQ score of the layer for each sample."""
+
+
 class TriStateLayer(CacheLayerMixin):
     """One layer of a :class:`TriStateCache`, behind the layer interface of transformers' ``Cache``."""
 
@@ -244,13 +253,16 @@ class TriStateLayer(CacheLayerMixin):
         batch, heads, _, slots = held.shape
         return torch.cat([held.expand(-1, -1, window, slots), block.expand(batch, heads, window, length)], dim=-1)
 
-    def measure(self, query: torch.Tensor, scaling: float, padding: torch.Tensor | None) -> Tokens:
+    def measure(
+        self, query: torch.Tensor, scaling: float, padding: torch.Tensor | None, scores: PromptScores | None = None
+    ) -> Tokens:
         """Score all tokens by the attention of the newest queries, and the layer by its first forward.
 
         Args:
             query: at least the newest queries of the incoming tokens that the scores are taken from
                 (``CacheConfig.recorded_queries``), or all if there are fewer, [B, Hq, n, D].
             padding: [B, tokens seen and incoming], False where a token is padding.
+            scores: what this made of the same first forward before, to be taken over.
 
         Returns:
             The incoming tokens with their scores.
@@ -271,6 +283,10 @@ class TriStateLayer(CacheLayerMixin):
         if padding is not None:
             self.padded = (~padding).sum(dim=1).tolist()
             position = position.masked_fill(~padding[:, None, -length:], -1)
+        if scores is not None:
+            self.incoming = None
+            self.oq = list(scores.oq)
+            return Tokens(key, value, position, scores.importance)
 
         window = min(config.window_size, length)
         stored, order = (None, None) if self.tokens is None else self.reconstruct()
@@ -290,7 +306,7 @@ class TriStateLayer(CacheLayerMixin):
             if span > window:
                 few = slice((span - 1) % config.query_stride, None, config.query_stride)
                 queries, seen = query[:, :, -span:][:, :, few], seen_by_span[:, :, few]
-                score = with_span(score, queries, keys, scaling, seen, sinks[..., :-window], config)
+                score = with_span(score, attention, queries, keys, scaling, seen, sinks[..., :-window], config)
             if config.value_norm:
                 values = value if stored is None else torch.cat([stored.value, value], dim=2)
                 score = score * values.float().norm(dim=-1)

@@ -68,7 +68,7 @@ class Format:
     def check(self, head_dim: int) -> None:
         """Raises :class:`ValueError` if a head of ``head_dim`` channels cannot be stored, naming a format that can."""
         for layout in (self.key, self.value):
-            # 3 bits lie in two planes, of which the second packs eight codes to a byte.
+            # Eight codes of 3 bits lie in three bytes.
             together = 8 if layout.bits == 3 else 8 // layout.bits
             if head_dim % together:
                 raise ValueError(
@@ -148,8 +148,11 @@ class QuantizedTensor:
     """Storage of one quantized tensor [B, H, S, D]: ``codes``, ``scale`` [B, H, S, 1], ``zero`` likewise where the
     layout is rotated, and ``center`` [B, H, 1, D] where it is centered.
 
-    Codes of less than 8 bits are packed, ``8 / bits`` to a byte: byte ``j`` holds channels ``j``, ``j + D * bits / 8``,
-    and so on, from the low bits up. Codes of 3 bits are packed as their low two bits, then their high bits.
+    Codes of 4 and 2 bits are packed ``8 / bits`` to a byte: byte ``j`` holds channels ``j``, ``j + D * bits / 8``, and
+    so on, from the low bits up. Codes of 3 bits lie in three runs of ``n = D / 8`` bytes: byte ``j`` of run ``r`` holds
+    channel ``j + 2 * r * n`` in its low three bits and channel ``j + (2 * r + 1) * n`` in the next three; the top two
+    are the low bits of channel ``j + 6 * n`` in the first run, of ``j + 7 * n`` in the second one, and the high bits of
+    these two in the third.
     """
 
     def __init__(
@@ -196,19 +199,15 @@ class QuantizedTensor:
                 more = stored.new_zeros(*stored.shape[:2], slots, stored.shape[3])
                 setattr(self, name, torch.cat([stored, more], dim=2))
 
-    def _parts(self) -> list[torch.Tensor]:
-        """Codes as float32, in ``8 / bits`` runs of channels, [B, H, S, D * bits / 8] each."""
+    def _pieces(self) -> list[torch.Tensor]:
+        """What bytes hold as float32, in pieces [B, H, S, n] each: codes, or what :func:`places` makes codes of."""
         if self.layout.floating:
             if self.codes.device.type == "cpu":
                 return [_e4m3_to_float(self.codes)]
             return [self.codes.view(torch.float8_e4m3fn).float()]
         if not self.layout.rotated:
             return [self.codes.view(torch.int8).float()]
-        planes = _planes(self.layout.bits)
-        if len(planes) == 1:
-            return [piece.float() for piece in _unpack(self.codes, self.layout.bits)]
-        low, high = self.codes.split([self.head_dim // 4, self.head_dim // 8], dim=-1)
-        return [(torch.cat(_unpack(low, 2), dim=-1) | torch.cat(_unpack(high, 1), dim=-1) << 2).float()]
+        return [piece.float() for piece in _masked(self.codes, self.layout.bits)]
 
     def write(self, rows: torch.Tensor, x: torch.Tensor, heads: torch.Tensor) -> None:
         """Quantize ``x`` [n, D] into the distinct slots ``rows`` [n] of the storage seen as [B * H * S, ...].
@@ -231,8 +230,10 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The values that the codes stand for, [B, H, S, D] in ``dtype``."""
-        parts = self._parts()
-        values = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        pieces = self._pieces()
+        values = pieces[0]
+        if self.layout.rotated:
+            values = torch.cat(pieces, dim=-1) @ places(self.layout.bits, self.head_dim, values.device)
         values *= self.scale
         if self.zero is not None:
             values += self.zero
@@ -244,24 +245,30 @@ class QuantizedTensor:
 
     def dot(self, query: torch.Tensor) -> torch.Tensor:
         """``query`` [B * H, G, D] (float32) times the keys: [B * H, G, S]."""
-        turned = query @ rotation(self.head_dim, query.device) if self.layout.rotated else query
-        parts = self._parts()
-        pieces = turned.chunk(len(parts), dim=-1)
-        scores = torch.bmm(pieces[0], parts[0].flatten(0, 1).transpose(1, 2))
-        for piece, part in zip(pieces[1:], parts[1:], strict=True):
-            scores.baddbmm_(piece, part.flatten(0, 1).transpose(1, 2))
-        scores *= self.scale.view(query.shape[0], 1, -1)
+        count = query.shape[0]
+        first, *others = (piece.flatten(0, 1).transpose(1, 2) for piece in self._pieces())
+        turned = query
+        if self.layout.rotated:
+            turned = query @ turning(self.layout.bits, self.head_dim, query.device)
+        scores = torch.bmm(turned[..., : first.shape[1]], first)
+        place = first.shape[1]
+        for piece in others:
+            scores.baddbmm_(turned[..., place : place + piece.shape[1]], piece)
+            place += piece.shape[1]
+        scores *= self.scale.float().view(count, 1, -1)
         if self.zero is not None:
-            scores += turned.sum(dim=-1, keepdim=True) * self.zero.view(query.shape[0], 1, -1)
+            scores.addcmul_(turned[..., place:], self.zero.float().view(count, 1, -1))
         if self.center is not None:
             scores += torch.bmm(query, self.center.float().flatten(0, 1).transpose(1, 2))
         return scores
 
     def weigh(self, weights: torch.Tensor) -> torch.Tensor:
         """``weights`` [B * H, G, S] (float32) times the values: [B * H, G, D]."""
-        scaled = weights * self.scale.view(weights.shape[0], 1, -1)
-        products = [torch.bmm(scaled, part.flatten(0, 1)) for part in self._parts()]
-        output = torch.cat(products, dim=-1) if len(products) > 1 else products[0]
+        scaled = weights * self.scale.float().view(weights.shape[0], 1, -1)
+        products = [torch.bmm(scaled, piece.flatten(0, 1)) for piece in self._pieces()]
+        output = products[0]
+        if self.layout.rotated:
+            output = torch.cat(products, dim=-1) @ places(self.layout.bits, self.head_dim, output.device)
         if self.zero is not None:
             output += torch.bmm(weights, self.zero.float().flatten(0, 1))
         if self.layout.rotated:
@@ -290,34 +297,71 @@ def _quantized(layout: Layout, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return scaled.round_().clamp_(-top, top).to(torch.int8).view(torch.uint8), scale, None
 
 
-def _planes(bits: int) -> list[tuple[int, int]]:
-    """Runs of bits that are packed together: the lowest bit and the number of each."""
-    return [(0, 2), (2, 1)] if bits == 3 else [(0, bits)]
+MASKS = {2: (0x03, 0x0C, 0x30, 0xC0), 3: (0x07, 0x38, 0xC0), 4: (0x0F, 0xF0)}
+"""Bits of a byte that are read together, for codes of so many bits."""
 
 
 def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes [..., D] in as few bytes as they need."""
-    planes = [
-        _pack((codes >> low) & (2**width - 1) if low else codes & (2**width - 1), width) for low, width in _planes(bits)
-    ]
-    return torch.cat(planes, dim=-1) if len(planes) > 1 else planes[0]
+    """Codes [..., D] in as few bytes as they need: [..., D * bits / 8]."""
+    # Not `<<` and `|`: shifts of bytes are slow on CPU.
+    if bits != 3:
+        first, *others = codes.chunk(8 // bits, dim=-1)
+        packed = first.clone()
+        for number, run in enumerate(others, start=1):
+            packed.add_(run, alpha=1 << (number * bits))
+        return packed
+    *whole, seventh, last = codes.chunk(8, dim=-1)
+    # The third byte has the high bits of the two codes of which the other two have the low ones.
+    tops = (seventh & 3, last & 3, (seventh >> 2) + (last >> 2) * 2)
+    pairs = zip(whole[0::2], whole[1::2], tops, strict=True)
+    return torch.cat([low + middle * 8 + top * 64 for low, middle, top in pairs], dim=-1)
 
 
-def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """``8 / bits`` codes to a byte, [..., D] to [..., D * bits / 8]."""
-    pieces = codes.chunk(8 // bits, dim=-1)
-    packed = pieces[0].clone()
-    for part, piece in enumerate(pieces[1:], start=1):
-        # Not `|= piece <<`: shifts of bytes are slow on CPU.
-        packed.add_(piece, alpha=1 << (part * bits))
-    return packed
+def _masked(packed: torch.Tensor, bits: int) -> list[torch.Tensor]:
+    """Bytes of ``packed`` (uint8, [..., n]) under each of :data:`MASKS`; where codes have 3 bits, also the highest bit
+    of the last third of the bytes."""
+    # As many bytes at a time as make up a number and divide a third of a row.
+    third = packed.shape[-1] // 3 if bits == 3 else packed.shape[-1]
+    size = math.gcd(third, 8)
+    words = packed.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
+    pieces = [words & _repeated(mask, size) for mask in MASKS[bits]]
+    if bits == 3:
+        pieces.append(words[..., -(third // size) :] & _repeated(0x80, size))
+    return [piece.view(torch.uint8) for piece in pieces]
 
 
-def _unpack(packed: torch.Tensor, bits: int) -> list[torch.Tensor]:
-    """The runs of channels that :func:`_pack` put into each byte."""
-    mask = 2**bits - 1
-    if packed.shape[-1] % 8:
-        return [(packed >> (part * bits)) & mask for part in range(8 // bits)]
-    # Eight bytes at a time; what a shift carries over from the next byte falls to the mask.
-    words, mask = packed.contiguous().view(torch.int64), int.from_bytes(bytes([mask]) * 8, "little")
-    return [((words >> (part * bits)) & mask).view(torch.uint8) for part in range(8 // bits)]
+def _repeated(byte: int, size: int) -> int:
+    """The number of ``size`` bytes, signed if there are several, of which each is ``byte``."""
+    return int.from_bytes(bytes([byte]) * size, "little", signed=size > 1)
+
+
+@cache
+def places(bits: int, head_dim: int, device: torch.device) -> torch.Tensor:
+    """Where codes lie: the pieces of :func:`_masked`, side by side, times this [n, D] are the codes, exactly."""
+    with torch.inference_mode(False), torch.no_grad():
+        count = head_dim * bits // 8
+        found = [torch.zeros(count, head_dim) for _ in MASKS[bits]]
+        if bits != 3:
+            for number, place in enumerate(found):
+                place[:, number * count : (number + 1) * count] = torch.eye(count) * 2.0 ** (-bits * number)
+        else:
+            one = torch.eye(head_dim // 8)
+            low, middle, top = (place.view(3, -1, 8, head_dim // 8) for place in found)
+            for third in range(3):
+                low[third, :, 2 * third] = one
+                middle[third, :, 2 * third + 1] = one / 8
+            # Under 0xC0 the last third has 64 times a high bit of the seventh run and 128 times one of the eighth.
+            top[0, :, 6] = top[1, :, 7] = one / 64
+            top[2, :, 6] = one / 16
+            highest = torch.zeros(head_dim // 8, 8, head_dim // 8)
+            highest[:, 6], highest[:, 7] = -one / 16, one / 32
+            found.append(highest.flatten(1))
+        return torch.cat([place.view(-1, head_dim) for place in found]).to(device)
+
+
+@cache
+def turning(bits: int, head_dim: int, device: torch.device) -> torch.Tensor:
+    """What queries are turned by, [D, n + 1]: into factors of the n columns of all pieces, and of the zero point."""
+    with torch.inference_mode(False), torch.no_grad():
+        matrix = rotation(head_dim, device)
+        return torch.cat([matrix @ places(bits, head_dim, device).T, matrix.sum(dim=1, keepdim=True)], dim=1)

@@ -216,6 +216,7 @@ def _weighted(one: torch.Tensor, other: torch.Tensor, weight: float, sinks: torc
 
 def with_span(
     importance: torch.Tensor,
+    attention: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     scaling: float,
@@ -226,18 +227,26 @@ def with_span(
     """``importance`` [B, H, N] of the window's queries, and with less weight that of a longer span of them.
 
     Args:
-        query: the span's queries after RoPE, [B, Hq, Q, D]; those that see nothing (padding) do not count.
+        attention: of the window's queries, [B, Hq, W, N].
+        query: every ``query_stride``-th of the span's queries after RoPE, the newest among them, [B, Hq, Q, D]; those
+            that see nothing (padding) do not count.
         key, scaling, visible: as for :func:`window_attention`.
         sinks: bool, [B, 1 or H, N - W]: tokens before the window that stay whatever their score.
     """
     batch, heads, length, _ = key.shape
-    window = length - sinks.shape[-1]
-    total, largest = torch.zeros_like(importance), torch.zeros_like(importance)
+    window = attention.shape[2]
+    # The newest of them are the window's.
+    inside = attention[:, :, (window - 1) % config.query_stride :: config.query_stride]
+    older = query.shape[2] - inside.shape[2]
+    inside = inside.unflatten(1, (heads, -1))
+    total, largest = inside.sum(dim=(2, 3)), inside.amax(dim=(2, 3))
     # No more attention at a time than that of the window's queries: it sets the peak of memory.
-    for few, seen in zip(query.split(window, dim=2), visible.split(window, dim=2), strict=True):
-        attention = window_attention(few, key, scaling, seen).view(batch, heads, -1, length)
-        total += attention.sum(dim=2)
-        largest = torch.maximum(largest, attention.amax(dim=2))
+    for few, seen in zip(
+        query[:, :, :older].split(window, dim=2), visible[:, :, :older].split(window, dim=2), strict=True
+    ):
+        outside = window_attention(few, key, scaling, seen).view(batch, heads, -1, length)
+        total += outside.sum(dim=2)
+        largest = torch.maximum(largest, outside.amax(dim=2))
     real = visible.any(dim=-1).sum(dim=-1, keepdim=True).clamp_min(1) * (query.shape[1] // heads)
     nothing = ~visible.any(dim=2)
     wide = _mean_max(total / real, largest, nothing, sinks, config)

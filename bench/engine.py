@@ -150,6 +150,8 @@ class _Prefill:
     logits: torch.Tensor | None = None
     """Of the token that follows, [1, V]."""
     seconds: float = 0.0
+    score_s: dict[Any, float] = field(default_factory=dict)
+    """Seconds that the scores which several cells share have taken, by ``CacheConfig.scoring``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,6 +433,13 @@ class Engine:
         if cell.peer is not None:
             return self._compress_peer(cell.peer, prefill)
         cache: Cache
+        scoring_s = 0.0
+        if cell.config is not None and prefill.cache is not None:
+            clock = Stopwatch(self.device)
+            with clock:
+                prefill.cache.score(cell.config)
+            # Each cell's time is what it would take by itself.
+            scoring_s = prefill.score_s.setdefault(cell.config.scoring, clock.seconds)
         clock = Stopwatch(self.device)
         with clock:
             if cell.config is None:
@@ -443,7 +452,7 @@ class Engine:
             cache=cache,
             logits=prefill.logits,
             prefill_s=prefill.seconds,
-            compress_s=clock.seconds,
+            compress_s=scoring_s + clock.seconds,
             kv_bytes=storage_bytes(cache),
         )
 

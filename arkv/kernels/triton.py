@@ -13,11 +13,22 @@ PRECISION = tl.constexpr("tf32x3")
 
 @triton.jit
 def _unpack(rows, channel, inside, WIDTH: tl.constexpr, BITS: tl.constexpr):
-    """Codes of ``BITS`` bits, packed as ``quantization._pack`` does. A byte is read once for each of its codes: from
-    the second time on it comes from the cache."""
-    BYTES: tl.constexpr = WIDTH * BITS // 8
-    packed = tl.load(rows + (channel % BYTES)[None, :], mask=inside, other=0).to(tl.int32)
-    return (packed >> (channel // BYTES * BITS)[None, :]) & ((1 << BITS) - 1)
+    """Codes of ``BITS`` bits, packed as ``quantization.QuantizedTensor`` says. A byte is read once for each of its
+    codes: from the second time on it comes from the cache."""
+    if BITS == 3:
+        RUN: tl.constexpr = WIDTH // 8
+        run = channel // RUN
+        byte = channel % RUN
+        first = tl.where(run < 6, run // 2, run - 6) * RUN + byte
+        shift = tl.where(run < 6, run % 2 * 3, 6)
+        codes = (tl.load(rows + first[None, :], mask=inside, other=0).to(tl.int32) >> shift[None, :]) & 7
+        high = tl.load(rows + (2 * RUN + byte)[None, :], mask=inside & (run >= 6)[None, :], other=0).to(tl.int32)
+        result = codes | (((high >> run[None, :]) & 1) << 2)
+    else:
+        BYTES: tl.constexpr = WIDTH * BITS // 8
+        packed = tl.load(rows + (channel % BYTES)[None, :], mask=inside, other=0).to(tl.int32)
+        result = (packed >> (channel // BYTES * BITS)[None, :]) & ((1 << BITS) - 1)
+    return result
 
 
 @triton.jit
@@ -34,11 +45,6 @@ def _read(numbers, slot, channel, inside, WIDTH: tl.constexpr, BITS: tl.constexp
             result = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
         else:
             result = codes.to(tl.int8, bitcast=True).to(tl.float32)
-    elif BITS == 3:
-        rows = numbers + slot[:, None] * (WIDTH * 3 // 8)
-        low = _unpack(rows, channel, inside, WIDTH, 2)
-        high = _unpack(rows + WIDTH // 4, channel, inside, WIDTH, 1)
-        result = (low | (high << 2)).to(tl.float32)
     else:
         rows = numbers + slot[:, None] * (WIDTH * BITS // 8)
         result = _unpack(rows, channel, inside, WIDTH, BITS).to(tl.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -200,6 +201,100 @@ def test_more_queries_than_recorded_are_refused(llama: Any, settings: dict[str, 
     prefill = prefilled(llama, prompt(50, seed=1), queries=8)
     with pytest.raises(ConfigError, match=named):
         TriStateCache.from_prefill(prefill, CacheConfig(cache_size=24, **{"window_size": 8, **settings}))
+
+
+MANY: dict[str, CacheConfig] = {
+    f"{method} {size} {unit}": CacheConfig.for_method(
+        method,
+        budget_unit=unit,
+        cache_size=size,
+        window_size=W,
+        **({"quant_format": "int8"} if method in ("quant", "mix") else {}),
+    )
+    for method in PUBLISHED
+    for unit in ("tokens", "bytes")
+    for size in (24, 36)
+}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_scores_are_computed_once_for_all_that_share_them(
+    llama: Any, monkeypatch: pytest.MonkeyPatch, padded: bool
+) -> None:
+    ids, kw = prompt(60, seed=1), {}
+    if padded:
+        ids, mask = left_padded([prompt(60, seed=1), prompt(45, seed=2)])
+        kw = {"attention_mask": mask}
+    prefill = prefilled(llama, ids, **kw)
+    apart = {name: TriStateCache.from_prefill(prefill, config) for name, config in MANY.items()}
+    for config in MANY.values():
+        prefill.score(config)
+    scorings = {config.scoring for config in MANY.values()} - {None}
+    # In tokens and in bytes, with the layers' OQ scores and without.
+    assert len(scorings) == 4
+    assert all(set(layer.scores) == scorings for layer in prefill.layers)
+    monkeypatch.setattr("arkv.layer.prefill_statistics", lambda *_: pytest.fail("scored again"))
+    for name, config in MANY.items():
+        shared = TriStateCache.from_prefill(prefill, config)
+        for one, other in zip(apart[name].layers, shared.layers, strict=True):
+            assert one.oq == other.oq
+            assert one.slots == other.slots
+            assert all(torch.equal(a, b) for a, b in zip(storages_of(one), storages_of(other), strict=True)), name
+
+
+def test_scores_are_those_of_all_that_has_been_read(llama: Any) -> None:
+    config = MANY["mix 24 bytes"]
+    ids = prompt(60, seed=1)
+    parts = prefilled(llama, ids[:, :40])
+    parts.score(config)
+    with attach(llama):
+        forward(llama, parts, ids[:, 40:])
+    late, whole = TriStateCache.from_prefill(parts, config), TriStateCache.from_prefill(prefilled(llama, ids), config)
+    assert [held_sets(layer) for layer in late.layers] == [held_sets(layer) for layer in whole.layers]
+
+
+OTHERS: dict[str, Any] = {
+    "cache_size": 36,
+    "budget_unit": "tokens",
+    "layer_budgets": "equal",
+    "window_size": 6,
+    "n_sink": 2,
+    "ranking": "recency",
+    "original_share": 0.5,
+    "quant_format": "int8",
+    "tau1": 3.0,
+    "tau2": 3.0,
+    "tau3": 3.0,
+    "importance": "mean_var",
+    "gamma": 2.0,
+    "query_span": 30,
+    "query_stride": 3,
+    "span_weight": 1.0,
+    "value_norm": True,
+    "pool_width": 3,
+    "max_pool_width": 3,
+    "decode_importance": "latest",
+    "decode_rate": 0.5,
+    "attention": "reconstruct",
+}
+
+
+@pytest.mark.parametrize("importance", ["mean_max", "mean_var"])
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(CacheConfig)])
+def test_what_scores_depend_on_is_all_named(wide_llama: Any, name: str, importance: Any) -> None:
+    """Whatever setting changes: if ``CacheConfig.scoring`` stays the same, so do the scores."""
+    base = CacheConfig.for_method("mix", budget_unit="bytes", cache_size=40, window_size=W, importance=importance)
+    changes = {"cache_size": None, "cache_ratio": 0.7} if name == "cache_ratio" else {name: OTHERS[name]}
+    changed = dataclasses.replace(base, **changes)
+    prefill = prefilled(wide_llama, prompt(60, seed=1))
+    for config in (base, changed):
+        prefill.score(config)
+    if changed.scoring == base.scoring:
+        twin = prefilled(wide_llama, prompt(60, seed=1))
+        twin.score(changed)
+        for one, other in zip(prefill.layers, twin.layers, strict=True):
+            assert torch.equal(one.scores[base.scoring].importance, other.scores[base.scoring].importance)
+            assert one.scores[base.scoring].oq == other.scores[base.scoring].oq
 
 
 def test_nothing_prefilled_yet_is_said(llama: Any) -> None:

@@ -269,7 +269,7 @@ def test_a_span_of_queries_is_averaged_with_the_window() -> None:
     few = slice(0, None, 3)
     far = window_attention(query[:, :, few], key, D**-0.5, seen[:, :, few])
     sinks = torch.zeros(1, 1, past, dtype=torch.bool)
-    got = with_span(near, query[:, :, few], key, D**-0.5, seen[:, :, few], sinks, config)
+    got = with_span(near, whole[:, :, -W:], query[:, :, few], key, D**-0.5, seen[:, :, few], sinks, config)
     for h in range(H):
         columns = [[far[0, h * 2 + g, w, n].item() for g in range(2) for w in range(5)] for n in range(past)]
         average = naive_pool([sum(column) / len(column) for column in columns], 5)
@@ -287,9 +287,12 @@ def test_padding_in_the_span_changes_no_score() -> None:
     query, key = random(1, HQ, N, D, seed=1) * 2, random(1, H, N, D, seed=2)
     near = random(1, H, N, seed=3).abs()
     sinks = torch.zeros(1, 1, N - W, dtype=torch.bool)
-    alone = with_span(near, query, key, 1.0, causal_visibility(N, N, None, query.device), sinks, config)
+    seen = causal_visibility(N, N, None, query.device)
+    attention = window_attention(query[:, :, -W:], key, 1.0, seen[:, :, -W:])
+    alone = with_span(near, attention, query, key, 1.0, seen, sinks, config)
     padded_query, padded_key = (torch.cat([random(1, x.shape[1], 7, D, seed=4), x], dim=2) for x in (query, key))
     seen = causal_visibility(N + 7, N + 7, torch.arange(N + 7)[None] >= 7, query.device)
     near, sinks = torch.cat([torch.zeros(1, H, 7), near], -1), torch.nn.functional.pad(sinks, (7, 0), value=True)
-    padded = with_span(near, padded_query, padded_key, 1.0, seen, sinks, config)
+    attention = window_attention(query[:, :, -W:], padded_key, 1.0, seen[:, :, -W:])
+    padded = with_span(near, attention, padded_query, padded_key, 1.0, seen, sinks, config)
     assert torch.allclose(padded[..., 7:], alone, rtol=1e-5, atol=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from types import FunctionType, ModuleType
@@ -12,7 +13,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from arkv import TriStateCache, attach
+from arkv import PrefillCache, TriStateCache, attach
 from bench import peers
 from bench.engine import Engine, Failure, Measurement, _Job
 from bench.methods import Cell, grid
@@ -169,6 +170,23 @@ def test_further_ends_are_those_of_generate(tiny: Any, place: int) -> None:
     assert list(measured.answer.token_ids) == expected
     assert expected[0] != end
     assert (end in expected) == (place > 0)
+
+
+def test_scores_that_cells_share_count_for_each(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it had been answered alone."""
+    score = PrefillCache.score
+    asked = []
+
+    def slow(self: PrefillCache, config: Any) -> None:
+        if config.scoring not in asked:
+            asked.append(config.scoring)
+            time.sleep(0.2)
+        score(self, config)
+
+    monkeypatch.setattr(PrefillCache, "score", slow)
+    _, *others = answer(tiny, cells("window", "origin", "quant", "mix"), document(new=2))
+    assert len(asked) == 3
+    assert all(measured.compress_s >= 0.2 for measured in others)
 
 
 def test_times_are_those_of_the_parts(tiny: Any) -> None:
