@@ -89,6 +89,7 @@ class RunConfig:
     device: str = "auto"
     dtype: str = "auto"
     max_length: int | None = None
+    skip_cut: bool = False
     data_dir: Path | None = None
     outdir: Path | None = None
     lengths: tuple[int, ...] = (2000,)

@@ -170,6 +170,10 @@ def run(
             DATA,
         ),
     ] = None,
+    skip_cut: Annotated[
+        bool,
+        _option("longbench: leave out documents that would have to be cut, before --limit counts.", DATA, "--skip-cut"),
+    ] = False,
     trust_remote_code: Annotated[
         bool, _option("Run code that comes with a hub model. Only if you trust it.", DATA, "--trust-remote-code")
     ] = False,

@@ -33,10 +33,11 @@ class LongBenchTask(Task):
     ``max_length``, given by the user, is the official setting of that name: the prompt without chat template is cut in
     the middle to so many tokens. By default it is 31,500 for Llama models, as published, and else the model's context.
 
-    ``limit`` takes the first documents. An answer list that is empty scores 0 and counts, as in the official code.
+    ``limit`` takes the first documents; with ``skip_cut``, the first of those that need not be cut. An answer list that
+    is empty scores 0 and counts, as in the official code.
     """
 
-    option_names = ("max_length",)
+    option_names = ("max_length", "skip_cut")
 
     def __init__(self, dataset: Dataset, *, extended: bool = False) -> None:
         self.dataset = dataset
@@ -53,11 +54,15 @@ class LongBenchTask(Task):
         found = load_rows(self.dataset, settings.data_dir, extended=self.extended)
         self._data_hash = found.sha256
         form = template(self.dataset.name)
-        documents = []
-        for index in draw(len(found.rows), settings.sampling_ratio, settings.seed)[: settings.limit]:
+        documents: list[Document] = []
+        for index in draw(len(found.rows), settings.sampling_ratio, settings.seed):
+            if len(documents) == settings.limit:
+                break
             row = found.rows[index]
             text = form.text.format(context=row.context, input=row.input)
             prompt = build_prompt(self.dataset, text, settings, max_new_tokens=form.max_new_tokens)
+            if prompt.cut_tokens and settings.options.get("skip_cut"):
+                continue
             documents.append(
                 Document(
                     id=f"{self.dataset.name}-{index}",
@@ -77,6 +82,8 @@ class LongBenchTask(Task):
                     },
                 )
             )
+        if not documents:
+            raise TaskError(f"{self.name}: --skip-cut leaves none of {len(found.rows)} documents: all would be cut")
         return documents
 
     def _end_ids(self, tokenizer: Any) -> tuple[int, ...]:

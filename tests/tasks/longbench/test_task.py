@@ -53,6 +53,21 @@ def test_documents(tmp_path: Path) -> None:
     assert len(drawn) == 2
 
 
+def test_documents_that_would_be_cut_can_be_left_out(tmp_path: Path) -> None:
+    rows = [
+        {"context": "x" * (5_000 if index % 2 else 5), "input": "?", "answers": ["a"], "length": 1, "all_classes": None}
+        for index in range(6)
+    ]
+    (tmp_path / "qasper.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    task = LongBenchTask(DATASETS["qasper"])
+    options = {"max_length": 1_500, "skip_cut": True}
+    loaded = task.load(settings(tmp_path, options=options, limit=2))
+    assert [document.id for document in loaded] == ["qasper-0", "qasper-2"]
+    assert len(task.load(settings(tmp_path, options={**options, "skip_cut": False}))) == 6
+    with pytest.raises(TaskError, match="--skip-cut leaves none of 6 documents"):
+        task.load(settings(tmp_path, options={**options, "max_length": 100}))
+
+
 def test_a_long_document_is_cut_and_says_so(tmp_path: Path) -> None:
     write(tmp_path, "qasper", 1, context="x" * 5_000)
     (document,) = LongBenchTask(DATASETS["qasper"]).load(settings(tmp_path, options={"max_length": 1_000}))
