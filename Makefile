@@ -5,6 +5,7 @@ VENV ?= .venv
 unexport PYTHONDONTWRITEBYTECODE
 NEWEST := $(VENV)-newest
 PYTHON := $(VENV)/bin/python
+KERNEL := arkv/kernels/__pycache__/built
 PYTEST := TQDM_DISABLE=1 $(PYTHON) -m pytest
 # Each test computes with one thread.
 FAST := $(PYTEST) -m "not slow" -n auto --maxprocesses 8 --dist worksteal
@@ -17,6 +18,11 @@ help: ## this list
 
 env: ## the environment, .venv: minutes once, then nothing while the pins stay the same
 	@scripts/setup_env.sh --venv "$(VENV)"
+	@$(MAKE) --no-print-directory $(KERNEL)
+
+# It makes decoding faster; without a C compiler everything works too, which a line says.
+$(KERNEL): arkv/kernels/decode.c arkv/kernels/native.py constraints.txt
+	@$(PYTHON) -m arkv.kernels && touch $@ || true
 
 env-newest: env ## a second one beside it with the newest transformers, for the slow tests
 	@scripts/setup_env.sh --venv "$(NEWEST)" --base "$(VENV)" --newest-transformers
@@ -28,7 +34,7 @@ demo: env ## the methods side by side on a small model, with the report: see run
 # Every step runs, whatever the ones before it said. Last come the closing lines of both pytest runs.
 test: env-newest ## everything: lint, types, fast tests, slow tests, the regression gate
 	@set -o pipefail; logs=$$(mktemp -d); trap 'rm -rf "$$logs"' EXIT; failed=; \
-	if [ "$${CI:-}" = true ]; then $(MAKE) --no-print-directory system-deps; fi; \
+	if [ "$${CI:-}" = true ]; then $(MAKE) --no-print-directory system-deps $(KERNEL); fi; \
 	for step in lint types; do $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; done; \
 	$(FAST) 2>&1 | tee "$$logs/fast" || failed="$$failed fast-tests"; \
 	$(PYTEST) -m slow 2>&1 | tee "$$logs/slow" || failed="$$failed slow-tests"; \
@@ -54,15 +60,18 @@ format: env ## ruff: mend what can be mended by itself
 types: env ## mypy: strict for arkv, plain for bench and tasks
 	@$(PYTHON) -m mypy
 
-system-deps: ## a browser for the tests that open a page: installed by root on Debian, named elsewhere
-	@if command -v chromium chromium-browser google-chrome >/dev/null; then \
-	    echo "browser: there"; \
+system-deps: ## a browser for the tests that open a page, and a C compiler: installed by root on Debian, named elsewhere
+	@lacking=; \
+	command -v chromium chromium-browser google-chrome >/dev/null || lacking="chromium fonts-dejavu-core"; \
+	command -v cc >/dev/null || lacking="$$lacking gcc libc6-dev"; \
+	if [ -z "$$lacking" ]; then \
+	    echo "system packages: there"; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	    apt-get -qq update >/dev/null && \
-	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; then \
-	    echo "browser: chromium installed"; \
+	    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$lacking >/dev/null; then \
+	    echo "system packages: $$lacking installed"; \
 	else \
-	    echo "browser: none. Tests that open a page need chromium, such as: apt-get install chromium fonts-dejavu-core"; \
+	    echo "system packages: tests that need them are skipped: apt-get install $$lacking"; \
 	fi
 
 docs: env ## docs/commands anew from the code

@@ -106,8 +106,9 @@ class CacheConfig:
     decode_rate: float = 1 / 32
     """``mean``: weight of the newest step in the running average."""
 
-    attention: Literal["fused", "reconstruct"] = "fused"
-    """Decode on the stored parts directly, or on the reconstructed contiguous cache (the readable twin)."""
+    attention: Literal["fused", "torch", "reconstruct"] = "fused"
+    """Decode on the stored parts directly: by a kernel where there is one (:mod:`arkv.kernels`) and else by torch's
+    operations, or by these in any case; or on the reconstructed contiguous cache (the readable twin)."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -258,7 +259,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "ranking": ("heavy_hitter", "recency"),
     "importance": ("mean_var", "mean_max"),
     "decode_importance": ("latest", "mean"),
-    "attention": ("fused", "reconstruct"),
+    "attention": ("fused", "torch", "reconstruct"),
 }
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -499,15 +499,18 @@ class TriStateLayer(CacheLayerMixin):
         grouped = query.view(batch, heads, query_heads // heads, dim)
         stored = self.quantized
         widest = max(dim, self.tokens.value.shape[-1])
+        kernel = None
+        if self.config.attention == "fused":
+            kernel = kernels.find(query.device, self.tokens.key.dtype, widest, grouped.shape[2])
         if self.config.attention == "reconstruct":
             output, probabilities = self._attend_reconstructed(grouped, scaling)
-        elif query.is_cuda and kernels.supported(query.device, self.tokens.key.dtype, widest, grouped.shape[2]):
-            output, probabilities = kernels.decode_attention(grouped, self.held(), stored, scaling, self.gaps)
+        elif kernel is not None:
+            output, probabilities = kernel(grouped, self.held(), stored, scaling, self.gaps)
         else:
-            output, probabilities = self._attend_fused(grouped, scaling)
+            output, probabilities = self._attend_folded(grouped, scaling)
         return output.to(query.dtype).view(batch, 1, query_heads, output.shape[-1]), probabilities
 
-    def _attend_fused(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _attend_folded(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Output [B, H, G, D] and probabilities [B, H, G, S] of ``query`` [B, H, G, D], on the storage as it is.
 
         Products are taken in float32: a bfloat16 product would round the logits to 8 bits.
@@ -534,7 +537,7 @@ class TriStateLayer(CacheLayerMixin):
         return output.view(batch, heads, group, -1), probabilities.view(batch, heads, group, -1)
 
     def _attend_reconstructed(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same as :meth:`_attend_fused` on the reconstructed contiguous cache: slower, and easy to believe."""
+        """The same as :meth:`_attend_folded` on the reconstructed contiguous cache: slower, and easy to believe."""
         tokens, order = self.reconstruct()
         logits = (query.float() @ tokens.key.float().transpose(-1, -2)) * scaling
         probabilities = logits.masked_fill((tokens.position < 0).unsqueeze(2), EMPTY).softmax(dim=-1)

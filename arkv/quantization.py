@@ -125,7 +125,7 @@ def rotation(head_dim: int, device: torch.device) -> torch.Tensor:
         return (torch.kron(matrix, cosine) / math.sqrt(head_dim)).float().to(device)
 
 
-def _e4m3_to_float(codes: torch.Tensor) -> torch.Tensor:
+def e4m3_to_float(codes: torch.Tensor) -> torch.Tensor:
     """e4m3 to float32 through the bit pattern of float16, since the eager cast is some 20 times slower on CPU.
 
     Sign, exponent and mantissa of e4m3 sit in the top bits of a float16 after a shift; only the exponent bias
@@ -203,7 +203,7 @@ class QuantizedTensor:
         """What bytes hold as float32, in pieces [B, H, S, n] each: codes, or what :func:`places` makes codes of."""
         if self.layout.floating:
             if self.codes.device.type == "cpu":
-                return [_e4m3_to_float(self.codes)]
+                return [e4m3_to_float(self.codes)]
             return [self.codes.view(torch.float8_e4m3fn).float()]
         if not self.layout.rotated:
             return [self.codes.view(torch.int8).float()]

@@ -325,6 +325,8 @@ def environment() -> dict[str, Any]:
     """Versions, commit and hardware of this process."""
     import torch
 
+    from arkv.kernels import native
+
     packages = {}
     for name in (
         "arkv-bench",
@@ -351,17 +353,17 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
-        "hardware": {**device, "torch_threads": torch.get_num_threads()},
+        "hardware": {**device, "torch_threads": torch.get_num_threads(), "cpu_kernel": native.is_built()},
         **_commit(),
     }
 
 
 def source_sha256() -> str:
-    """Of the project's own Python files: two processes with the same hash run the same code."""
+    """Of the project's own source files: two processes with the same hash run the same code."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for package in ("arkv", "bench", "tasks"):
-        for path in sorted((root / package).rglob("*.py")):
+        for path in sorted(path for path in (root / package).rglob("*") if path.suffix in (".py", ".c")):
             digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 

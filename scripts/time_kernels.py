@@ -111,7 +111,7 @@ def cells_of(options: argparse.Namespace, context_length: int) -> list[Cell]:
             return kernels.decode_attention(query, held, stored, scaling, False)
 
         def twin(layer: TriStateLayer = layer) -> tuple[torch.Tensor, torch.Tensor]:
-            return layer._attend_fused(query, scaling)
+            return layer._attend_folded(query, scaling)
 
         columns = {"quant_format": quant_format, "kv_bytes": storage_bytes([layer])}
         error = (kernel()[0] - twin()[0]).abs().max().item()

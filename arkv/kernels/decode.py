@@ -1,4 +1,4 @@
-"""Decode attention on GPUs by a Triton kernel: the twin of ``TriStateLayer._attend_fused``.
+"""Decode attention on GPUs by a Triton kernel: the twin of ``TriStateLayer._attend_folded``.
 
 No GPU has run it so far: it has been compared with its twin in Triton's interpreter on a CPU and compiled for NVIDIA's
 sm_80 and sm_90, and no timings exist. ``scripts/time_kernels.py`` takes them where there is a GPU.
@@ -99,9 +99,9 @@ def decode_attention(
             *(query.contiguous(), turned.contiguous(), bias),
             scaling,
             *(held.key, held.value, held.position),
-            *(_head_stride(held.key), _head_stride(held.value), _head_stride(held.position)),
-            *_stored(key),
-            *_stored(value),
+            *(head_stride(held.key), head_stride(held.value), head_stride(held.position)),
+            *stored_tensors(key),
+            *stored_tensors(value),
             None if stored is None else stored.position.contiguous(),
             *(probabilities, partial, peak, total),
             *(original, quantized, original_splits, slots_per_split),
@@ -163,14 +163,16 @@ def _padded(size: int, least: int = 1) -> int:
     return max(1 << (size - 1).bit_length(), least)
 
 
-def _head_stride(tensor: torch.Tensor) -> int:
+def head_stride(tensor: torch.Tensor) -> int:
     """Elements from one head's first slot to the next one's, in storage of which the first slots are in use."""
     assert tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1), "samples follow one another"
     assert tensor.stride()[2:] == ((1,) if tensor.dim() == 3 else (tensor.shape[3], 1)), "slots follow one another"
     return tensor.stride(1)
 
 
-def _stored(tensor: QuantizedTensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+def stored_tensors(
+    tensor: QuantizedTensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Codes, scales and zero points, as they lie in memory."""
     if tensor is None:
         return None, None, None

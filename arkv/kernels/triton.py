@@ -39,7 +39,7 @@ def _read(numbers, slot, channel, inside, WIDTH: tl.constexpr, BITS: tl.constexp
     elif BITS == 8:
         codes = tl.load(numbers + slot[:, None] * WIDTH + channel[None, :], mask=inside, other=0)
         if FLOATING:
-            # e4m3 by way of float16, as ``quantization._e4m3_to_float``: only newer GPUs convert it themselves.
+            # e4m3 by way of float16, as ``quantization.e4m3_to_float``: only newer GPUs convert it themselves.
             bits = codes.to(tl.uint16)
             half = ((bits & 0x7F) << 7) | ((bits & 0x80) << 8)
             result = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0

@@ -21,8 +21,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from arkv import CacheConfig, TriStateCache, attach
+from arkv import FORMATS, CacheConfig, TriStateCache, attach
 from arkv.attention import attention_forward
+from arkv.layer import TriStateLayer
+from arkv.storage import QuantizedPool, Tokens
 
 VOCABULARY = 97
 PUBLISHED = ("window", "origin", "quant", "mix")
@@ -223,3 +225,40 @@ def storages_of(quantized: Any) -> list[torch.Tensor]:
     """Codes, scale and, where there are any, zero point and center of a quantized tensor."""
     found = [getattr(quantized, name, None) for name in ("codes", "scale", "zero", "center")]
     return [item for item in found if item is not None]
+
+
+def random_tokens(
+    shape: tuple[int, int, int], dims: tuple[int, int], dtype: torch.dtype, gaps: float, device: str
+) -> Tokens:
+    """Tokens [B, H, S] with keys and values of ``dims``; a few channels of the keys are large, as in real models."""
+    loud = 1 + 4 * (torch.rand(dims[0]) > 0.9)
+    position = torch.arange(shape[2], dtype=torch.int32).expand(shape).masked_fill(torch.rand(shape) < gaps, -1)
+    return Tokens(
+        (torch.randn(*shape, dims[0]) * loud).to(dtype),
+        torch.randn(*shape, dims[1]).to(dtype),
+        position.contiguous(),
+        torch.rand(shape),
+    ).map(lambda tensor: tensor.to(device))
+
+
+def layer_with(
+    quant_format: str | None,
+    *,
+    original: int = 100,
+    quantized: int = 128,
+    dims: tuple[int, int] = (64, 64),
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    gaps: float = 0.0,
+    device: str = "cpu",
+) -> TriStateLayer:
+    """A layer that holds random tokens of two KV heads, in storage with a few more slots than are in use."""
+    torch.manual_seed(0)
+    layer = TriStateLayer(CacheConfig.for_method("mix", cache_size=64, window_size=32))
+    layer.tokens = random_tokens((batch, 2, original + 5), dims, dtype, gaps, device)
+    layer.seen, layer.used, layer.gaps = original, original, gaps > 0
+    if quant_format is not None:
+        tokens = random_tokens((batch, 2, quantized), dims, dtype, gaps, device)
+        layer.quantized = QuantizedPool(FORMATS[quant_format], tokens, [tokens])
+        layer.quantized.full = gaps == 0
+    return layer

@@ -12,46 +12,14 @@ import torch
 from arkv import FORMATS, CacheConfig
 from arkv.kernels import decode_attention
 from arkv.layer import TriStateLayer
-from arkv.storage import QuantizedPool, Tokens
-from tests.arkv.conftest import Driver
+from tests.arkv.conftest import Driver, layer_with
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-WINDOW = 32
 EACH_FORMAT = pytest.mark.parametrize("quant_format", sorted(FORMATS))
 
 
-def random_tokens(shape: tuple[int, int, int], dims: tuple[int, int], dtype: torch.dtype, gaps: float) -> Tokens:
-    """Tokens [B, H, S] with keys and values of ``dims``; a few channels of the keys are large, as in real models."""
-    loud = 1 + 4 * (torch.rand(dims[0]) > 0.9)
-    position = torch.arange(shape[2], dtype=torch.int32).expand(shape).masked_fill(torch.rand(shape) < gaps, -1)
-    return Tokens(
-        (torch.randn(*shape, dims[0]) * loud).to(dtype),
-        torch.randn(*shape, dims[1]).to(dtype),
-        position.contiguous(),
-        torch.rand(shape),
-    ).map(lambda tensor: tensor.to(DEVICE))
-
-
-def layer_of(
-    quant_format: str | None,
-    *,
-    original: int = 100,
-    quantized: int = 128,
-    dims: tuple[int, int] = (64, 64),
-    batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    gaps: float = 0.0,
-) -> TriStateLayer:
-    """A layer that holds random tokens of two KV heads, in storage with a few more slots than are in use."""
-    torch.manual_seed(0)
-    layer = TriStateLayer(CacheConfig.for_method("mix", cache_size=64, window_size=WINDOW))
-    layer.tokens = random_tokens((batch, 2, original + 5), dims, dtype, gaps)
-    layer.seen, layer.used, layer.gaps = original, original, gaps > 0
-    if quant_format is not None:
-        tokens = random_tokens((batch, 2, quantized), dims, dtype, gaps)
-        layer.quantized = QuantizedPool(FORMATS[quant_format], tokens, [tokens])
-        layer.quantized.full = gaps == 0
-    return layer
+def layer_of(quant_format: str | None, **settings: Any) -> TriStateLayer:
+    return layer_with(quant_format, device=DEVICE, **settings)
 
 
 def compare(layer: TriStateLayer, group: int = 3, slots_per_split: int | None = None) -> torch.Tensor:
@@ -59,7 +27,7 @@ def compare(layer: TriStateLayer, group: int = 3, slots_per_split: int | None = 
     held = layer.held()
     batch, heads, _, dim = held.key.shape
     query = torch.randn(batch, heads, group, dim).to(held.key)
-    expected = layer._attend_fused(query, dim**-0.5)
+    expected = layer._attend_folded(query, dim**-0.5)
     got = decode_attention(query, held, layer.quantized, dim**-0.5, layer.gaps, slots_per_split)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     return got[1]
@@ -101,7 +69,7 @@ def test_values_narrower_than_keys() -> None:
 
 
 def test_slots_that_fill_no_block() -> None:
-    compare(layer_of("int8", original=WINDOW + 1, quantized=70), slots_per_split=128)
+    compare(layer_of("int8", original=33, quantized=70), slots_per_split=128)
 
 
 def test_no_original_slots() -> None:
@@ -134,7 +102,13 @@ def test_short_positions_and_large_logits() -> None:
 def test_decoding_with_the_kernel(quant_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Storage as prefill and decoding leave it: tokens join, are demoted and evicted by the kernel's probabilities."""
     config = CacheConfig.for_method(
-        "mix", cache_size=80, window_size=16, quant_format=quant_format, original_share=0.5, n_sink=2
+        "mix",
+        cache_size=80,
+        window_size=16,
+        quant_format=quant_format,
+        original_share=0.5,
+        n_sink=2,
+        attention="torch",
     )
 
     def decode() -> tuple[list[torch.Tensor], Any]:
@@ -152,7 +126,7 @@ def test_decoding_with_the_kernel(quant_format: str, monkeypatch: pytest.MonkeyP
         calls.append(query.shape)
         return decode_attention(query, layer.held(), layer.quantized, scaling, layer.gaps)
 
-    monkeypatch.setattr(TriStateLayer, "_attend_fused", attend)
+    monkeypatch.setattr(TriStateLayer, "_attend_folded", attend)
     got, layer = decode()
     assert len(calls) == 3
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

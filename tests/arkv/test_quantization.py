@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arkv.quantization import FORMATS, Format, Layout, QuantizedTensor, _e4m3_to_float, rotation
+from arkv.quantization import FORMATS, Format, Layout, QuantizedTensor, e4m3_to_float, rotation
 from arkv.storage import flat_rows
 from tests.arkv.conftest import storages_of
 
@@ -86,7 +86,7 @@ def test_rotation_may_be_used_with_gradients_after_inference() -> None:
 def test_all_e4m3_codes_are_expanded_exactly() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     numbers = [code for code in range(256) if code & 0x7F != 0x7F]
-    expanded = _e4m3_to_float(codes)
+    expanded = e4m3_to_float(codes)
     assert expanded.dtype == torch.float32
     assert torch.equal(expanded[numbers], E4M3)
     assert torch.equal(expanded[numbers], codes.float()[numbers])
@@ -96,11 +96,11 @@ def test_all_e4m3_codes_are_expanded_exactly() -> None:
 
 def test_expanding_e4m3_keeps_any_shape_and_stride() -> None:
     codes = random(2, 3, 8, 6).to(torch.float8_e4m3fn)
-    assert torch.equal(_e4m3_to_float(codes), codes.float())
-    assert torch.equal(_e4m3_to_float(codes[:, 1:, ::2]), codes[:, 1:, ::2].float())
-    assert torch.equal(_e4m3_to_float(codes.transpose(1, 2)), codes.transpose(1, 2).float())
-    assert torch.equal(_e4m3_to_float(codes.view(torch.uint8)), codes.float())
-    assert _e4m3_to_float(codes[:, :, :0]).shape == (2, 3, 0, 6)
+    assert torch.equal(e4m3_to_float(codes), codes.float())
+    assert torch.equal(e4m3_to_float(codes[:, 1:, ::2]), codes[:, 1:, ::2].float())
+    assert torch.equal(e4m3_to_float(codes.transpose(1, 2)), codes.transpose(1, 2).float())
+    assert torch.equal(e4m3_to_float(codes.view(torch.uint8)), codes.float())
+    assert e4m3_to_float(codes[:, :, :0]).shape == (2, 3, 0, 6)
 
 
 def test_every_value_of_a_symmetric_format_survives() -> None:
