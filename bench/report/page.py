@@ -508,7 +508,7 @@ def _problems(run: Run) -> list[str]:
         more = "" if len(documents) <= LISTED else f" and {len(documents) - LISTED} more"
         named = ", ".join(list(documents)[:LISTED])
         said.append(
-            f"{task}, {model}: {len(documents)} prompts were longer than the model's context and were cut: "
+            f"{task}, {model}: {len(documents)} prompts were longer than the context or --max-length and were cut: "
             f"{named}{more}"
         )
     return said

@@ -316,7 +316,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             notes.append(f"{stands}: it is of one size, whatever the budget")
     truncated = max((row["truncated_documents"] or 0) for row in rows)
     if truncated:
-        notes.append(f"{truncated:.0f} prompts were longer than the model's context and were cut")
+        notes.append(f"{truncated:.0f} prompts were longer than the context or --max-length and were cut")
     if len({row["n"] for row in rows}) > 1:
         notes.append("the rows are over different numbers of documents: the run is not complete")
     return notes

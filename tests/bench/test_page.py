@@ -128,7 +128,7 @@ def test_the_page_holds_the_figures_of_the_results(plain: Page) -> None:
         "01-needle-exact_match-oq",
     ]
     assert page.html.count("<svg") == 3
-    assert "1 prompts were longer than the model&#39;s context and were cut: d1" in page.html
+    assert "1 prompts were longer than the context or --max-length and were cut: d1" in page.html
 
 
 def test_nothing_is_fetched(plain: Page) -> None:
