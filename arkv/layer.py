@@ -500,7 +500,8 @@ class TriStateLayer(CacheLayerMixin):
         stored = self.quantized
         widest = max(dim, self.tokens.value.shape[-1])
         kernel = None
-        if self.config.attention == "fused":
+        # Kernels know no gradients.
+        if self.config.attention == "fused" and not query.requires_grad:
             kernel = kernels.find(query.device, self.tokens.key.dtype, widest, grouped.shape[2])
         if self.config.attention == "reconstruct":
             output, probabilities = self._attend_reconstructed(grouped, scaling)

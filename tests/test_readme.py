@@ -79,7 +79,7 @@ def test_the_layout_is_the_tree() -> None:
         path.relative_to(ROOT).as_posix()
         for folder in ("arkv", "bench", "tasks", "scripts")
         for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix in (".py", ".sh", ".yaml", ".j2", ".css", ".js")
+        if path.is_file() and path.suffix in (".py", ".c", ".sh", ".yaml", ".j2", ".css", ".js")
     }
     files -= {name for name in files if name.endswith("__init__.py") and name != "arkv/__init__.py"}
     assert set(lines) == files

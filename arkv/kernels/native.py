@@ -174,13 +174,7 @@ def is_built() -> bool:
 
 
 def supported(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> bool:
-    """Whether :func:`decode_attention` can serve a layer.
-
-    Args:
-        dtype: of the Original tokens.
-        head_dim: the larger one, where keys and values differ.
-        group: query heads per KV head.
-    """
+    """Whether :func:`decode_attention` can serve a layer; see :func:`arkv.kernels.find`."""
     return (
         device.type == "cpu"
         and dtype in NUMBER_TYPES
@@ -247,7 +241,7 @@ def _original_pool(held: Tokens, masked: bool) -> _Pool:
         *(head_stride(held.key) * size, head_stride(held.value) * size),
         *(0, 0, NUMBER_TYPES[held.key.dtype], 0),
         *(None, None, None, None),
-        *(_places(held.position, head_stride(held.position)) if masked else (None, 0, 0)),
+        *(_positions(held.position, head_stride(held.position)) if masked else (None, 0, 0)),
     )
 
 
@@ -259,12 +253,12 @@ def _quantized_pool(stored: QuantizedPool) -> tuple[_Pool, list[torch.Tensor]]:
         *(stored.slots * stored.key.codes.shape[-1], stored.slots * stored.value.codes.shape[-1]),
         *(_bits(stored.key), _bits(stored.value), 0, NUMBER_TYPES[stored.key.scale.dtype]),
         *(_address(key[1]), _address(key[2]), _address(value[1]), _address(value[2])),
-        *((None, 0, 0) if stored.full else _places(position, stored.slots)),
+        *((None, 0, 0) if stored.full else _positions(position, stored.slots)),
     )
     return pool, [position, *(tensor for tensor in (*key, *value) if tensor is not None)]
 
 
-def _places(position: torch.Tensor, stride: int) -> tuple[int, int, int]:
+def _positions(position: torch.Tensor, stride: int) -> tuple[int, int, int]:
     """Address, bytes of a position, bytes from one row to the next."""
     size = position.element_size()
     return position.data_ptr(), size, stride * size

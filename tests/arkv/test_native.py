@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,11 +157,23 @@ def test_nothing_is_compiled_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         native._library.cache_clear()
 
 
+@needs_compiler
+def test_gradients_reach_the_query() -> None:
+    """By torch's operations, since kernels have none."""
+    layer = layer_with("int8")
+    layer.config = CacheConfig.for_method("mix", cache_size=64)
+    query = torch.randn(1, 6, 1, 64, requires_grad=True)
+    output, _ = layer.attend_step(query, 0.125)
+    output.sum().backward()
+    assert query.grad is not None
+    assert bool(query.grad.any())
+
+
 # -- how it is built ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "kernels" / "decode.so"
     monkeypatch.setattr(native, "library_path", lambda: path)
     native._library.cache_clear()
