@@ -21,7 +21,7 @@ env: ## the environment, .venv: minutes once, then nothing while the pins stay t
 	@$(MAKE) --no-print-directory $(KERNEL)
 
 # It makes decoding faster; without a C compiler everything works too, which a line says.
-$(KERNEL): arkv/kernels/decode.c arkv/kernels/native.py constraints.txt
+$(KERNEL): $(wildcard arkv/kernels/*.[ch]) arkv/kernels/building.py constraints.txt
 	@$(PYTHON) -m arkv.kernels && touch $@ || true
 
 env-newest: env ## a second one beside it with the newest transformers, for the slow tests

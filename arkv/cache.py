@@ -168,12 +168,8 @@ class TriStateCache(Cache):
         layers = [layer for layer in self.layers if isinstance(layer, TriStateLayer)]
         ratios = [oq_ratios(scores) for scores in zip(*(layer.oq for layer in layers), strict=True)]
         for index, layer in enumerate(layers):
-            layer.slots = [
-                token_slots(self.config, limit, sample[index])
-                for limit, sample in zip(layer.limits, ratios, strict=True)
-            ]
-            if any(layer.outgrown):
-                layer.reassign()
+            pairs = zip(layer.limits, ratios, strict=True)
+            layer.settle([token_slots(self.config, limit, sample[index]) for limit, sample in pairs])
 
     def _share_bytes(self, layer: TriStateLayer, tokens: Tokens) -> None:
         """Byte budgets: the layer gets its share of what the layers before it have left."""

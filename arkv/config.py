@@ -108,7 +108,8 @@ class CacheConfig:
 
     attention: Literal["fused", "torch", "reconstruct"] = "fused"
     """Decode on the stored parts directly: by a kernel where there is one (:mod:`arkv.kernels`) and else by torch's
-    operations, or by these in any case; or on the reconstructed contiguous cache (the readable twin)."""
+    operations, or by these in any case; or on the reconstructed contiguous cache (the readable twin). Prompts are
+    scored by a kernel likewise, or by torch's operations."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -211,7 +212,7 @@ class CacheConfig:
         """
         if self.ranking == "recency":
             return None
-        names = ("window_size", "n_sink", "value_norm", "importance", "pool_width", "uses_oq")
+        names = ("window_size", "n_sink", "value_norm", "importance", "pool_width", "uses_oq", "attention")
         of_oq = ("tau1", "tau2", "tau3") if self.uses_oq else ()
         if self.importance == "mean_var":
             own: tuple[str, ...] = ("gamma",)

@@ -24,7 +24,17 @@ from arkv import kernels
 from arkv.attention import LazyMask
 from arkv.budget import Slots
 from arkv.config import CacheConfig
-from arkv.scoring import causal_visibility, prefill_statistics, update_scores, window_attention, with_span
+from arkv.scoring import (
+    PrefillStatistics,
+    causal_visibility,
+    judge,
+    needs_moments,
+    prefill_statistics,
+    summarize_span,
+    update_scores,
+    window_attention,
+    with_span,
+)
 from arkv.storage import CLOSED, EMPTY, QuantizedPool, Tokens, best
 
 GROWTH = 64
@@ -292,21 +302,18 @@ class TriStateLayer(CacheLayerMixin):
         stored, order = (None, None) if self.tokens is None else self.reconstruct()
         if config.ranking == "heavy_hitter":
             keys = key if stored is None else torch.cat([stored.key, key], dim=2)
-            # Without padding and stored tokens, queries see all keys before the window.
-            alone = stored is None and padding is None
-            span = min(config.recorded_queries, length)
-            seen_by_span = self._visible(stored, span if alone else length, span, padding)
-            visible = seen_by_span[:, :, -window:, -window:] if alone else seen_by_span[:, :, -window:]
-            attention = window_attention(query[:, :, -window:], keys, scaling, visible)
             sinks = self._sinks(position if stored is None else torch.cat([stored.position, position], dim=2))
-            statistics = prefill_statistics(attention, heads, config, visible, sinks)
+            # Without padding and stored tokens, queries see all keys up to their own.
+            alone = stored is None and padding is None
+            kernel = None
+            if alone and config.attention == "fused" and query.dtype == key.dtype:
+                kernel = kernels.find_summarize(device, key.dtype)
+            if kernel is not None:
+                statistics, score = self._score_alone(kernel, query, keys, scaling, sinks[..., :-window])
+            else:
+                statistics, score = self._score(query, keys, scaling, stored, padding, sinks)
             if not self.oq:
                 self.oq = statistics.oq_score(config.tau1, config.tau2, config.tau3).tolist()
-            score = statistics.importance
-            if span > window:
-                few = slice((span - 1) % config.query_stride, None, config.query_stride)
-                queries, seen = query[:, :, -span:][:, :, few], seen_by_span[:, :, few]
-                score = with_span(score, attention, queries, keys, scaling, seen, sinks[..., :-window], config)
             if config.value_norm:
                 values = value if stored is None else torch.cat([stored.value, value], dim=2)
                 score = score * values.float().norm(dim=-1)
@@ -320,6 +327,53 @@ class TriStateLayer(CacheLayerMixin):
             update_scores(self.scores(), self.split(importance), config, length, finite)
         self.incoming = None
         return Tokens(key, value, position, self._pin(score, position))
+
+    def _score(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        scaling: float,
+        stored: Tokens | None,
+        padding: torch.Tensor | None,
+        sinks: torch.Tensor,
+    ) -> tuple[PrefillStatistics, torch.Tensor]:
+        """Statistics and importance [B, H, S + T] of stored and incoming ``keys``."""
+        config = self.config
+        assert self.incoming is not None
+        length = self.incoming[0].shape[2]
+        window, span = min(config.window_size, length), min(config.recorded_queries, length)
+        alone = stored is None and padding is None
+        seen_by_span = self._visible(stored, span if alone else length, span, padding)
+        visible = seen_by_span[:, :, -window:, -window:] if alone else seen_by_span[:, :, -window:]
+        attention = window_attention(query[:, :, -window:], keys, scaling, visible)
+        statistics = prefill_statistics(attention, keys.shape[1], config, visible, sinks)
+        if span == window:
+            return statistics, statistics.importance
+        few = slice((span - 1) % config.query_stride, None, config.query_stride)
+        queries, seen = query[:, :, -span:][:, :, few], seen_by_span[:, :, few]
+        summary = summarize_span(attention, queries, keys, scaling, seen, config)
+        nothing = ~seen.any(dim=2)
+        return statistics, with_span(statistics.importance, summary, nothing, sinks[..., :-window], config)
+
+    def _score_alone(
+        self,
+        summarize: kernels.Summarize,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        scaling: float,
+        sinks: torch.Tensor,
+    ) -> tuple[PrefillStatistics, torch.Tensor]:
+        """The same for a prompt of its own, by a kernel; ``sinks`` are those before the window."""
+        config, length, past = self.config, keys.shape[2], sinks.shape[-1]
+        span = min(config.recorded_queries, length)
+        nothing = torch.zeros(1, 1, 1, dtype=torch.bool, device=keys.device)
+        near = summarize(query[:, :, past - length :], keys, scaling, 1, past, needs_moments(config))
+        statistics = judge(near, nothing, sinks, config)
+        if span == length - past:
+            return statistics, statistics.importance
+        few = query[:, :, -span:][:, :, (span - 1) % config.query_stride :: config.query_stride]
+        far = summarize(few, keys, scaling, config.query_stride, past, False)
+        return statistics, with_span(statistics.importance, far, nothing, sinks, config)
 
     def _pin(self, score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """Scores of new tokens, with attention sinks above all others and padding below."""
@@ -453,6 +507,27 @@ class TriStateLayer(CacheLayerMixin):
     def reassign(self) -> None:
         """Choose states anew after a change of budget."""
         self._assign(*self._split(self.held()))
+
+    def settle(self, slots: list[Slots]) -> None:
+        """Choose states anew, with ``slots`` of each sample, right after a first forward has been absorbed."""
+        self.slots = slots
+        if not any(self.outgrown):
+            return
+        # Nothing has joined yet: the window comes first, in sequence order, then the others by importance.
+        held, window = self.held(), min(self.seen, self.config.window_size)
+        past = held.part(slice(window, None))
+        original, quantized = slots[0]
+        alike = all(self.outgrown) and len(set(slots)) == 1 and not self.gaps
+        if not alike or past.slots != original + quantized:
+            self._assign(held.part(slice(window)), past)
+            return
+        self.used = window + original
+        self.tokens, self.bound = held.part(slice(self.used)).map(torch.clone), False
+        if quantized:
+            demoted = past.part(slice(original, None))
+            # These two stay as they are, and must not keep alive what they were parts of.
+            demoted.position, demoted.score = demoted.position.clone(), demoted.score.clone()
+            self._demote(demoted, torch.tensor(quantized, device=past.key.device), quantized, [held])
 
     # -- a decoding step -----------------------------------------------------------------------------------------------
 

@@ -280,10 +280,21 @@ class QuantizedTensor:
 
 def _quantized(layout: Layout, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Packed codes, scales and zero points of ``x`` [..., D] (float32, centered), as they are stored."""
+    # The kernels import this module.
+    from arkv.kernels import quantize
+
+    if layout.rotated:
+        x = x @ rotation(x.shape[-1], x.device)
+    if not layout.floating and quantize.supported(x):
+        return quantize.quantize(x, layout.bits, zero_point=layout.rotated)
+    return _with_torch(layout, x)
+
+
+def _with_torch(layout: Layout, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The same of numbers that are rotated where the layout is."""
     top = layout.max_code
     tiny = torch.finfo(layout.range_dtype).tiny
     if layout.rotated:
-        x = x @ rotation(x.shape[-1], x.device)
         low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
         zero = _outward(low, up=False)
         scale = _outward((high - zero.float()) / top, up=True).clamp_min(tiny)

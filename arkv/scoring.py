@@ -51,6 +51,19 @@ class PrefillStatistics(NamedTuple):
         )
 
 
+class Summary(NamedTuple):
+    """What the keys of a layer get from a number of queries."""
+
+    mean: torch.Tensor
+    """Attention, mean over the queries and the query heads of a KV head, [B, H, N] like the next two."""
+    largest: torch.Tensor
+    """The largest attention."""
+    spread: torch.Tensor | None
+    """Variance over the queries, mean over the query heads; None where it is not wanted."""
+    layer: torch.Tensor | None
+    """Entropy, variance and kurtosis of the layer, [B, 3]; None where they are not wanted."""
+
+
 def causal_visibility(length: int, window: int, padding: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """Which keys the last ``window`` of ``length`` tokens may see: bool [1 or B, 1, W, N].
 
@@ -148,56 +161,71 @@ def _statistics(
     attention: torch.Tensor, heads: int, config: CacheConfig, visible: torch.Tensor, sinks: torch.Tensor
 ) -> PrefillStatistics:
     """:func:`prefill_statistics` of samples whose queries are all real."""
-    batch, query_heads, window, length = attention.shape
-    past = length - window
+    past = attention.shape[3] - attention.shape[2]
+    return judge(summarize(attention, heads, past, config), ~visible.any(dim=2), sinks[..., :past], config)
+
+
+def summarize(attention: torch.Tensor, heads: int, past: int, config: CacheConfig) -> Summary:
+    """The summary of :func:`window_attention` [B, Hq, W, N], as far as ``config`` has a use for it.
+
+    Args:
+        heads: number of KV heads H.
+        past: tokens, from the first on, that the statistics of the layer are of.
+    """
+    window = attention.shape[2]
+    grouped = attention.unflatten(1, (heads, -1))
     mean = attention.mean(dim=2)
-    oq = torch.zeros(batch, 3)
-    variance = mean
-    if config.uses_oq or config.importance == "mean_var":
-        # Central moments in passes of their own: torch.var_mean over this dimension takes 20 times as long on CPU.
-        deviation = (attention - mean.unsqueeze(2)).square_()
-        m2 = deviation.mean(dim=2)
-        # A single query has no spread.
-        variance = m2 * (window / max(window - 1, 1))
-        if config.uses_oq:
-            m4 = deviation.square_()[..., :past].mean(dim=2)
-            m2 = m2[..., :past].clamp_min(MIN_SECOND_MOMENT)
-            # p log p by hand likewise; a probability of 0 gives 0 * log(tiny) = 0.
-            surprise = torch.clamp(attention, min=TINY, out=deviation).log_().mul_(attention)
-            entropy = -surprise[..., :past].sum(dim=(1, 2, 3))
-            oq = torch.stack([entropy, variance[..., :past].sum(dim=(1, 2)), (m4 / (m2 * m2)).sum(dim=(1, 2))], dim=-1)
-
-    grouped = (batch, heads, query_heads // heads, length)
-    # Pooling spreads attention onto neighbouring padding and empty slots, where nothing is.
-    newest = slice(length - visible.shape[-1], None)
-    nothing = ~visible.any(dim=2)
-    if config.importance == "mean_var":
-        score = (mean + config.gamma * variance).view(grouped).mean(dim=2)
-        importance = _pool_parts(score, past, pool, config.pool_width)
-        importance[..., newest].masked_fill_(nothing, 0.0)
-    else:
-        largest = attention.view(*grouped[:3], window, length).amax(dim=(2, 3))
-        importance = _mean_max(mean.view(grouped).mean(dim=2), largest, nothing, sinks[..., :past], config)
-    return PrefillStatistics(
-        importance=importance,
-        entropy=oq[:, 0],
-        variance=oq[:, 1],
-        kurtosis=oq[:, 2],
-    )
+    mean_of_group = mean.unflatten(1, (heads, -1)).mean(dim=2)
+    largest = mean_of_group if config.importance == "mean_var" else grouped.amax(dim=(2, 3))
+    if not needs_moments(config):
+        return Summary(mean_of_group, largest, None, None)
+    # Central moments in passes of their own: torch.var_mean over this dimension takes 20 times as long on CPU.
+    deviation = (attention - mean.unsqueeze(2)).square_()
+    m2 = deviation.mean(dim=2)
+    # A single query has no spread.
+    variance = m2 * (window / max(window - 1, 1))
+    spread = variance.unflatten(1, (heads, -1)).mean(dim=2)
+    if not config.uses_oq:
+        return Summary(mean_of_group, largest, spread, None)
+    m4 = deviation.square_()[..., :past].mean(dim=2)
+    m2 = m2[..., :past].clamp_min(MIN_SECOND_MOMENT)
+    # p log p by hand likewise; a probability of 0 gives 0 * log(tiny) = 0.
+    surprise = torch.clamp(attention, min=TINY, out=deviation).log_().mul_(attention)
+    entropy = -surprise[..., :past].sum(dim=(1, 2, 3))
+    layer = torch.stack([entropy, variance[..., :past].sum(dim=(1, 2)), (m4 / (m2 * m2)).sum(dim=(1, 2))], dim=-1)
+    return Summary(mean_of_group, largest, spread, layer)
 
 
-def _mean_max(
-    mean: torch.Tensor, largest: torch.Tensor, nothing: torch.Tensor, sinks: torch.Tensor, config: CacheConfig
-) -> torch.Tensor:
-    """Importance ``mean_max`` [B, H, N] from the mean and the largest attention of each token, [B, H, N].
+def needs_moments(config: CacheConfig) -> bool:
+    """Whether anything depends on the variance of attention over the queries."""
+    return config.uses_oq or config.importance == "mean_var"
+
+
+def judge(summary: Summary, nothing: torch.Tensor, sinks: torch.Tensor, config: CacheConfig) -> PrefillStatistics:
+    """Layer statistics and token importance from what the window's queries see.
 
     Args:
         nothing: bool, [B, 1 or H, n]: which of the newest n slots hold no token.
         sinks: bool, [B, 1 or H, N - W]: tokens before the window that stay whatever their score.
     """
     past = sinks.shape[-1]
-    average = _pool_parts(mean, past, pool, config.pool_width)
-    largest = _pool_parts(largest, past, max_pool, config.max_pool_width)
+    if config.importance == "mean_var":
+        assert summary.spread is not None
+        importance = _pool_parts(summary.mean + config.gamma * summary.spread, past, pool, config.pool_width)
+        # Pooling spreads attention onto neighbouring padding and empty slots, where nothing is.
+        importance[..., importance.shape[-1] - nothing.shape[-1] :].masked_fill_(nothing, 0.0)
+    else:
+        importance = _mean_max(summary, nothing, sinks, config)
+    unused = torch.zeros(importance.shape[0], 3, device=importance.device)
+    layer = summary.layer if config.uses_oq and summary.layer is not None else unused
+    return PrefillStatistics(importance, *layer.unbind(dim=-1))
+
+
+def _mean_max(summary: Summary, nothing: torch.Tensor, sinks: torch.Tensor, config: CacheConfig) -> torch.Tensor:
+    """Importance ``mean_max`` [B, H, N]; ``nothing`` and ``sinks`` as for :func:`judge`."""
+    past = sinks.shape[-1]
+    average = _pool_parts(summary.mean, past, pool, config.pool_width)
+    largest = _pool_parts(summary.largest, past, max_pool, config.max_pool_width)
     for part in (average, largest):
         part[..., part.shape[-1] - nothing.shape[-1] :].masked_fill_(nothing, 0.0)
     return _weighted(average, largest, 1.0, sinks)
@@ -214,24 +242,21 @@ def _weighted(one: torch.Tensor, other: torch.Tensor, weight: float, sinks: torc
     return (one + other * (weight * size.nan_to_num(1.0, posinf=1.0))) / (1 + weight)
 
 
-def with_span(
-    importance: torch.Tensor,
+def summarize_span(
     attention: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     scaling: float,
     visible: torch.Tensor,
-    sinks: torch.Tensor,
     config: CacheConfig,
-) -> torch.Tensor:
-    """``importance`` [B, H, N] of the window's queries, and with less weight that of a longer span of them.
+) -> Summary:
+    """The same of a longer span of queries, without moments.
 
     Args:
         attention: of the window's queries, [B, Hq, W, N].
         query: every ``query_stride``-th of the span's queries after RoPE, the newest among them, [B, Hq, Q, D]; those
             that see nothing (padding) do not count.
         key, scaling, visible: as for :func:`window_attention`.
-        sinks: bool, [B, 1 or H, N - W]: tokens before the window that stay whatever their score.
     """
     batch, heads, length, _ = key.shape
     window = attention.shape[2]
@@ -248,9 +273,18 @@ def with_span(
         total += outside.sum(dim=2)
         largest = torch.maximum(largest, outside.amax(dim=2))
     real = visible.any(dim=-1).sum(dim=-1, keepdim=True).clamp_min(1) * (query.shape[1] // heads)
-    nothing = ~visible.any(dim=2)
-    wide = _mean_max(total / real, largest, nothing, sinks, config)
-    return _weighted(importance, wide, config.span_weight, sinks)
+    return Summary(total / real, largest, None, None)
+
+
+def with_span(
+    importance: torch.Tensor, span: Summary, nothing: torch.Tensor, sinks: torch.Tensor, config: CacheConfig
+) -> torch.Tensor:
+    """``importance`` [B, H, N] of the window's queries, and with less weight that of a longer span of them.
+
+    Args:
+        nothing, sinks: as for :func:`judge`.
+    """
+    return _weighted(importance, _mean_max(span, nothing, sinks, config), config.span_weight, sinks)
 
 
 def _pool_parts(

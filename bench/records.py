@@ -325,7 +325,7 @@ def environment() -> dict[str, Any]:
     """Versions, commit and hardware of this process."""
     import torch
 
-    from arkv.kernels import native
+    from arkv.kernels import building
 
     packages = {}
     for name in (
@@ -353,7 +353,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
-        "hardware": {**device, "torch_threads": torch.get_num_threads(), "cpu_kernel": native.is_built()},
+        "hardware": {**device, "torch_threads": torch.get_num_threads(), "cpu_kernel": building.is_built()},
         **_commit(),
     }
 

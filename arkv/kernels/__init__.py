@@ -1,4 +1,5 @@
-"""Decode attention by kernels: Triton's on GPUs, imported by need, and one in C on CPUs, where it has been built."""
+"""Kernels: on GPUs decode attention by Triton, imported by need; on CPUs, where they have been built, decode attention,
+the scoring of prompts and quantizing in C."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from arkv.kernels import native
+from arkv.kernels import native, quantize, score
 from arkv.kernels.decode import MAX_GROUP, MAX_HEAD_DIM, decode_attention, supported
+from arkv.scoring import Summary
 from arkv.storage import QuantizedPool, Tokens
 
 Kernel = Callable[[torch.Tensor, Tokens, QuantizedPool | None, float, bool], tuple[torch.Tensor, torch.Tensor]]
@@ -30,4 +32,25 @@ def find(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) ->
     return None
 
 
-__all__ = ["MAX_GROUP", "MAX_HEAD_DIM", "Kernel", "decode_attention", "find", "native", "supported"]
+Summarize = Callable[[torch.Tensor, torch.Tensor, float, int, int, bool], Summary]
+"""As :func:`arkv.kernels.score.summarize`."""
+
+
+def find_summarize(device: torch.device, dtype: torch.dtype) -> Summarize | None:
+    """The kernel that sums up the attention of a prompt's newest queries; None where torch's operations do."""
+    return score.summarize if score.supported(device, dtype) else None
+
+
+__all__ = [
+    "MAX_GROUP",
+    "MAX_HEAD_DIM",
+    "Kernel",
+    "Summarize",
+    "decode_attention",
+    "find",
+    "find_summarize",
+    "native",
+    "quantize",
+    "score",
+    "supported",
+]

@@ -1,10 +1,10 @@
-"""``python -m arkv.kernels``: build the CPU kernel for this machine."""
+"""``python -m arkv.kernels``: build the CPU kernels for this machine."""
 
 import sys
 
-from arkv.kernels.native import NotBuilt, build
+from arkv.kernels.building import NotBuilt, build
 
 try:
-    sys.stdout.write(f"CPU kernel: {build()}\n")
+    sys.stdout.write(f"CPU kernels: {build()}\n")
 except NotBuilt as error:
-    sys.exit(f"CPU kernel: not built: {error}")
+    sys.exit(f"CPU kernels: not built: {error}")

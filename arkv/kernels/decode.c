@@ -9,22 +9,20 @@
  * quantization.QuantizedTensor.
  */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
+#include "numbers.h"
 
 #define PIECE 128
 #define BLOCK 4
-#define LANES 16
 #define MAX_DIM 256
 #define MAX_GROUP 64
 
-/* Compilers make of these what the processor has. */
-typedef float vector __attribute__((vector_size(64)));
+#if LANES == 16
 typedef float eight __attribute__((vector_size(32)));
+#elif LANES == 8
+typedef vector eight;
+#endif
 typedef float four __attribute__((vector_size(16)));
 
-enum { BFLOAT16 = 0, FLOAT32 = 1 };
 enum { E4M3 = 1 }; /* in the place of a number of bits */
 
 struct pool {
@@ -53,38 +51,6 @@ struct call {
     float *space;                      /* arkv_space floats */
     struct pool original, quantized;   /* without query and bias */
 };
-
-static inline float number(const uint8_t *at, int64_t index, int64_t type) {
-    if (type == FLOAT32) {
-        float found;
-        memcpy(&found, at + 4 * index, 4);
-        return found;
-    }
-    uint16_t half;
-    memcpy(&half, at + 2 * index, 2);
-    uint32_t bits = (uint32_t)half << 16;
-    float found;
-    memcpy(&found, &bits, 4);
-    return found;
-}
-
-/* To 2 units in the last place; 0 below the smallest normal number. Unlike expf, a loop over it is vectorized. */
-static inline float exponential(float x) {
-    float limited = x < -87.0f ? -87.0f : x;
-    float n = (limited * 1.44269504f + 12582912.0f) - 12582912.0f; /* the nearest whole number */
-    float r = (limited - n * 0.693359375f) + n * 2.12194440e-4f;   /* Cephes: ln 2 in two parts */
-    float y = 1.9875691500e-4f;
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return x < -87.0f ? 0.0f : y * power;
-}
 
 static inline int is_empty(const struct pool *p, int64_t row, int64_t slot) {
     if (!p->position) return 0;
@@ -155,9 +121,17 @@ static inline int64_t token_bytes(int64_t bits, int64_t type, int dim) {
 }
 
 static inline four fold(vector x) {
+#if LANES == 4
+    return x;
+#else
+#if LANES == 16
     eight half = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
                  __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    eight half = x;
+#endif
     return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+#endif
 }
 
 /* The sums of four vectors. */

@@ -1,30 +1,17 @@
 """Decode attention on CPUs by a C function: the twin of ``TriStateLayer._attend_folded``.
 
 ``decode.c`` says how it works: codes are expanded in registers, where the torch operations of its twin write them to
-memory as float32. It is compiled for the machine it runs on, once, by::
-
-    python -m arkv.kernels
-
-which needs a C compiler (``$CC`` or ``cc``). The library lies beside this module, where Python keeps what it compiles,
-under a name that its source, the compiler's options, the processor and torch decide. Where there is none of that name,
-nothing is compiled and the twin serves.
+memory as float32.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shlex
-import subprocess
-import sys
-import tempfile
 from functools import cache
-from pathlib import Path
 
 import torch
 
+from arkv.kernels.building import NUMBER_TYPES, is_built, library
 from arkv.kernels.decode import head_stride, stored_tensors
 from arkv.quantization import QuantizedTensor, e4m3_to_float, rotation
 from arkv.storage import QuantizedPool, Tokens
@@ -32,16 +19,7 @@ from arkv.storage import QuantizedPool, Tokens
 MAX_HEAD_DIM, MAX_GROUP = 256, 64
 """As in ``decode.c``."""
 
-NUMBER_TYPES = {torch.bfloat16: 0, torch.float32: 1}
 _E4M3 = 1
-_OPTIONS = (
-    *("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC"),
-    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
-)
-
-
-class NotBuilt(RuntimeError):
-    """There is no compiler, or it failed; the message says which and what it said."""
 
 
 class _Pool(ctypes.Structure):
@@ -92,87 +70,6 @@ class _Call(ctypes.Structure):
     ]
 
 
-# -- building ----------------------------------------------------------------------------------------------------------
-
-
-def library_path() -> Path:
-    """Where the library for this machine lies, or would."""
-    digest = hashlib.sha256(_source().read_bytes())
-    for part in (*_OPTIONS, _processor(), torch.__version__, *map(str, _openmp())):
-        digest.update(part.encode() + b"\0")
-    return _source().parent / "__pycache__" / f"decode-{digest.hexdigest()[:16]}.so"
-
-
-def build() -> Path:
-    """Compile the library unless it is there. Raises :class:`NotBuilt`."""
-    path = library_path()
-    if path.exists():
-        return path
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        space = tempfile.TemporaryDirectory(dir=path.parent)
-    except OSError as error:
-        raise NotBuilt(f"{path.parent} cannot be written: {error}") from None
-    with space as name:
-        compiled, linked = Path(name) / "decode.o", Path(name) / "decode.so"
-        # In two steps: torch's own OpenMP, which has its threads already, is linked, not the compiler's.
-        openmp = [str(path) for path in _openmp()] or ["-fopenmp"]
-        for command in (
-            [*compiler, *_OPTIONS, "-c", str(_source()), "-o", str(compiled)],
-            [*compiler, "-shared", str(compiled), *openmp, "-lm", "-o", str(linked)],
-        ):
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-            except OSError as error:
-                raise NotBuilt(f"no C compiler: {error}; install one, or name it in CC") from None
-            if done.returncode:
-                raise NotBuilt(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")
-        # Another process that looks sees all of it or nothing.
-        os.replace(linked, path)
-    _library.cache_clear()
-    return path
-
-
-def _source() -> Path:
-    return Path(__file__).with_name("decode.c")
-
-
-def _openmp() -> list[Path]:
-    """The OpenMP library that torch brings along; none where it uses the system's."""
-    root = Path(torch.__file__).parent
-    return sorted([*root.glob("lib/libgomp*.so*"), *root.parent.glob("torch.libs/libgomp*.so*")])[:1]
-
-
-def _processor() -> str:
-    """What decides the instructions that the compiler may use."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    found = [line for line in lines if line.startswith(("flags", "Features", "model name"))]
-    return f"{platform.machine()} {sorted(set(found))}"
-
-
-@cache
-def _library() -> ctypes.CDLL | None:
-    path = library_path()
-    if not path.exists():
-        return None
-    library = ctypes.CDLL(str(path))
-    library.arkv_space.restype, library.arkv_space.argtypes = ctypes.c_int64, [ctypes.POINTER(_Call)]
-    library.arkv_decode.restype, library.arkv_decode.argtypes = None, [ctypes.POINTER(_Call)]
-    return library
-
-
-# -- decoding ----------------------------------------------------------------------------------------------------------
-
-
-def is_built() -> bool:
-    """Whether the library is there for this machine."""
-    return _library() is not None
-
-
 def supported(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> bool:
     """Whether :func:`decode_attention` can serve a layer; see :func:`arkv.kernels.find`."""
     return (
@@ -180,7 +77,6 @@ def supported(device: torch.device, dtype: torch.dtype, head_dim: int, group: in
         and dtype in NUMBER_TYPES
         and head_dim <= MAX_HEAD_DIM
         and group <= MAX_GROUP
-        and sys.byteorder == "little"
         and is_built()
     )
 
@@ -200,8 +96,8 @@ def decode_attention(
     Returns:
         Output [B, H, G, D] and probabilities [B, H, G, S], Original slots first; both float32.
     """
-    library = _library()
-    assert library is not None
+    functions = library()
+    assert functions is not None
     batch, heads, group, key_dim = query.shape
     value_dim = held.value.shape[-1]
     # Whatever is made here must live until the function has returned: see `alive`.
@@ -228,9 +124,9 @@ def decode_attention(
         *(probabilities.data_ptr(), output.data_ptr(), None),
         *(original, quantized),
     )
-    space = empty(library.arkv_space(call))
+    space = empty(functions.arkv_space(ctypes.byref(call)))
     call.space = space.data_ptr()
-    library.arkv_decode(call)
+    functions.arkv_decode(ctypes.byref(call))
     return output, probabilities
 
 

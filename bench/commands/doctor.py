@@ -69,11 +69,11 @@ def _devices() -> Iterator[Finding]:
     import torch
 
     yield Finding(True, "device cpu", f"{torch.get_num_threads()} threads")
-    from arkv.kernels import native
+    from arkv.kernels import building
 
-    built = native.is_built()
-    found = "built" if built else "not built, decoding is slower: python -m arkv.kernels (needs a C compiler)"
-    yield Finding(True if built else None, "CPU kernel", found)
+    built = building.is_built()
+    found = "built" if built else "not built, all is slower: python -m arkv.kernels (needs a C compiler)"
+    yield Finding(True if built else None, "CPU kernels", found)
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)

@@ -1,11 +1,8 @@
-"""The CPU kernel in C: that it agrees with its twin, when it is chosen, and how it is built."""
+"""The CPU kernel in C: that it agrees with its twin, and when it is chosen."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import pytest
 import torch
 
 from arkv import FORMATS, CacheConfig, kernels
-from arkv.kernels import native
+from arkv.kernels import building, native
 from arkv.layer import TriStateLayer
 from arkv.storage import Tokens
 from tests.arkv.conftest import Driver, compressed, layer_with, prompt
@@ -24,7 +21,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C com
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
     if shutil.which("cc") is not None:
-        native.build()
+        building.build()
 
 
 def exactly(layer: TriStateLayer, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,15 +143,15 @@ def test_not_supported(different: dict[str, Any]) -> None:
 
 
 def test_nothing_is_compiled_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "library_path", lambda: tmp_path / "nothing.so")
-    native._library.cache_clear()
+    monkeypatch.setattr(building, "library_path", lambda: tmp_path / "nothing.so")
+    building.library.cache_clear()
     try:
         assert kernels.find(**SERVED) is None
         driver = Driver(CacheConfig.for_method("mix", cache_size=64, window_size=8), dim=64)
         for seed, tokens in enumerate([100, 1, 1]):
             assert driver.feed(*driver.random(tokens, seed)).isfinite().all()
     finally:
-        native._library.cache_clear()
+        building.library.cache_clear()
 
 
 @needs_compiler
@@ -167,53 +164,3 @@ def test_gradients_reach_the_query() -> None:
     output.sum().backward()
     assert query.grad is not None
     assert bool(query.grad.any())
-
-
-# -- how it is built ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "kernels" / "decode.so"
-    monkeypatch.setattr(native, "library_path", lambda: path)
-    native._library.cache_clear()
-    yield path
-    native._library.cache_clear()
-
-
-@needs_compiler
-def test_built_once(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native.build() == elsewhere
-    assert native.is_built()
-    monkeypatch.setenv("CC", "nowhere")
-    assert native.build() == elsewhere
-    assert [path.name for path in elsewhere.parent.iterdir()] == ["decode.so"]
-
-
-def test_without_a_compiler(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CC", "nowhere-cc")
-    with pytest.raises(native.NotBuilt, match=r"no C compiler: .*nowhere-cc"):
-        native.build()
-    assert not native.is_built()
-
-
-def test_a_compiler_that_fails(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CC", f"{sys.executable} -c 'import sys; sys.exit(\"no such option\")'")
-    with pytest.raises(native.NotBuilt, match=r"(?s)failed:\nno such option"):
-        native.build()
-    assert list(elsewhere.parent.iterdir()) == []
-
-
-def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(native, "library_path", lambda: tmp_path / "file" / "decode.so")
-    with pytest.raises(native.NotBuilt, match="cannot be written"):
-        native.build()
-
-
-@needs_compiler
-def test_the_command_says_where_it_is() -> None:
-    done = subprocess.run([sys.executable, "-m", "arkv.kernels"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert done.stdout == f"CPU kernel: {native.library_path()}\n"
-    assert done.stderr == ""

@@ -14,6 +14,7 @@ from arkv.scoring import (
     causal_visibility,
     pool,
     prefill_statistics,
+    summarize_span,
     window_attention,
     with_span,
 )
@@ -269,7 +270,8 @@ def test_a_span_of_queries_is_averaged_with_the_window() -> None:
     few = slice(0, None, 3)
     far = window_attention(query[:, :, few], key, D**-0.5, seen[:, :, few])
     sinks = torch.zeros(1, 1, past, dtype=torch.bool)
-    got = with_span(near, whole[:, :, -W:], query[:, :, few], key, D**-0.5, seen[:, :, few], sinks, config)
+    span = summarize_span(whole[:, :, -W:], query[:, :, few], key, D**-0.5, seen[:, :, few], config)
+    got = with_span(near, span, ~seen.any(dim=2), sinks, config)
     for h in range(H):
         columns = [[far[0, h * 2 + g, w, n].item() for g in range(2) for w in range(5)] for n in range(past)]
         average = naive_pool([sum(column) / len(column) for column in columns], 5)
@@ -289,10 +291,12 @@ def test_padding_in_the_span_changes_no_score() -> None:
     sinks = torch.zeros(1, 1, N - W, dtype=torch.bool)
     seen = causal_visibility(N, N, None, query.device)
     attention = window_attention(query[:, :, -W:], key, 1.0, seen[:, :, -W:])
-    alone = with_span(near, attention, query, key, 1.0, seen, sinks, config)
+    span = summarize_span(attention, query, key, 1.0, seen, config)
+    alone = with_span(near, span, ~seen.any(dim=2), sinks, config)
     padded_query, padded_key = (torch.cat([random(1, x.shape[1], 7, D, seed=4), x], dim=2) for x in (query, key))
     seen = causal_visibility(N + 7, N + 7, torch.arange(N + 7)[None] >= 7, query.device)
     near, sinks = torch.cat([torch.zeros(1, H, 7), near], -1), torch.nn.functional.pad(sinks, (7, 0), value=True)
     attention = window_attention(query[:, :, -W:], padded_key, 1.0, seen[:, :, -W:])
-    padded = with_span(near, attention, padded_query, padded_key, 1.0, seen, sinks, config)
+    span = summarize_span(attention, padded_query, padded_key, 1.0, seen, config)
+    padded = with_span(near, span, ~seen.any(dim=2), sinks, config)
     assert torch.allclose(padded[..., 7:], alone, rtol=1e-5, atol=1e-9)
