@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 
-from arkv import layer as arkv_layer
 from arkv.layer import TriStateLayer
 from bench.check import (
     MISSING,
@@ -231,14 +230,13 @@ def drop_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shuffle_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    statistics_of = arkv_layer.prefill_statistics
+    pin = TriStateLayer._pin
 
-    def shuffled(*arguments: Any) -> Any:
-        found = statistics_of(*arguments)
-        order = torch.randperm(found.importance.shape[-1], generator=torch.Generator().manual_seed(0))
-        return found._replace(importance=found.importance[..., order])
+    def shuffled(self: TriStateLayer, score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        order = torch.randperm(score.shape[-1], generator=torch.Generator().manual_seed(0))
+        return pin(self, score[..., order], position)
 
-    monkeypatch.setattr(arkv_layer, "prefill_statistics", shuffled)
+    monkeypatch.setattr(TriStateLayer, "_pin", shuffled)
 
 
 def test_quantized_tokens_that_are_lost_fail(
