@@ -72,7 +72,7 @@ def _devices() -> Iterator[Finding]:
     from arkv.kernels import building
 
     built = building.is_built()
-    found = "built" if built else "not built, all is slower: python -m arkv.kernels (needs a C compiler)"
+    found = "built" if built else "not built, and so slower: python -m arkv.kernels (needs a C compiler)"
     yield Finding(True if built else None, "CPU kernels", found)
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -93,8 +93,8 @@ def _from_archive(path: Path, name: str) -> tuple[str, bytes]:
                 # macOS puts a twin of each file, with its attributes, into the archives that it makes.
                 if member.rpartition("/")[2] == name and not member.startswith("__MACOSX/"):
                     return f"{path}/{member}", archive.read(member)
-    # The last is what zipfile raises for a compression that it does not know.
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    # The last is what zipfile raises for encrypted members and for a compression that it does not know.
+    except (zipfile.BadZipFile, EOFError, RuntimeError) as error:
         raise TaskError(f"longbench: {path} is not a sound zip archive: {error}") from error
     raise TaskError(f"longbench: {path} holds no {name}")
 

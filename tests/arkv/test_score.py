@@ -104,11 +104,6 @@ def test_the_number_of_threads_changes_nothing(threads: int) -> None:
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
-def test_only_so_many_queries_as_keys_see_anything() -> None:
-    """The twin, too, gives rows of zeros to queries that would stand before the first key; here there are none."""
-    compare(queries=32, length=32, stride=1)
-
-
 # -- when it is chosen -------------------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,20 @@ def test_the_official_archive(tmp_path: Path) -> None:
         load_rows(TREC, path)
 
 
+@pytest.mark.parametrize(("place", "value", "said"), [(6, 1, "encrypted"), (8, 99, "compression")])
+def test_an_archive_that_cannot_be_opened(tmp_path: Path, place: int, value: int, said: str) -> None:
+    """Flags and compression stand before each member, and two bytes further on in the list at the end."""
+    path = pack(tmp_path / ARCHIVE, lines(row()))
+    content = bytearray(path.read_bytes())
+    for mark, shift in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):
+        start = -1
+        while (start := content.find(mark, start + 1)) >= 0:
+            content[start + place + shift] = value
+    path.write_bytes(content)
+    with pytest.raises(TaskError, match=f"not a sound zip archive: .*{said}"):
+        load_rows(TREC, path)
+
+
 @pytest.mark.parametrize(
     "content",
     [
