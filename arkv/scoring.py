@@ -303,8 +303,9 @@ def update_scores(
         scores, newest: lists of tensors of the same shapes.
         finite: no score is infinite. Infinite ones mark sinks, empty and closed slots, and stay.
     """
-    if config.decode_importance == "mean":
-        keep = (1.0 - config.decode_rate) ** steps
+    keep = (1.0 - config.decode_rate) ** steps if config.decode_importance == "mean" else 0.0
+    # Of less than that float32 makes 0, and infinity times 0 is no number: then nothing of the old scores is left.
+    if keep >= TINY:
         torch._foreach_mul_(scores, keep)
         torch._foreach_add_(scores, newest, alpha=1.0 - keep)
         return
