@@ -137,14 +137,15 @@ class ByteBudget:
         return granted
 
 
-def byte_slots(config: CacheConfig, geometry: Geometry, budget: int, tokens: int) -> Slots:
+def byte_slots(config: CacheConfig, geometry: Geometry, budget: int, tokens: float) -> Slots:
     """Slots that ``budget`` bytes of one KV head buy beside the window.
 
     ``original_share`` of the past bytes stays Original, the rest is Quantized; where more could be quantized than there
     are tokens, and any share stays Original, the bytes left over keep more of them so.
 
     Args:
-        tokens: prompt length N of the sample.
+        tokens: real tokens of the sample that the slots are for, at first the prompt's length N; infinity is as many
+            as the bytes can hold.
     """
     past_bytes = budget - config.window_size * geometry.original_bytes
     most_original = past_bytes // geometry.original_bytes
@@ -157,6 +158,14 @@ def byte_slots(config: CacheConfig, geometry: Geometry, budget: int, tokens: int
     quantized = int((past_bytes - original * geometry.original_bytes) / per_token)
     if config.original_share > 0:
         # Beyond the tokens there are, Quantized slots would stay empty for long.
-        quantized = min(quantized, max(tokens - config.window_size - original, 0))
+        quantized = int(min(quantized, max(tokens - config.window_size - original, 0)))
         original = int((past_bytes - quantized * per_token) // geometry.original_bytes)
     return Slots(original, quantized)
+
+
+def wider_slots(config: CacheConfig, geometry: Geometry, budget: int, tokens: int) -> Slots:
+    """Slots that ``budget`` bytes buy once ``tokens`` tokens are more than those of now hold.
+
+    They are for a good deal more tokens than that, since each change moves everything that is stored.
+    """
+    return byte_slots(config, geometry, budget, max(tokens + 64, tokens * 5 // 4))

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from arkv.attention import LazyMask
-from arkv.budget import ByteBudget, Geometry, Slots, byte_slots, oq_ratios, token_limit, token_slots
+from arkv.budget import ByteBudget, Geometry, Slots, oq_ratios, token_limit, token_slots
 from arkv.config import CacheConfig, ConfigError
 from arkv.layer import PromptScores, TriStateLayer
 from arkv.memory import storage_bytes
@@ -184,10 +184,7 @@ class TriStateCache(Cache):
             count = sum(isinstance(item, TriStateLayer) for item in self.layers)
             self._budgets = [ByteBudget(self.config, geometry, count, length) for length in lengths]
         granted = [budget.next_layer(score) for budget, score in zip(self._budgets, layer.oq, strict=True)]
-        layer.limits = [budget // geometry.original_bytes for budget in granted]
-        layer.slots = [
-            byte_slots(self.config, geometry, budget, length) for budget, length in zip(granted, lengths, strict=True)
-        ]
+        layer.share_bytes(geometry, granted, lengths)
 
     def reset(self) -> None:
         """Forget everything."""

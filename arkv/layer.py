@@ -13,6 +13,7 @@ sequence order.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from arkv import kernels
 from arkv.attention import LazyMask
-from arkv.budget import Slots
+from arkv.budget import Geometry, Slots, byte_slots, wider_slots
 from arkv.config import CacheConfig
 from arkv.scoring import (
     PrefillStatistics,
@@ -82,6 +83,12 @@ class TriStateLayer(CacheLayerMixin):
         """Tokens of each sample that the budget holds while all are Original."""
         self.slots: list[Slots] = []
         """Slots of each sample beside the window, in force once it has outgrown its limit."""
+        self.granted: list[int] = []
+        """Bytes of each sample for one KV head; none in token units."""
+        self.widest: list[Slots] = []
+        """Slots that these buy for any number of tokens."""
+        self.geometry: Geometry | None = None
+        """What a token costs, in byte units."""
         self.outgrown: list[bool] = []
         self.tokens: Tokens | None = None
         self.quantized: QuantizedPool | None = None
@@ -150,6 +157,8 @@ class TriStateLayer(CacheLayerMixin):
         self.oq = [self.oq[i] for i in picked]
         self.limits = [self.limits[i] for i in picked]
         self.slots = [self.slots[i] for i in picked]
+        if self.granted:
+            self.granted, self.widest = [self.granted[i] for i in picked], [self.widest[i] for i in picked]
         self.outgrown = [self.outgrown[i] for i in picked]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -399,6 +408,7 @@ class TriStateLayer(CacheLayerMixin):
         """Fit the new tokens into the window and the budget."""
         self.is_initialized = True
         self.seen += new.slots
+        self._outgrow(self.seen)
         self._assign(*self._split(new if self.tokens is None else Tokens.concat(self.held(), new)))
 
     def _split(self, tokens: Tokens) -> tuple[Tokens, Tokens]:
@@ -415,8 +425,6 @@ class TriStateLayer(CacheLayerMixin):
         """
         device = past.key.device
         self.bound = False
-        for sample, padded in enumerate(self.padded):
-            self.outgrown[sample] |= self.seen - padded > self.limits[sample]
         slots = self._slots_now()
         originals = torch.tensor([s.original for s in slots], device=device)[:, None, None]
         total = torch.tensor([s.original + s.quantized for s in slots], device=device)[:, None, None]
@@ -449,6 +457,37 @@ class TriStateLayer(CacheLayerMixin):
             pick = order.gather(2, pick)
             chosen = past.take(pick).only(demoted)
             self._demote(chosen, total - originals, most_quantized, [window, past])
+
+    def share_bytes(self, geometry: Geometry, granted: list[int], lengths: list[int]) -> None:
+        """Byte budgets: buy slots for prompts of ``lengths`` tokens with the bytes ``granted`` to each sample."""
+        self.geometry, self.granted = geometry, granted
+        self.limits = [budget // geometry.original_bytes for budget in granted]
+        self.slots = [
+            byte_slots(self.config, geometry, budget, length) for budget, length in zip(granted, lengths, strict=True)
+        ]
+        self.widest = [byte_slots(self.config, geometry, budget, math.inf) for budget in granted]
+
+    def _outgrow(self, seen: int) -> bool:
+        """Bring the slots of each sample up to date with ``seen`` tokens; returns whether those in force change.
+
+        In byte units a prompt has as many Quantized slots as it can fill. Where more tokens follow than these hold,
+        Original slots become Quantized ones: so a long answer is held as a long prompt is.
+        """
+        changed = False
+        for sample, padded in enumerate(self.padded):
+            real = seen - padded
+            if not self.outgrown[sample] and real > self.limits[sample]:
+                self.outgrown[sample] = changed = True
+            if not self.granted or not self.outgrown[sample] or self.slots[sample] == self.widest[sample]:
+                continue
+            held = self.config.window_size + sum(self.slots[sample])
+            if real > held:
+                assert self.geometry is not None
+                wider = wider_slots(self.config, self.geometry, self.granted[sample], real)
+                if self.config.window_size + sum(wider) > held:
+                    self.slots[sample] = wider
+                    changed = True
+        return changed
 
     def _slots_now(self) -> list[Slots]:
         """Slots of each sample: its budget, or room for everything until it has outgrown its limit."""
@@ -533,12 +572,7 @@ class TriStateLayer(CacheLayerMixin):
 
     def make_room(self) -> bool:
         """Prepare for one more token; returns whether one more slot has come into use that is free in all samples."""
-        grown = [
-            was or self.seen - padded >= limit
-            for was, padded, limit in zip(self.outgrown, self.padded, self.limits, strict=True)
-        ]
-        if grown != self.outgrown:
-            self.outgrown = grown
+        if self._outgrow(self.seen + 1):
             self.reassign()
         self._check_positions(1)
         assert self.tokens is not None

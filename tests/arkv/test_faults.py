@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from arkv import CacheConfig, TriStateCache, attach
-from tests.arkv.conftest import feed, forward, held_sets, prompt
+from tests.arkv.conftest import Driver, feed, forward, held_sets, left_padded, prompt
 
 # -- scores ------------------------------------------------------------------------------------------------------------
 
@@ -26,3 +27,60 @@ def test_sinks_stay_whatever_the_running_average_forgets(llama: Any, method: str
         for original, quantized in held_sets(layer):
             assert original >= {0, 1, 2, 3}
             assert len(original | quantized) == 32
+
+
+# -- budgets -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [[40], [100], [40, 300], [40, 20, 20]], ids=str)
+def test_behind_a_short_prompt_an_answer_is_quantized(parts: list[int]) -> None:
+    """In byte units: a long answer is held as a long prompt is, within the bytes at every step, and one way."""
+    drivers = {}
+    for method in ("mix", "quant"):
+        config = CacheConfig.for_method(method, budget_unit="bytes", cache_size=64, window_size=8)
+        driver = drivers[method] = Driver(config, dim=64)
+        inputs = driver.random(sum(parts) + 450, seed=1)
+        quantized: list[set[int]] = [set(), set()]
+        seen = 0
+        for part in [*parts, *[1] * 450]:
+            output = driver.feed(*(tensor[:, :, seen : seen + part] for tensor in inputs))
+            assert output.isfinite().all()
+            seen += part
+            assert driver.cache.nbytes() <= driver.heads * 64 * 2 * 64 * 4
+            for head, (high, low) in enumerate(held_sets(driver.layer())):
+                assert high >= {0, 1, 2, 3, *range(seen - 8, seen)}
+                assert not high & quantized[head], "back from Quantized"
+                quantized[head] |= low
+    mix, quant = (drivers[method].cache.token_counts() for method in ("mix", "quant"))
+    assert mix["quantized"] > 200
+    assert mix["original"] + mix["quantized"] > 0.85 * (quant["original"] + quant["quantized"])
+
+
+def test_in_a_batch_slots_follow_what_each_sample_has_seen(llama: Any) -> None:
+    """A sample holds there what it holds alone, also once samples have been picked."""
+    config = CacheConfig.for_method(
+        "mix", budget_unit="bytes", cache_size=32, window_size=8, n_sink=2, quant_format="int8", layer_budgets="equal"
+    )
+    prompts = [prompt(60, seed=1), prompt(12, seed=2)]
+    ids, mask = left_padded(prompts)
+    places = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    answers = prompt(60, seed=3, batch=2)
+    batch, alone = TriStateCache(llama, config), [TriStateCache(llama, config) for _ in prompts]
+    with attach(llama):
+        forward(llama, batch, ids, attention_mask=mask, position_ids=places)
+        for cache, own in zip(alone, prompts, strict=True):
+            forward(llama, cache, own)
+        rows = [0, 1]
+        for step in range(60):
+            if step == 10:
+                rows = [1, 0]
+                batch.batch_select_indices(torch.tensor(rows))
+            new = answers[:, step : step + 1]
+            places = torch.tensor([[prompts[row].shape[1] + step] for row in rows])
+            forward(llama, batch, new[rows], position_ids=places)
+            for row, cache in enumerate(alone):
+                forward(llama, cache, new[row : row + 1])
+            for place, row in enumerate(rows):
+                for layer, own in zip(batch.layers, alone[row].layers, strict=True):
+                    assert held_sets(layer, place, shift=(0, 48)[row]) == held_sets(own)
+    assert alone[1].token_counts()["quantized"] > 25
