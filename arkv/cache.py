@@ -43,6 +43,32 @@ _NOT_ATTACHED = (
 )
 
 
+class WatchedCache(Cache):
+    """A cache that notices when a forward through it has been broken off half-way."""
+
+    waiting = False
+    """A layer has been handed keys and values, and their attention is still to come."""
+
+    def check_whole(self) -> None:
+        """Raises :class:`RuntimeError` where some layers have seen tokens that others have not."""
+        lengths = {layer.get_seq_length() for layer in self.layers}
+        # Into a cache that is still empty, nothing has been taken.
+        if len(lengths) > 1 or (self.waiting and lengths != {0}):
+            raise RuntimeError(
+                "the last forward through this cache was interrupted, so that not all of its layers have seen the same "
+                "tokens: reset() the cache, or make it anew, and begin with the prompt"
+            )
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self.waiting = False
+        # transformers' layers put zeros in the place of their tokens, and go on from these.
+        for layer in self.layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+
+
 class LayerHandle(Handle):
     """The handle of one layer of a :class:`TriStateCache`."""
 
@@ -57,7 +83,7 @@ class LayerHandle(Handle):
         return self.cache.attend(self.layer_idx, module, query, mask, scaling, **kwargs)
 
 
-class TriStateCache(Cache):
+class TriStateCache(WatchedCache):
     """A KV cache in which each token is Original, Quantized or Evicted (ARKV, arXiv 2603.08727).
 
     >>> config = CacheConfig.for_method("mix", cache_size=512)
@@ -94,6 +120,8 @@ class TriStateCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Take the new keys and values [B, H, T, D] of a layer; returns what the attention function needs, twice."""
+        if layer_idx == 0:
+            self.check_whole()
         layer = self.layers[layer_idx]
         if not isinstance(layer, TriStateLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
@@ -103,6 +131,7 @@ class TriStateCache(Cache):
         else:
             self._groups = {}
             layer.update(key_states, value_states)
+        self.waiting = True
         handle = LayerHandle(self, layer_idx)
         return handle, handle
 
@@ -114,9 +143,11 @@ class TriStateCache(Cache):
         assert isinstance(layer, TriStateLayer)
         if layer.incoming is None:
             group, index = self._group(layer_idx)
-            return group.attend(index, query, scaling)
-        output = layer.attend_block(module, query, mask, scaling, **kwargs)
-        self._absorb(layer_idx, query, scaling, mask.padding if isinstance(mask, LazyMask) else None)
+            output = group.attend(index, query, scaling)
+        else:
+            output = layer.attend_block(module, query, mask, scaling, **kwargs)
+            self._absorb(layer_idx, query, scaling, mask.padding if isinstance(mask, LazyMask) else None)
+        self.waiting = False
         return output
 
     def _group(self, layer_idx: int) -> tuple[LayerGroup, int]:
@@ -190,7 +221,7 @@ class TriStateCache(Cache):
         """Forget everything."""
         self._budgets = None
         self._groups = {}
-        super().reset()  # type: ignore[no-untyped-call]
+        super().reset()
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Keep samples ``beam_idx`` [B], in that order (beam search)."""
@@ -273,6 +304,10 @@ class PrefillLayer(DynamicLayer):
         self.scores: dict[Any, PromptScores] = {}
         """By ``CacheConfig.scoring``, as far as :meth:`PrefillCache.score` has been asked for them."""
 
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__(self.recorded)  # type: ignore[misc]
+
     def _pick(self, indices: torch.Tensor) -> None:
         """The queries and padding of samples ``indices``."""
         self.scores = {}
@@ -306,7 +341,8 @@ class PrefillLayer(DynamicLayer):
 class _PrefillHandle(Handle):
     """The handle of one layer of a :class:`PrefillCache`."""
 
-    def __init__(self, layer: PrefillLayer) -> None:
+    def __init__(self, cache: PrefillCache, layer: PrefillLayer) -> None:
+        self.cache = cache
         self.layer = layer
 
     def attend(
@@ -323,10 +359,11 @@ class _PrefillHandle(Handle):
         layer.padding = mask.padding if isinstance(mask, LazyMask) else None
         dense = mask.dense if isinstance(mask, LazyMask) else mask
         output, _ = sdpa_attention_forward(module, query, *layer.states(), dense, scaling=scaling, **kwargs)
+        self.cache.waiting = False
         return output
 
 
-class PrefillCache(Cache):
+class PrefillCache(WatchedCache):
     """Everything that a prompt leaves, kept once and compressed by any number of methods.
 
     A prompt may come in chunks. ``queries`` is how many of the newest queries stay for scoring: the most
@@ -342,11 +379,14 @@ class PrefillCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Take the new keys and values of a layer; returns what the attention function needs, twice."""
+        if layer_idx == 0:
+            self.check_whole()
         layer = self.layers[layer_idx]
         plain = layer.update(key_states, value_states, *args, **kwargs)
         if not isinstance(layer, PrefillLayer):
             return plain
-        handle = _PrefillHandle(layer)
+        self.waiting = True
+        handle = _PrefillHandle(self, layer)
         return handle, handle
 
     def check(self, config: CacheConfig) -> None:

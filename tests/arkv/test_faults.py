@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from arkv import CacheConfig, TriStateCache, attach
-from tests.arkv.conftest import Driver, feed, forward, held_sets, left_padded, prompt
+from arkv import CacheConfig, ConfigError, PrefillCache, TriStateCache, attach
+from tests.arkv.conftest import Driver, feed, forward, gemma3, held_sets, left_padded, prompt
 
 # -- scores ------------------------------------------------------------------------------------------------------------
 
@@ -84,3 +84,71 @@ def test_in_a_batch_slots_follow_what_each_sample_has_seen(llama: Any) -> None:
                 for layer, own in zip(batch.layers, alone[row].layers, strict=True):
                     assert held_sets(layer, place, shift=(0, 48)[row]) == held_sets(own)
     assert alone[1].token_counts()["quantized"] > 25
+
+
+# -- forwards that were broken off -------------------------------------------------------------------------------------
+
+
+def caches_of(model: Any) -> list[Any]:
+    return [TriStateCache(model, CacheConfig.for_method("mix", cache_size=32, window_size=8)), PrefillCache(model, 8)]
+
+
+def stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["tri-state", "prefill"])
+@pytest.mark.parametrize("broken", ["never attached", "behind a layer", "attached too briefly"])
+@pytest.mark.parametrize("length", [1, 5])
+def test_after_a_broken_forward_the_next_one_says_so(llama: Any, length: int, broken: str, kind: int) -> None:
+    """Once it has been reset, the cache serves again."""
+    cache, ids, new = caches_of(llama)[kind], prompt(40, seed=1), prompt(length, seed=2)
+    with attach(llama):
+        expected = forward(llama, cache, ids)
+    attached = attach(llama)
+    if broken == "never attached":
+        attached.detach()
+    module, hook = (
+        (llama.model.layers[0].mlp, stop)
+        if broken == "behind a layer"
+        else (llama.model.layers[1], lambda *_: attached.detach())
+    )
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        with pytest.raises((ConfigError, KeyboardInterrupt)):
+            forward(llama, cache, new)
+    finally:
+        handle.remove()
+        attached.detach()
+    with attach(llama):
+        for more in (new, prompt(1, seed=3), prompt(7, seed=4)):
+            with pytest.raises(RuntimeError, match="was interrupted"):
+                forward(llama, cache, more)
+        cache.reset()
+        assert torch.equal(forward(llama, cache, ids), expected)
+
+
+def test_a_cache_that_has_seen_nothing_serves_once_the_model_is_attached(llama: Any) -> None:
+    used, fresh = (caches_of(llama)[0] for _ in range(2))
+    ids = prompt(40, seed=1)
+    with pytest.raises(ConfigError, match=r"with attach\(model\)"):
+        forward(llama, used, ids)
+    with attach(llama):
+        assert torch.equal(forward(llama, used, ids), forward(llama, fresh, ids))
+        assert torch.equal(forward(llama, used, ids[:, :1]), forward(llama, fresh, ids[:, :1]))
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["tri-state", "prefill"])
+def test_reset_also_empties_sliding_layers(kind: int) -> None:
+    gemma = gemma3(10)
+    used, fresh = (caches_of(gemma)[kind] for _ in range(2))
+    new = fresh.nbytes()
+    ids = prompt(30, seed=2)
+    with attach(gemma):
+        forward(gemma, used, prompt(40, seed=1))
+        used.reset()
+        assert used.get_seq_length() == 0
+        assert used.nbytes() == new
+        assert torch.equal(forward(gemma, used, ids), forward(gemma, fresh, ids))
+        if kind == 0:
+            assert torch.equal(forward(gemma, used, ids[:, :1]), forward(gemma, fresh, ids[:, :1]))
