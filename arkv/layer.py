@@ -98,6 +98,8 @@ class TriStateLayer(CacheLayerMixin):
         """Some slots in use may be without a token, so that attention needs a mask."""
         self.bound = False
         """The tensors are parts of those that :class:`~arkv.stepping.LayerGroup` steps all layers with."""
+        self.inference = False
+        """Some tensors may have been made under ``torch.inference_mode``."""
         self.incoming: tuple[torch.Tensor, torch.Tensor] | None = None
         """Keys and values that wait for their queries."""
 
@@ -181,6 +183,15 @@ class TriStateLayer(CacheLayerMixin):
         if self.quantized is not None:
             self.quantized.map(function)
         self.bound = False
+        self.inference = torch.is_inference_mode_enabled()
+
+    def _make_writable(self) -> None:
+        """Copy what was made under ``torch.inference_mode``, since outside of it nothing can be written there."""
+        here = torch.is_inference_mode_enabled()
+        # A deep copy may have been made under another mode than all forwards.
+        if not here and self.tokens is not None and (self.inference or self.tokens.key.is_inference()):
+            self._map(torch.clone)
+        self.inference = self.inference or here
 
     def fork(self) -> TriStateLayer:
         """A copy that can go its own way."""
@@ -287,6 +298,7 @@ class TriStateLayer(CacheLayerMixin):
             The incoming tokens with their scores.
         """
         assert self.incoming is not None
+        self._make_writable()
         config = self.config
         # What is stored and scored takes no part in gradients.
         key, value = (tensor.detach() for tensor in self.incoming)
@@ -572,6 +584,7 @@ class TriStateLayer(CacheLayerMixin):
 
     def make_room(self) -> bool:
         """Prepare for one more token; returns whether one more slot has come into use that is free in all samples."""
+        self._make_writable()
         if self._outgrow(self.seen + 1):
             self.reassign()
         self._check_positions(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -152,3 +153,68 @@ def test_reset_also_empties_sliding_layers(kind: int) -> None:
         assert torch.equal(forward(gemma, used, ids), forward(gemma, fresh, ids))
         if kind == 0:
             assert torch.equal(forward(gemma, used, ids[:, :1]), forward(gemma, fresh, ids[:, :1]))
+
+
+# -- modes of torch ----------------------------------------------------------------------------------------------------
+
+MODES = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": torch.enable_grad}
+PARTS = (40, 1, 1, 6, 1, 1, 70, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "unit, method", [("tokens", "mix"), ("tokens", "origin"), ("bytes", "mix"), ("bytes", "quant")]
+)
+@pytest.mark.parametrize(
+    "modes",
+    [
+        ["inference", "no_grad"],
+        ["inference", "grad"],
+        ["no_grad", "inference", "no_grad"],
+        ["inference", "inference", "inference", "no_grad", "inference", "grad"],
+    ],
+    ids=" ".join,
+)
+def test_forwards_under_any_mode_follow_one_another(llama: Any, modes: list[str], unit: Any, method: str) -> None:
+    """Prompts, steps, blocks and forks; the last mode goes on to the end."""
+    config = CacheConfig.for_method(
+        method, budget_unit=unit, cache_size=32, window_size=8, quant_format="int8", n_sink=2
+    )
+    used, plain = TriStateCache(llama, config), TriStateCache(llama, config)
+    with attach(llama):
+        for number, part in enumerate(PARTS):
+            ids = prompt(part, seed=number)
+            with MODES[modes[min(number, len(modes) - 1)]]():
+                got = llama(ids, past_key_values=used).logits
+                fork = used.fork()
+            assert (got - forward(llama, plain, ids)).abs().max() < 1e-4
+            more = prompt(2, seed=99)
+            expected = torch.cat(list(feed(llama, plain.fork(), more)), dim=1)
+            assert (torch.cat(list(feed(llama, fork, more)), dim=1) - expected).abs().max() < 1e-4
+
+
+def test_a_prefill_under_inference_mode_serves_outside_of_it(llama: Any) -> None:
+    ids, more = prompt(60, seed=1), prompt(5, seed=2)
+    config = CacheConfig.for_method("mix", cache_size=32, window_size=8)
+    found = []
+    for mode in MODES.values():
+        prefill = PrefillCache(llama, 8)
+        with attach(llama):
+            with mode():
+                llama(ids[:, :40], past_key_values=prefill)
+            forward(llama, prefill, ids[:, 40:])
+            prefill.score(config)
+            found.append(torch.cat(list(feed(llama, TriStateCache.from_prefill(prefill, config), more)), dim=1))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_copies_made_under_inference_mode_go_on_outside_of_it(llama: Any) -> None:
+    cache = TriStateCache(llama, CacheConfig.for_method("mix", cache_size=32, window_size=8))
+    more = prompt(5, seed=2)
+    with attach(llama):
+        forward(llama, cache, prompt(60, seed=1))
+        with torch.inference_mode():
+            copies = [cache.fork(), copy.deepcopy(cache)]
+        expected = torch.cat(list(feed(llama, cache, more)), dim=1)
+        for other in copies:
+            assert torch.equal(torch.cat(list(feed(llama, other, more)), dim=1), expected)
