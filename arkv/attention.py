@@ -7,12 +7,13 @@ storage. Stock caches keep working under the same function, which then is transf
 
 from __future__ import annotations
 
+import weakref
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -89,8 +90,40 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, attention_mask)
 
 
+class _Own:
+    """The attention that a config has without this library, and how often it is attached."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = weakref.ref(config)
+        self.implementation = config._attn_implementation
+        self.times = 0
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> _Own:
+        """What is known of ``config``, or else what it says now."""
+        own = _attached.get(id(config))
+        # Whatever has been set by hand since then is the model's own.
+        if own is None or own.config() is not config or config._attn_implementation != NAME:
+            own = _attached[id(config)] = cls(config)
+        return own
+
+    def detach(self) -> None:
+        """Put it back when nobody else is attached any more."""
+        config = self.config()
+        self.times -= 1
+        if self.times == 0 and config is not None and _attached.get(id(config)) is self:
+            del _attached[id(config)]
+            config._attn_implementation = self.implementation
+
+
+_attached: dict[int, _Own] = {}
+"""By the identity of the config, since different configs can be equal."""
+
+
 class attach:
     """Let ``model`` attend through this library; as a context manager, put its own attention back at the end.
+
+    Several may be on at a time and end in any order: the last one puts the model's own attention back.
 
     >>> with attach(model):                                                     # doctest: +SKIP
     ...     model.generate(**inputs, past_key_values=TriStateCache(model, config))
@@ -100,13 +133,16 @@ class attach:
         self.model = model
         # Parts of a composite model have configs, and maybe attention functions, of their own.
         configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
-        self.previous = [(config, config._attn_implementation) for config in configs.values()]
+        self._parts = [_Own.of(config) for config in configs.values()]
         model.set_attn_implementation(NAME)
+        for own in self._parts:
+            own.times += 1
 
     def detach(self) -> None:
-        """Put the model's own attention back."""
-        for config, implementation in self.previous:
-            config._attn_implementation = implementation
+        """Put the model's own attention back, unless it is still attached by another; once is enough."""
+        parts, self._parts = self._parts, []
+        for own in parts:
+            own.detach()
 
     def __enter__(self) -> attach:
         return self

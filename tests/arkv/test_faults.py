@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -218,3 +219,53 @@ def test_copies_made_under_inference_mode_go_on_outside_of_it(llama: Any) -> Non
         expected = torch.cat(list(feed(llama, cache, more)), dim=1)
         for other in copies:
             assert torch.equal(torch.cat(list(feed(llama, other, more)), dim=1), expected)
+
+
+# -- attach and detach -------------------------------------------------------------------------------------------------
+
+
+def serves(model: Any) -> bool:
+    """Whether the model attends through this library now."""
+    try:
+        return bool(forward(model, caches_of(model)[0], prompt(4)).isfinite().all())
+    except ConfigError:
+        return False
+
+
+def test_attachments_end_in_any_order(llama: Any) -> None:
+    own = llama.config._attn_implementation
+    for order in itertools.permutations(range(3)):
+        attached = [attach(llama), attach(llama.model), attach(llama)]
+        for place, number in enumerate(order):
+            assert serves(llama)
+            attached[number].detach()
+            attached[number].detach()
+            assert serves(llama) == (place < 2)
+        assert llama.config._attn_implementation == own
+
+
+def test_attach_within_attach_may_end_later(llama: Any) -> None:
+    own = llama.config._attn_implementation
+    with attach(llama):
+        longer = attach(llama)
+    assert serves(llama)
+    with attach(llama), attach(llama):
+        pass
+    assert serves(llama)
+    longer.detach()
+    assert not serves(llama)
+    assert llama.config._attn_implementation == own
+
+
+def test_attention_that_is_set_by_hand_meanwhile_is_the_models_own(llama: Any) -> None:
+    own = llama.config._attn_implementation
+    forgotten = attach(llama)
+    try:
+        llama.set_attn_implementation("eager")
+        with attach(llama):
+            assert serves(llama)
+            forgotten.detach()
+            assert serves(llama)
+        assert llama.config._attn_implementation == "eager"
+    finally:
+        llama.set_attn_implementation(own)
