@@ -81,6 +81,12 @@ def attention_forward(
             module, query, key, value, dense, dropout=dropout, scaling=scaling, **kwargs
         )
         return output
+    if isinstance(attention_mask, torch.Tensor):
+        # Made by the caller: the layers hold different tokens, none of which its columns stand for any more.
+        raise ConfigError(
+            f"attention_mask has {attention_mask.dim()} dimensions, which a compressed cache cannot serve: give a mask "
+            "[batch, tokens] with zeros for padding on the left, or none"
+        )
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     return key.attend(module, query, attention_mask, scaling, **kwargs), None

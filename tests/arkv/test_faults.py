@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from arkv import CacheConfig, ConfigError, PrefillCache, TriStateCache, attach
 from tests.arkv.conftest import Driver, feed, forward, gemma3, held_sets, left_padded, prompt
@@ -269,3 +270,23 @@ def test_attention_that_is_set_by_hand_meanwhile_is_the_models_own(llama: Any) -
         assert llama.config._attn_implementation == "eager"
     finally:
         llama.set_attn_implementation(own)
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["tri-state", "prefill"])
+def test_a_mask_of_four_dimensions_is_refused(llama: Any, kind: int) -> None:
+    ids = prompt(40, seed=1)
+    causal = torch.ones(40, 40).tril().bool()[None, None]
+    with attach(llama):
+        for first, new in ((0, 40), (38, 2), (39, 1)):
+            cache = caches_of(llama)[kind]
+            if first:
+                forward(llama, cache, ids[:, :first])
+            with pytest.raises(ConfigError, match=r"attention_mask has 4 dimensions.*\[batch, tokens\]"):
+                forward(llama, cache, ids[:, first : first + new], attention_mask=causal[:, :, first : first + new])
+        # Full caches take it as ever.
+        expected = forward(llama, DynamicCache(config=llama.config), ids)
+        full = forward(llama, DynamicCache(config=llama.config), ids, attention_mask=causal)
+    assert (full - expected).abs().max() < 1e-4
