@@ -44,9 +44,21 @@ class LazyMask:
 
     @cached_property
     def padding(self) -> torch.Tensor | None:
-        """Bool [B, tokens seen and new], False where a token is padding; None without any padding."""
+        """Bool [B, tokens seen and new], False where a token is padding; None without any padding.
+
+        Raises:
+            ConfigError: padding stands behind a token.
+        """
         mask: torch.Tensor | None = self._arguments.get("attention_mask")
-        return None if mask is None or bool(mask.all()) else mask.bool()
+        if mask is None or bool(mask.all()):
+            return None
+        mask = mask.bool()
+        if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+            raise ConfigError(
+                "attention_mask has zeros behind ones: a compressed cache serves padding on the left only "
+                "(tokenizer.padding_side = 'left'), before the first token of a sequence"
+            )
+        return mask
 
 
 def attention_mask(**arguments: Any) -> LazyMask:

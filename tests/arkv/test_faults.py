@@ -290,3 +290,22 @@ def test_a_mask_of_four_dimensions_is_refused(llama: Any, kind: int) -> None:
         expected = forward(llama, DynamicCache(config=llama.config), ids)
         full = forward(llama, DynamicCache(config=llama.config), ids, attention_mask=causal)
     assert (full - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["tri-state", "prefill"])
+def test_padding_behind_tokens_is_refused(llama: Any, kind: int) -> None:
+    ids = prompt(40, seed=1, batch=2)
+    with attach(llama):
+        for zeros in (slice(35, 40), slice(10, 12)):
+            mask = torch.ones(2, 40, dtype=torch.long)
+            mask[1, zeros] = 0
+            cache = caches_of(llama)[kind]
+            with pytest.raises(ConfigError, match="padding on the left only"):
+                forward(llama, cache, ids, attention_mask=mask)
+        # A block whose rows are of different lengths would have padding between its tokens and the prompt's.
+        mask = torch.ones(2, 44, dtype=torch.long)
+        mask[1, 40:42] = 0
+        cache = caches_of(llama)[kind]
+        forward(llama, cache, ids)
+        with pytest.raises(ConfigError, match="padding on the left only"):
+            forward(llama, cache, prompt(4, seed=2, batch=2), attention_mask=mask)
