@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from arkv.cache import Handle
+from arkv.config import ConfigError
 
 
 class CacheBatch(Cache):
@@ -27,7 +28,7 @@ class CacheBatch(Cache):
 
     >>> batch = CacheBatch(caches, lengths=[3, 5])                              # doctest: +SKIP
     >>> with attach(model):                                                     # doctest: +SKIP
-    ...     model(ids, position_ids=batch.position_ids(), past_key_values=batch)
+    ...     model(ids, position_ids=batch.position_ids(model.device), past_key_values=batch)
 
     Args:
         caches: one of one sample for each row, of any kinds whose layers have full or sliding-window attention.
@@ -42,14 +43,14 @@ class CacheBatch(Cache):
         self.caches = list(caches)
         self.lengths = list(lengths)
 
-    def position_ids(self) -> torch.Tensor:
-        """Positions [B, T] of the new tokens; 0 for padding."""
+    def position_ids(self, device: torch.device | str | None = None) -> torch.Tensor:
+        """Positions [B, T] of the new tokens on ``device``, which is to be the model's; 0 for padding."""
         longest = max(self.lengths)
         rows = []
         for cache, length in zip(self.caches, self.lengths, strict=True):
             seen = cache.get_seq_length()
             rows.append([0] * (longest - length) + list(range(seen, seen + length)))
-        return torch.tensor(rows)
+        return torch.tensor(rows, device=device)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen by the longest row."""
@@ -87,7 +88,17 @@ class _BatchHandle(Handle):
     def attend(
         self, module: torch.nn.Module, query: torch.Tensor, mask: Any, scaling: float, **kwargs: Any
     ) -> torch.Tensor:
-        """Attention output [B, T, Hq, D], zero for padding; each row is causal, whatever ``mask`` says."""
+        """Attention output [B, T, Hq, D], zero for padding; each row is causal, whatever ``mask`` says.
+
+        Raises:
+            ConfigError: the model has layers of another kind, which look to caches like those with a sliding window.
+        """
+        config: Any = getattr(module, "config", None)
+        if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+            raise ConfigError(
+                f"model {config.model_type!r} has layers of type 'chunked_attention', which a CacheBatch cannot serve: "
+                "give each row a forward of its own"
+            )
         outputs = []
         for place, row in enumerate(self.rows):
             mine = query[place : place + 1, :, -row.length :]

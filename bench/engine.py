@@ -385,7 +385,7 @@ class Engine:
             logits = self.model(ids, past_key_values=caches[0], **options).logits
         else:
             batch = CacheBatch(caches, [len(row) for row in rows])
-            positions = batch.position_ids().to(self.device)
+            positions = batch.position_ids(self.device)
             logits = self.model(ids, position_ids=positions, past_key_values=batch, **options).logits
         return logits
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Llama4ForCausalLM, Llama4TextConfig
 
-from arkv import CacheConfig, ConfigError, PrefillCache, TriStateCache, attach
-from tests.arkv.conftest import Driver, feed, forward, gemma3, held_sets, left_padded, prompt
+from arkv import CacheBatch, CacheConfig, ConfigError, PrefillCache, TriStateCache, attach
+from tests.arkv.conftest import SHAPE, Driver, feed, forward, gemma3, held_sets, left_padded, prompt, spread
 
 # -- scores ------------------------------------------------------------------------------------------------------------
 
@@ -309,3 +309,32 @@ def test_padding_behind_tokens_is_refused(llama: Any, kind: int) -> None:
         forward(llama, cache, ids)
         with pytest.raises(ConfigError, match="padding on the left only"):
             forward(llama, cache, prompt(4, seed=2, batch=2), attention_mask=mask)
+
+
+# -- batches of caches -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tri-state", "prefill", "full"])
+def test_a_batch_refuses_layers_with_chunked_attention(kind: str) -> None:
+    """Their caches are those of sliding windows, which see other tokens."""
+    settings = {"num_local_experts": 2, "attention_chunk_size": 8, "intermediate_size_mlp": 96}
+    layers = {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]}
+    model = spread(Llama4ForCausalLM(Llama4TextConfig(**{**SHAPE, **settings, **layers})))
+    config = CacheConfig.for_method("mix", cache_size=32, window_size=8)
+    make = {
+        "tri-state": lambda: TriStateCache(model, config),
+        "prefill": lambda: PrefillCache(model, 8),
+        "full": lambda: DynamicCache(config=model.config),
+    }[kind]
+    with attach(model):
+        forward(model, make(), prompt(12))
+        batch = CacheBatch([make(), make()], [12, 12])
+        with pytest.raises(ConfigError, match=r"llama4.*chunked_attention.*CacheBatch"):
+            forward(model, batch, prompt(12, batch=2), position_ids=batch.position_ids())
+
+
+def test_positions_of_a_batch_may_be_made_on_any_device(llama: Any) -> None:
+    batch = CacheBatch([caches_of(llama)[0] for _ in range(2)], [3, 1])
+    assert batch.position_ids().tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert torch.equal(batch.position_ids("cpu"), batch.position_ids())
+    assert batch.position_ids(device=torch.device("meta")).device.type == "meta"
