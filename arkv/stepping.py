@@ -154,9 +154,13 @@ class LayerGroup:
         if len({part.shape[-1] for part in probabilities}) == 1:
             together = torch.cat(probabilities).mean(dim=2)
             if self._pools:
-                order = self._sequence(layers) if self.order is None else self.order
-                if all(layer.holds_most for layer in layers):
-                    self.order = order
+                order = self.order
+                if order is None:
+                    order = self._sequence(layers)
+                    # It may take as many bytes as positions do: kept in these, or else made anew at every step.
+                    dtype = layers[0].held().position.dtype
+                    if all(layer.holds_most for layer in layers) and order.shape[-1] - 1 <= torch.iinfo(dtype).max:
+                        self.order = order.to(dtype)
                 together = self._smooth(together, order)
             importance = list(together.split(probabilities[0].shape[0]))
         else:
@@ -188,7 +192,7 @@ class LayerGroup:
             for layer in layers
         ]
         positions = torch.cat([torch.cat(part, dim=-1) for part in parts])
-        return positions.argsort(dim=-1).to(positions.dtype)
+        return positions.argsort(dim=-1)
 
     def _smooth(self, importance: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         """``importance`` [n, H, S], pooled in sequence order."""

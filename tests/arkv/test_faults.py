@@ -338,3 +338,24 @@ def test_positions_of_a_batch_may_be_made_on_any_device(llama: Any) -> None:
     assert batch.position_ids().tolist() == [[0, 1, 2], [0, 0, 0]]
     assert torch.equal(batch.position_ids("cpu"), batch.position_ids())
     assert batch.position_ids(device=torch.device("meta")).device.type == "meta"
+
+
+# -- numbers of slots --------------------------------------------------------------------------------------------------
+
+
+def test_slots_may_be_more_than_the_context_has_tokens() -> None:
+    """More of them than 16 bits can number, though positions fit into these."""
+    size = 5000
+    config = CacheConfig.for_method(
+        "quant", budget_unit="bytes", cache_size=size, decode_importance="latest", importance="mean_var", query_span=None
+    )
+    driver = Driver(config, heads=1, groups=1, dim=64)
+    inputs = driver.random(size + 4, seed=1)
+    seen = 0
+    for part in (size, 1, 1, 2):
+        assert driver.feed(*(tensor[:, :, seen : seen + part] for tensor in inputs)).isfinite().all()
+        seen += part
+        assert driver.cache.nbytes() <= size * 2 * 64 * 4
+    counts = driver.cache.token_counts()
+    assert counts["quantized"] > 4900
+    assert counts["evicted"] == 0
