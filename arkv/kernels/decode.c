@@ -49,6 +49,7 @@ struct call {
     float *probabilities;              /* R x G x S, Original slots first */
     float *output;                     /* R x G x value dim */
     float *space;                      /* arkv_space floats */
+    int64_t threads;
     struct pool original, quantized;   /* without query and bias */
 };
 
@@ -313,7 +314,7 @@ void arkv_decode(const struct call *c) {
     original.query = scaled;
     quantized.query = turned;
     quantized.bias = c->center ? bias : NULL;
-#pragma omp parallel
+#pragma omp parallel num_threads((int)c->threads)
     {
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < items; item++)

@@ -65,6 +65,7 @@ class _Call(ctypes.Structure):
         ("probabilities", ctypes.c_void_p),
         ("output", ctypes.c_void_p),
         ("space", ctypes.c_void_p),
+        ("threads", ctypes.c_int64),
         ("original", _Pool),
         ("quantized", _Pool),
     ]
@@ -121,7 +122,7 @@ def decode_attention(
         *turns,
         None if center is None else center.data_ptr(),
         _e4m3_table().data_ptr(),
-        *(probabilities.data_ptr(), output.data_ptr(), None),
+        *(probabilities.data_ptr(), output.data_ptr(), None, torch.get_num_threads()),
         *(original, quantized),
     )
     space = empty(functions.arkv_space(ctypes.byref(call)))

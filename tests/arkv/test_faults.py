@@ -347,7 +347,12 @@ def test_slots_may_be_more_than_the_context_has_tokens() -> None:
     """More of them than 16 bits can number, though positions fit into these."""
     size = 5000
     config = CacheConfig.for_method(
-        "quant", budget_unit="bytes", cache_size=size, decode_importance="latest", importance="mean_var", query_span=None
+        "quant",
+        budget_unit="bytes",
+        cache_size=size,
+        decode_importance="latest",
+        importance="mean_var",
+        query_span=None,
     )
     driver = Driver(config, heads=1, groups=1, dim=64)
     inputs = driver.random(size + 4, seed=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,31 @@ def test_the_number_of_threads_changes_nothing(threads: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+@needs_compiler
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux lists them")
+def test_torch_says_how_many_threads_there_are() -> None:
+    """Also in a thread that torch has not been used in, where OpenMP has a number of its own."""
+    layer = layer_with("k4v3", original=300, quantized=900)
+    query = torch.randn(1, 2, 3, 64).bfloat16()
+    started = []
+
+    def decode() -> None:
+        before = {path.name for path in Path("/proc/self/task").iterdir()}
+        native.decode_attention(query, layer.held(), layer.quantized, 0.1, False)
+        started.append(len({path.name for path in Path("/proc/self/task").iterdir()} - before))
+
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            worker = threading.Thread(target=decode)
+            worker.start()
+            worker.join()
+    finally:
+        torch.set_num_threads(before)
+    assert started == [0, 2]
 
 
 @needs_compiler
