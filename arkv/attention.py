@@ -108,6 +108,37 @@ AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, attention_mask)
 
 
+class _NoGradients(torch.autograd.Function):
+    """Hands a tensor on, and no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        """The same numbers."""
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
+        """Raises :class:`ConfigError`."""
+        raise ConfigError(
+            "no gradients through decoding steps of a compressed cache: what it stores is cut off from the graph; "
+            "take them from a forward of all tokens, or decode under torch.no_grad()"
+        )
+
+
+def refuse_gradients(output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    """``output``, so that a backward pass that gets to it fails: what it depends on is not all in its graph.
+
+    Args:
+        inputs: some of that, so that a backward pass which is to reach them comes by.
+    """
+    if not torch.is_grad_enabled():
+        return output
+    if not output.requires_grad:
+        output.requires_grad_()
+    refused: torch.Tensor = _NoGradients.apply(output, *inputs)  # type: ignore[no-untyped-call]
+    return refused
+
+
 class _Own:
     """The attention that a config has without this library, and how often it is attached."""
 

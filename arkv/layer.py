@@ -22,7 +22,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from arkv import kernels
-from arkv.attention import LazyMask
+from arkv.attention import LazyMask, refuse_gradients
 from arkv.budget import Geometry, Slots, byte_slots, wider_slots
 from arkv.config import CacheConfig
 from arkv.scoring import (
@@ -100,6 +100,8 @@ class TriStateLayer(CacheLayerMixin):
         """The tensors are parts of those that :class:`~arkv.stepping.LayerGroup` steps all layers with."""
         self.inference = False
         """Some tensors may have been made under ``torch.inference_mode``."""
+        self.cut = False
+        """Tokens have been stored that gradients would have to reach, which they cannot."""
         self.incoming: tuple[torch.Tensor, torch.Tensor] | None = None
         """Keys and values that wait for their queries."""
 
@@ -270,7 +272,7 @@ class TriStateLayer(CacheLayerMixin):
             visible = self._visible(stored, length, length, padding)
             visible = visible.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         output, _ = sdpa_attention_forward(module, query, key, value, visible, scaling=scaling, **kwargs)
-        return output
+        return refuse_gradients(output) if self.cut else output
 
     def _visible(self, stored: Tokens | None, length: int, window: int, padding: torch.Tensor | None) -> torch.Tensor:
         """What the last ``window`` of ``length`` new tokens may see, [B, 1 or H, W, S + T], stored tokens first."""
@@ -301,6 +303,7 @@ class TriStateLayer(CacheLayerMixin):
         self._make_writable()
         config = self.config
         # What is stored and scored takes no part in gradients.
+        self.note_gradients(*self.incoming)
         key, value = (tensor.detach() for tensor in self.incoming)
         query = query.detach()
         batch, heads, length, _ = key.shape
@@ -415,6 +418,10 @@ class TriStateLayer(CacheLayerMixin):
             for store in (self.tokens, self.quantized):
                 if store is not None:
                     store.position = store.position.int()
+
+    def note_gradients(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Remember whether the graph of anything is cut off when ``key`` and ``value`` are stored."""
+        self.cut = self.cut or key.requires_grad or value.requires_grad
 
     def absorb(self, new: Tokens) -> None:
         """Fit the new tokens into the window and the budget."""
@@ -610,7 +617,7 @@ class TriStateLayer(CacheLayerMixin):
         return self.used == most and not self.gaps and (self.quantized is None or self.quantized.full)
 
     def attend_step(self, query: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of one new token [B, Hq, 1, D] over all that is held.
+        """Attention of one new token [B, Hq, 1, D] over all that is held, without gradients.
 
         Returns:
             output [B, 1, Hq, D]; probabilities [B, H, G, S], the Original slots in use first.
@@ -618,12 +625,11 @@ class TriStateLayer(CacheLayerMixin):
         assert self.tokens is not None
         batch, query_heads, _, dim = query.shape
         heads = self.tokens.key.shape[1]
-        grouped = query.view(batch, heads, query_heads // heads, dim)
+        grouped = query.detach().view(batch, heads, query_heads // heads, dim)
         stored = self.quantized
         widest = max(dim, self.tokens.value.shape[-1])
         kernel = None
-        # Kernels know no gradients.
-        if self.config.attention == "fused" and not query.requires_grad:
+        if self.config.attention == "fused":
             kernel = kernels.find(query.device, self.tokens.key.dtype, widest, grouped.shape[2])
         if self.config.attention == "reconstruct":
             output, probabilities = self._attend_reconstructed(grouped, scaling)

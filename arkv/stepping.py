@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
+from arkv.attention import refuse_gradients
 from arkv.config import CacheConfig
 from arkv.layer import TriStateLayer
 from arkv.quantization import QuantizedTensor
@@ -36,6 +37,8 @@ class LayerGroup:
         """[L * B, H, S]: all slots in sequence order, Quantized ones numbered after the Original ones, as long as every
         slot is taken and all layers have as many."""
         self._rows: tuple[torch.Tensor, ...] = ()
+        self._given: tuple[torch.Tensor, ...] = ()
+        """Key and value of the layer whose attention is to come, as the model has made them."""
         self._probabilities: list[torch.Tensor] = []
 
     # -- a step, as the layers see it ----------------------------------------------------------------------------------
@@ -45,6 +48,8 @@ class LayerGroup:
         if index == 0:
             self._begin()
         # What is stored takes no part in gradients.
+        self._given = (key, value)
+        self.layers[index].note_gradients(key, value)
         for store, new in ((self._key, key), (self._value, value)):
             store.index_copy_(0, self._rows[index], new.detach().reshape(-1, new.shape[-1]))
         self.layers[index].seen += 1
@@ -53,12 +58,14 @@ class LayerGroup:
 
     def attend(self, index: int, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """Attention output [B, 1, Hq, D] of the new token; its probabilities are the new scores of what is held."""
-        output, probabilities = self.layers[index].attend_step(query, scaling)
+        layer = self.layers[index]
+        output, probabilities = layer.attend_step(query, scaling)
         if self.config.ranking == "heavy_hitter":
-            self._probabilities.append(probabilities.detach())
+            self._probabilities.append(probabilities)
             if len(self._probabilities) == len(self.layers):
                 self._finish()
-        return output
+        given, self._given = self._given, ()
+        return refuse_gradients(output, query, *given) if layer.cut or query.requires_grad else output
 
     # -- all layers at once --------------------------------------------------------------------------------------------
 

@@ -178,15 +178,3 @@ def test_nothing_is_compiled_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: 
             assert driver.feed(*driver.random(tokens, seed)).isfinite().all()
     finally:
         building.library.cache_clear()
-
-
-@needs_compiler
-def test_gradients_reach_the_query() -> None:
-    """By torch's operations, since kernels have none."""
-    layer = layer_with("int8")
-    layer.config = CacheConfig.for_method("mix", cache_size=64)
-    query = torch.randn(1, 6, 1, 64, requires_grad=True)
-    output, _ = layer.attend_step(query, 0.125)
-    output.sum().backward()
-    assert query.grad is not None
-    assert bool(query.grad.any())
