@@ -2,10 +2,11 @@
 
 from arkv.attention import attach
 from arkv.batch import CacheBatch
-from arkv.cache import PrefillCache, TriStateCache
+from arkv.cache import TriStateCache, compress
 from arkv.config import METHODS, CacheConfig, ConfigError
+from arkv.formats import FORMATS
 from arkv.memory import storage_bytes
-from arkv.quantization import FORMATS
+from arkv.prefill import PrefillCache
 
 __all__ = [
     "FORMATS",
@@ -16,5 +17,6 @@ __all__ = [
     "PrefillCache",
     "TriStateCache",
     "attach",
+    "compress",
     "storage_bytes",
 ]

@@ -7,19 +7,61 @@ storage. Stock caches keep working under the same function, which then is transf
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
+from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from arkv.blocks import plain_attention
 from arkv.config import ConfigError
 
 NAME = "arkv"
+
+
+class NotAttached(ConfigError, AttributeError):
+    """A model used something itself that only this library's attention function can read."""
+
+    def __init__(self, config: Any, what: str) -> None:
+        if getattr(config, "_attn_implementation", None) == NAME:
+            super().__init__(
+                f"model {config.model_type!r} works on {what} itself: its own attention does not go through "
+                "transformers' attention interface, so that no compressed cache serves it; a full cache does"
+            )
+        else:
+            super().__init__(
+                "the model's own attention cannot read this cache: put `with attach(model):` (from arkv) around the "
+                "model's call"
+            )
+
+
+class Handle:
+    """What a model receives in the place of keys and values, to pass it on to the attention function."""
+
+    config: Any = None
+    """Of the model, where it is known."""
+
+    sliding_window: int | None = None
+    """Where the layer has one."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotAttached(self.config, "the keys and values of its cache")
+
+    def attend(
+        self, module: torch.nn.Module, query: torch.Tensor, mask: Any, scaling: float, **kwargs: Any
+    ) -> torch.Tensor:
+        """Attention output [B, T, Hq, D] of ``query`` [B, Hq, T, D]."""
+        raise NotImplementedError
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handles = (item for item in tree_leaves((args, kwargs)) if isinstance(item, Handle))
+        raise NotAttached(next(handles).config, "the keys and values of its cache")
 
 
 class LazyMask:
@@ -28,6 +70,24 @@ class LazyMask:
     Layers of a tri-state cache hold different numbers of tokens, so the one dense mask of a forward fits none of them
     while decoding; they need to know the padding at most.
     """
+
+    ndim = 4
+    """Where a cache is compileable, ``generate`` makes a step's mask beforehand and hands it on as one of these."""
+
+    def contiguous(self) -> LazyMask:
+        """Itself."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotAttached(self.__dict__.get("_arguments", {}).get("config"), "its attention mask")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NotAttached(self._arguments.get("config"), "its attention mask")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = (item for item in tree_leaves((args, kwargs)) if isinstance(item, LazyMask))
+        raise NotAttached(next(masks)._arguments.get("config"), "its attention mask")
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         # A static cache counts its tokens in a tensor that it changes before the mask is made.
@@ -61,9 +121,21 @@ class LazyMask:
         return mask
 
 
+def dense_of(mask: Any) -> torch.Tensor | None:
+    """What SDPA would get in the place of ``mask``."""
+    return mask.dense if isinstance(mask, LazyMask) else mask
+
+
+def padding_of(mask: Any, new: int) -> torch.Tensor | None:
+    """Bool [B, ``new``], False where a new token is padding; None without any."""
+    padding = mask.padding if isinstance(mask, LazyMask) else None
+    return None if padding is None else padding[:, -new:]
+
+
 def attention_mask(**arguments: Any) -> LazyMask:
     """The mask function that belongs to :func:`attention_forward`."""
-    return LazyMask(arguments)
+    mask = arguments.get("attention_mask")
+    return mask if isinstance(mask, LazyMask) else LazyMask(arguments)
 
 
 def attention_forward(
@@ -85,23 +157,62 @@ def attention_forward(
     Returns:
         ``(output [B, T, Hq, D], None)``.
     """
-    if kwargs.get("s_aux") is not None:
-        raise ConfigError(f"{type(module).__name__} has learned attention sinks, which a compressed cache cannot serve")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
     if isinstance(key, torch.Tensor):
-        dense = attention_mask.dense if isinstance(attention_mask, LazyMask) else attention_mask
-        output: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, dense, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return output
+        dense = dense_of(attention_mask)
+        return plain_attention(module, query, key, value, dense, scaling, dropout=dropout, **kwargs), None
+    _check_understood(module, key, dropout, kwargs)
     if isinstance(attention_mask, torch.Tensor):
         # Made by the caller: the layers hold different tokens, none of which its columns stand for any more.
         raise ConfigError(
             f"attention_mask has {attention_mask.dim()} dimensions, which a compressed cache cannot serve: give a mask "
             "[batch, tokens] with zeros for padding on the left, or none"
         )
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
     return key.attend(module, query, attention_mask, scaling, **kwargs), None
+
+
+_UNDERSTOOD = {"softcap", "s_aux"}
+_HARMLESS = {
+    "cache_position",
+    "cu_seq_lens_k",
+    "cu_seq_lens_q",
+    "deterministic",
+    "is_causal",
+    "logits_to_keep",
+    "max_length_k",
+    "max_length_q",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "past_key_values",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "seq_idx",
+    "sliding_window",
+    "token_type_ids",
+    "use_cache",
+}
+"""What transformers' models hand to the attention function without a change of what it is to compute."""
+
+
+def _check_understood(module: torch.nn.Module, handle: Handle, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Raises :class:`ConfigError` where a layer asks for attention that a compressed cache does not compute."""
+    config = handle.config or getattr(module, "config", None)
+    name = f"model {getattr(config, 'model_type', None)!r}"
+    strange = [key for key, item in kwargs.items() if item is not None and key not in _UNDERSTOOD | _HARMLESS]
+    if strange:
+        raise ConfigError(f"{name} hands {min(strange)!r} to its attention, which a compressed cache does not know")
+    window, context = kwargs.get("sliding_window"), getattr(config, "max_position_embeddings", None)
+    if window is not None and handle.sliding_window is None and not (context is not None and window >= context):
+        raise ConfigError(f"{name} has a sliding window of {window} in a layer that its config counts as a full one")
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise ConfigError(f"{name} has attention that is not causal, which a compressed cache cannot serve")
+    if dropout:
+        raise ConfigError(f"{name} drops attention out, which a compressed cache cannot do: call model.eval()")
 
 
 AttentionInterface.register(NAME, attention_forward)
@@ -183,9 +294,18 @@ class attach:
         # Parts of a composite model have configs, and maybe attention functions, of their own.
         configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
         self._parts = [_Own.of(config) for config in configs.values()]
-        model.set_attn_implementation(NAME)
         for own in self._parts:
             own.times += 1
+        with contextlib.suppress(ValueError):
+            model.set_attn_implementation(NAME)
+        # Where the model has no attention interface transformers says no, or only warns.
+        decoder: Any = model.config.get_text_config(decoder=True)
+        if decoder._attn_implementation != NAME:
+            self.detach()
+            raise ConfigError(
+                f"model {decoder.model_type!r} has no attention interface that a compressed cache could use; "
+                "transformers' own full cache serves it, without `attach`"
+            )
 
     def detach(self) -> None:
         """Put the model's own attention back, unless it is still attached by another; once is enough."""

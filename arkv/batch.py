@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from arkv.cache import Handle
+from arkv.attention import Handle
+from arkv.blocks import plain_attention
 from arkv.config import ConfigError
+from arkv.models import keeps_state
 
 
 class CacheBatch(Cache):
@@ -33,11 +34,19 @@ class CacheBatch(Cache):
     Args:
         caches: one of one sample for each row, of any kinds whose layers have full or sliding-window attention.
         lengths: new tokens of each row, of which there is at least one.
+
+    Raises:
+        ConfigError: the caches have layers of other kinds.
     """
 
     def __init__(self, caches: Sequence[Cache], lengths: Sequence[int]) -> None:
         if len(caches) != len(lengths) or min(lengths, default=0) < 1:
             raise ValueError(f"{len(caches)} caches and rows of {list(lengths)} tokens: each needs one token or more")
+        if any(keeps_state(layer) for cache in caches for layer in getattr(cache, "stock", cache).layers):
+            raise ConfigError(
+                "layers with a recurrence or a convolution keep states, which a CacheBatch cannot serve: give each row "
+                "a forward of its own"
+            )
         # What the model asks of layers, whether they slide, is the same for all rows.
         super().__init__(layers=caches[0].layers)
         self.caches = list(caches)
@@ -66,6 +75,7 @@ class CacheBatch(Cache):
             key, value = (tensor[row : row + 1, :, -length:] for tensor in (key_states, value_states))
             rows.append(_Row(*cache.update(key, value, layer_idx, *args, **kwargs), length, seen))
         handle = _BatchHandle(rows, getattr(self.layers[layer_idx], "sliding_window", None))
+        handle.config = next((row.key.config for row in rows if isinstance(row.key, Handle)), None)
         return handle, handle
 
 
@@ -104,7 +114,7 @@ class _BatchHandle(Handle):
             mine = query[place : place + 1, :, -row.length :]
             if isinstance(row.key, torch.Tensor):
                 visible = self._visible(row.length, row.key.shape[2], query.device)
-                output, _ = sdpa_attention_forward(module, mine, row.key, row.value, visible, scaling=scaling, **kwargs)
+                output = plain_attention(module, mine, row.key, row.value, visible, scaling, **kwargs)
             else:
                 output = row.key.attend(
                     module, mine, self._visible(row.length, row.seen, query.device), scaling, **kwargs

@@ -1,23 +1,27 @@
-"""From OQ scores and a budget to slots per layer.
+"""From a budget to slots: what every row may hold.
 
-Letters: ``L`` layers, ``B`` batch, ``N`` prompt tokens, ``C`` cache size, ``W`` window, ``D`` head dim.
+Letters: ``L`` layers, ``B`` batch, ``H`` KV heads, ``N`` prompt tokens, ``C`` cache size, ``W`` window, ``D`` head dim.
 
 In token units every layer holds ``C`` tokens, and a Quantized one costs as much as an Original one (ARKV, arXiv
 2603.08727). In byte units a budget is what ``C`` tokens take at model precision; positions, scores and quantization
 ranges are paid from it, and what quantization saves buys more tokens.
+
+An :class:`Allocator` turns scores and the budget into a :class:`Grant` for every layer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import torch
 
 from arkv.config import CacheConfig, ConfigError
-from arkv.quantization import Format
+from arkv.formats import Format
+from arkv.scores.oq import oq_ratios
 
 
 class Slots(NamedTuple):
@@ -31,15 +35,18 @@ class Slots(NamedTuple):
 class Geometry:
     """What a token costs: one KV head of one layer."""
 
-    head_dim: int
+    key_dim: int
+    value_dim: int
     dtype: torch.dtype
     slot_bytes: int
     """Position and score of a slot."""
+    row_bytes: int = 0
+    """What a row takes whatever it holds: its entry in the row table."""
 
     @property
     def full_bytes(self) -> int:
         """Key and value of a token at model precision, as a stock cache holds them."""
-        return 2 * self.head_dim * self.dtype.itemsize
+        return (self.key_dim + self.value_dim) * self.dtype.itemsize
 
     @property
     def original_bytes(self) -> int:
@@ -48,16 +55,7 @@ class Geometry:
 
     def quantized_bytes(self, number_format: Format) -> float:
         """A Quantized slot, position and score included."""
-        return number_format.bytes_per_token(self.head_dim) + self.slot_bytes
-
-
-def oq_ratios(scores: Sequence[float]) -> list[float]:
-    """OQ ratio of each layer of one sample, ``r_l = OQ_l / max_l OQ_l``.
-
-    Without any evictable region all scores are zero: nothing tells the layers apart, and all keep tokens Original.
-    """
-    top = max(scores)
-    return [score / top for score in scores] if top > 0 else [1.0] * len(scores)
+        return number_format.bytes_per_token(self.key_dim, self.value_dim) + self.slot_bytes
 
 
 def token_limit(config: CacheConfig, tokens: int) -> int:
@@ -85,8 +83,8 @@ def minimal_bytes(config: CacheConfig, geometry: Geometry) -> int:
     quantized = 0
     if config.quantizes:
         per_token = math.ceil(geometry.quantized_bytes(config.number_format))
-        quantized = per_token + config.number_format.bytes_per_head(geometry.head_dim)
-    return (config.window_size + config.n_sink + 1) * geometry.original_bytes + quantized
+        quantized = per_token + config.number_format.bytes_per_head(geometry.key_dim)
+    return geometry.row_bytes + (config.window_size + config.n_sink + 1) * geometry.original_bytes + quantized
 
 
 class ByteBudget:
@@ -137,35 +135,279 @@ class ByteBudget:
         return granted
 
 
-def byte_slots(config: CacheConfig, geometry: Geometry, budget: int, tokens: float) -> Slots:
+def byte_slots(config: CacheConfig, geometry: Geometry, budget: int, tokens: int) -> Slots:
     """Slots that ``budget`` bytes of one KV head buy beside the window.
 
     ``original_share`` of the past bytes stays Original, the rest is Quantized; where more could be quantized than there
     are tokens, and any share stays Original, the bytes left over keep more of them so.
 
     Args:
-        tokens: real tokens of the sample that the slots are for, at first the prompt's length N; infinity is as many
-            as the bytes can hold.
+        tokens: how many the split is for: those of the prompt, or those soon to have been seen.
     """
-    past_bytes = budget - config.window_size * geometry.original_bytes
+    past_bytes = budget - geometry.row_bytes - config.window_size * geometry.original_bytes
     most_original = past_bytes // geometry.original_bytes
     if not config.quantizes:
         return Slots(most_original, 0)
     assert config.original_share is not None
-    past_bytes -= config.number_format.bytes_per_head(geometry.head_dim)
+    past_bytes -= config.number_format.bytes_per_head(geometry.key_dim)
     per_token = geometry.quantized_bytes(config.number_format)
     original = max(int(config.original_share * past_bytes) // geometry.original_bytes, config.n_sink)
     quantized = int((past_bytes - original * geometry.original_bytes) / per_token)
     if config.original_share > 0:
         # Beyond the tokens there are, Quantized slots would stay empty for long.
-        quantized = int(min(quantized, max(tokens - config.window_size - original, 0)))
+        quantized = min(quantized, max(tokens - config.window_size - original, 0))
         original = int((past_bytes - quantized * per_token) // geometry.original_bytes)
     return Slots(original, quantized)
 
 
-def wider_slots(config: CacheConfig, geometry: Geometry, budget: int, tokens: int) -> Slots:
-    """Slots that ``budget`` bytes buy once ``tokens`` tokens are more than those of now hold.
+GROWTH, LEAST_GROWTH = 1.25, 64
+"""A split that has become too small is replaced by one for so many times the tokens seen, or at least so many more."""
 
-    They are for a good deal more tokens than that, since each change moves everything that is stored.
+
+RESERVE = 64
+"""Free slots, at the least, that rows get which have not outgrown their limit; else as many as they hold."""
+
+NEVER = 1 << 62
+"""More tokens than will ever be seen."""
+
+
+Counts = list[list[int]]
+"""Of every KV head of every sample, [B][H]. The host's accounts are no tensors: tensors are what a cache holds."""
+
+
+@dataclass
+class Grant:
+    """What the rows of one layer may hold beside the window, and when that changes."""
+
+    config: CacheConfig
+    limit: Counts
+    """Tokens that a row holds, all Original, until it has seen more."""
+    original: Counts
+    """Original slots beside the window from then on."""
+    quantized: Counts
+    nbytes: Sequence[int] = ()
+    """Bytes of one KV head of every sample, in byte units: then the split follows the tokens seen."""
+    geometry: Geometry | None = None
+    outgrown: list[list[bool]] = field(init=False)
+    """The row has seen more tokens than its limit."""
+
+    def __post_init__(self) -> None:
+        self.outgrown = [[False] * len(row) for row in self.limit]
+        self.final = [not self.nbytes] * len(self.limit)
+        """No later split of the sample would hold more."""
+
+    def now(self) -> tuple[Counts, Counts]:
+        """Original and Quantized slots beside the window, as long as nothing changes."""
+        window = self.config.window_size
+        original = [
+            [slots if outgrown else limit - window for slots, outgrown, limit in zip(*rows, strict=True)]
+            for rows in zip(self.original, self.outgrown, self.limit, strict=True)
+        ]
+        quantized = [
+            [slots if outgrown else 0 for slots, outgrown in zip(*rows, strict=True)]
+            for rows in zip(self.quantized, self.outgrown, strict=True)
+        ]
+        return original, quantized
+
+    def holds(self) -> list[int]:
+        """Tokens that every sample may have seen until :meth:`follow` changes anything."""
+        found = []
+        for sample, rows in enumerate(zip(self.outgrown, self.limit, self.original, self.quantized, strict=True)):
+            total = [
+                (NEVER if self.final[sample] else self.config.window_size + original + quantized) if outgrown else limit
+                for outgrown, limit, original, quantized in zip(*rows, strict=True)
+            ]
+            found.append(min(total))
+        return found
+
+    def follow(self, tokens: Sequence[int]) -> bool:
+        """Take note that samples have seen so many ``tokens``; returns whether slots have changed."""
+        changed = False
+        for sample, seen in enumerate(tokens):
+            outgrown = [
+                was or seen > limit for was, limit in zip(self.outgrown[sample], self.limit[sample], strict=True)
+            ]
+            changed |= outgrown != self.outgrown[sample]
+            self.outgrown[sample] = outgrown
+            slots = map(sum, zip(self.original[sample], self.quantized[sample], strict=True))
+            held = self.config.window_size + min(slots)
+            if self.final[sample] or not any(outgrown) or seen <= held:
+                continue
+            assert self.geometry is not None
+            soon = max(int(seen * GROWTH), seen + LEAST_GROWTH)
+            better = byte_slots(self.config, self.geometry, self.nbytes[sample], soon)
+            if self.config.window_size + sum(better) > held:
+                heads = len(outgrown)
+                self.original[sample], self.quantized[sample] = [better.original] * heads, [better.quantized] * heads
+                changed = True
+            else:
+                self.final[sample] = True
+        return changed
+
+    def capacities(self, tokens: Sequence[int]) -> list[list[int]]:
+        """Slots that every row gets now, Original ones with the window, and Quantized ones.
+
+        A prompt that is much shorter than the budget does not take all of it at once.
+
+        Args:
+            tokens: how many samples have seen.
+        """
+        original, quantized = self.now()
+        window = self.config.window_size
+        found = [
+            min(slots + window, max(2 * seen, seen + RESERVE))
+            for row, seen in zip(original, tokens, strict=True)
+            for slots in row
+        ]
+        return [found, [slots for row in quantized for slots in row]]
+
+    def until(self, capacity: Sequence[int]) -> list[int]:
+        """Tokens that every sample may have seen until its rows, of so many Original slots, need others."""
+        original, _ = self.now()
+        rows, found = iter(capacity), []
+        for slots, holds in zip(original, self.holds(), strict=True):
+            # Below what the budget has, rows hold all tokens, and are full when so many have been seen.
+            free = [have for want, have in zip(slots, rows, strict=False) if have < want + self.config.window_size]
+            found.append(min([holds, *free]))
+        return found
+
+    def select(self, samples: Sequence[int]) -> Grant:
+        """The grant of ``samples``, in that order, which can go its own way."""
+        twin = dataclasses.replace(
+            self,
+            limit=[list(self.limit[i]) for i in samples],
+            original=[list(self.original[i]) for i in samples],
+            quantized=[list(self.quantized[i]) for i in samples],
+            nbytes=[self.nbytes[i] for i in samples] if self.nbytes else (),
+        )
+        twin.outgrown = [list(self.outgrown[i]) for i in samples]
+        twin.final = [self.final[i] for i in samples]
+        return twin
+
+    @staticmethod
+    def join(grants: Sequence[Grant]) -> Grant:
+        """One grant of the samples of all ``grants``."""
+        whole = grants[0].select(range(len(grants[0].limit)))
+        for grant in grants[1:]:
+            more = grant.select(range(len(grant.limit)))
+            for name in ("limit", "original", "quantized", "outgrown", "final"):
+                getattr(whole, name).extend(getattr(more, name))
+            whole.nbytes = [*whole.nbytes, *more.nbytes]
+        return whole
+
+
+class Allocator(Protocol):
+    """Scores and a budget to slots. One object serves one cache, from its first forward on."""
+
+    def layer(self, oq: Sequence[float], lengths: Sequence[int], heads: int, geometry: Geometry) -> Grant:
+        """The grant of the next layer, as soon as it has been computed.
+
+        Args:
+            oq: its OQ score, for every sample.
+            lengths: prompt tokens N of every sample.
+            heads: KV heads H.
+            geometry: sizes of one of them.
+        """
+
+    def settle(self, oq: Sequence[Sequence[float]], grants: Sequence[Grant]) -> bool:
+        """Once all layers have been computed: change grants where they depend on other layers' scores ([L][B]); returns
+        whether any has been changed."""
+
+
+class TokenAllocator:
+    """``C`` tokens in every layer, all Original until the OQ score of every layer is known."""
+
+    def __init__(self, config: CacheConfig) -> None:
+        self.config = config
+
+    def layer(self, oq: Sequence[float], lengths: Sequence[int], heads: int, geometry: Geometry) -> Grant:
+        """See :class:`Allocator`."""
+        limits = [token_limit(self.config, length) for length in lengths]
+        if self.config.original_share is None:
+            slots = [Slots(limit - self.config.window_size, 0) for limit in limits]
+        else:
+            slots = [token_slots(self.config, limit, 1.0) for limit in limits]
+        return Grant(self.config, _per_head(limits, heads), *_per_head_slots(slots, heads))
+
+    def settle(self, oq: Sequence[Sequence[float]], grants: Sequence[Grant]) -> bool:
+        """See :class:`Allocator`."""
+        if self.config.original_share is not None:
+            return False
+        for sample, scores in enumerate(zip(*oq, strict=True)):
+            for grant, ratio in zip(grants, oq_ratios(scores), strict=True):
+                slots, heads = token_slots(self.config, grant.limit[sample][0], ratio), len(grant.limit[sample])
+                grant.original[sample], grant.quantized[sample] = [slots.original] * heads, [slots.quantized] * heads
+        return True
+
+
+class ByteAllocator:
+    """The bytes of ``C`` tokens in every layer, or more of them the higher a layer's OQ score is."""
+
+    def __init__(self, config: CacheConfig, layers: int) -> None:
+        self.config, self.layers = config, layers
+        self.budgets: list[ByteBudget] = []
+
+    def layer(self, oq: Sequence[float], lengths: Sequence[int], heads: int, geometry: Geometry) -> Grant:
+        """See :class:`Allocator`."""
+        config = self.config
+        if not self.budgets:
+            self.budgets = [ByteBudget(config, geometry, self.layers, length) for length in lengths]
+        granted = [budget.next_layer(score) for budget, score in zip(self.budgets, oq, strict=True)]
+        once = geometry.row_bytes
+        if config.quantizes:
+            once += config.number_format.bytes_per_head(geometry.key_dim)
+        limits = [(budget - once) // geometry.original_bytes for budget in granted]
+        slots = [byte_slots(config, geometry, *pair) for pair in zip(granted, lengths, strict=True)]
+        return Grant(config, _per_head(limits, heads), *_per_head_slots(slots, heads), granted, geometry)
+
+    def settle(self, oq: Sequence[Sequence[float]], grants: Sequence[Grant]) -> bool:
+        """See :class:`Allocator`."""
+        return False
+
+
+class GivenCounts:
+    """Slots beside the window as they are given, integers [B, H] for every layer: as far apart as one likes.
+
+    Raises:
+        ConfigError: a row has no room for the sinks.
     """
-    return byte_slots(config, geometry, budget, max(tokens + 64, tokens * 5 // 4))
+
+    def __init__(
+        self, config: CacheConfig, original: Sequence[torch.Tensor], quantized: Sequence[torch.Tensor]
+    ) -> None:
+        self.config = config
+        self.left = [(one.tolist(), other.tolist()) for one, other in zip(original, quantized, strict=True)]
+        least = min(count for counts, _ in self.left for row in counts for count in row)
+        if least < config.n_sink:
+            raise ConfigError(
+                f"{least} Original slots beside the window, but n_sink={config.n_sink} tokens always stay: "
+                f"give every KV head at least {config.n_sink}"
+            )
+        if not config.quantizes and any(count for _, counts in self.left for row in counts for count in row):
+            raise ConfigError("Quantized slots, but original_share=1.0 quantizes nothing: use original_share=0.0")
+
+    def layer(self, oq: Sequence[float], lengths: Sequence[int], heads: int, geometry: Geometry) -> Grant:
+        """See :class:`Allocator`."""
+        original, quantized = self.left.pop(0)
+        limit = [
+            [self.config.window_size + high + low for high, low in zip(*rows, strict=True)]
+            for rows in zip(original, quantized, strict=True)
+        ]
+        grant = Grant(self.config, limit, original, quantized)
+        # A row that has not outgrown its limit would hold more Original tokens than it was given slots for.
+        grant.outgrown = [[True] * len(row) for row in limit]
+        return grant
+
+    def settle(self, oq: Sequence[Sequence[float]], grants: Sequence[Grant]) -> bool:
+        """See :class:`Allocator`."""
+        return False
+
+
+def _per_head(numbers: Sequence[int], heads: int) -> Counts:
+    """[B] numbers as [B][H]."""
+    return [[number] * heads for number in numbers]
+
+
+def _per_head_slots(slots: Sequence[Slots], heads: int) -> tuple[Counts, Counts]:
+    """Original and Quantized slots of every sample, alike for all heads."""
+    return _per_head([each.original for each in slots], heads), _per_head([each.quantized for each in slots], heads)

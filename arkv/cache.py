@@ -1,72 +1,31 @@
 """The tri-state cache: each token is Original, Quantized or Evicted, per layer and KV head.
 
 Letters: ``B`` batch, ``Hq`` query heads, ``H`` KV heads, ``T`` tokens of one forward, ``D`` head dim, ``W`` window,
-``C`` cache size. :mod:`arkv.layer` says what a layer stores.
+``C`` cache size. :mod:`arkv.store` says how tokens are stored, :mod:`arkv.states` which state each gets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.cache_utils import Cache
 
-from arkv.attention import LazyMask
-from arkv.budget import ByteBudget, Geometry, Slots, oq_ratios, token_limit, token_slots
+from arkv.attention import Handle, attach, dense_of, padding_of, refuse_gradients
+from arkv.blocks import attend_block
+from arkv.budget import Allocator, ByteAllocator, Geometry, TokenAllocator
 from arkv.config import CacheConfig, ConfigError
-from arkv.layer import PromptScores, TriStateLayer
+from arkv.layer import TriStateLayer
 from arkv.memory import storage_bytes
-from arkv.stepping import LayerGroup
-from arkv.storage import Tokens
-
-
-class NotAttached(ConfigError, AttributeError):
-    """A model used keys and values itself that only this library's attention function can read."""
-
-
-class Handle:
-    """What a model receives in the place of keys and values, to pass it on to the attention function."""
-
-    def __getattr__(self, name: str) -> Any:
-        raise NotAttached(_NOT_ATTACHED)
-
-    @classmethod
-    def __torch_function__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise NotAttached(_NOT_ATTACHED)
-
-
-_NOT_ATTACHED = (
-    "the model's own attention cannot read this cache: put `with attach(model):` (from arkv) around the model's call"
-)
-
-
-class WatchedCache(Cache):
-    """A cache that notices when a forward through it has been broken off half-way."""
-
-    waiting = False
-    """A layer has been handed keys and values, and their attention is still to come."""
-
-    def check_whole(self) -> None:
-        """Raises :class:`RuntimeError` where some layers have seen tokens that others have not."""
-        lengths = {layer.get_seq_length() for layer in self.layers}
-        # Into a cache that is still empty, nothing has been taken.
-        if len(lengths) > 1 or (self.waiting and lengths != {0}):
-            raise RuntimeError(
-                "the last forward through this cache was interrupted, so that not all of its layers have seen the same "
-                "tokens: reset() the cache, or make it anew, and begin with the prompt"
-            )
-
-    def reset(self) -> None:
-        """Forget everything."""
-        super().reset()  # type: ignore[no-untyped-call]
-        self.waiting = False
-        # transformers' layers put zeros in the place of their tokens, and go on from these.
-        for layer in self.layers:
-            layer.keys = layer.values = None
-            layer.is_initialized = False
+from arkv.models import keeps_state, text_config
+from arkv.prefill import PrefillCache, PrefillLayer
+from arkv.scores import PromptScores, oq_ratios
+from arkv.steps import Group, join_stores
+from arkv.store import Store, row_table_bytes
+from arkv.watched import WatchedCache, copy_stock
 
 
 class LayerHandle(Handle):
@@ -74,13 +33,15 @@ class LayerHandle(Handle):
 
     def __init__(self, cache: TriStateCache, layer_idx: int) -> None:
         self.cache = cache
+        self.config = cache.model_config
         self.layer_idx = layer_idx
 
     def attend(
         self, module: torch.nn.Module, query: torch.Tensor, mask: Any, scaling: float, **kwargs: Any
     ) -> torch.Tensor:
         """Attention output [B, T, Hq, D] of ``query`` [B, Hq, T, D]."""
-        return self.cache.attend(self.layer_idx, module, query, mask, scaling, **kwargs)
+        output: torch.Tensor = self.cache.attend(self.layer_idx, module, query, mask, scaling, **kwargs)
+        return output
 
 
 class TriStateCache(WatchedCache):
@@ -90,181 +51,301 @@ class TriStateCache(WatchedCache):
     >>> with attach(model):                                                     # doctest: +SKIP
     ...     model.generate(**inputs, past_key_values=TriStateCache(model, config))
 
-    Layers with a sliding window of their own keep transformers' layer for it.
+    Layers without full attention (a sliding window of their own, a recurrence, a convolution) keep transformers' layer.
 
     Args:
         model: the model, or its config.
         config: settings, see :class:`CacheConfig`.
+        allocator: what shares the budget among layers and KV heads; None: as ``config`` says.
 
     Raises:
         ConfigError: the model's layers cannot be compressed.
     """
 
-    def __init__(self, model: PreTrainedModel | PreTrainedConfig, config: CacheConfig) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | PreTrainedConfig,
+        config: CacheConfig,
+        allocator: Allocator | None = None,
+    ) -> None:
         self.config = config
-        self._budgets: list[ByteBudget] | None = None
-        model_config = _text_config(model)
-        if config.quantizes:
-            head_dim = getattr(model_config, "head_dim", None)
-            try:
-                config.number_format.check(head_dim or model_config.hidden_size // model_config.num_attention_heads)
-            except ValueError as error:
-                raise ConfigError(f"quant_format={config.quant_format!r}: {error}") from None
-        context = getattr(model_config, "max_position_embeddings", None)
-        super().__init__(layers=_layers(model, lambda: TriStateLayer(config, context)))
-        self._groups: dict[int, tuple[LayerGroup, int]] = {}
-        """The group that each layer decodes in and its place there, known from the first decoding step."""
-        self._last = max(index for index, layer in enumerate(self.layers) if isinstance(layer, TriStateLayer))
+        context = getattr(text_config(model), "max_position_embeddings", None)
+        super().__init__(model, lambda: TriStateLayer(config, context))
+        self._own = [index for index, layer in enumerate(self.layers) if isinstance(layer, TriStateLayer)]
+        """Layers that are compressed, in the order in which they are computed."""
+        self._given = allocator
+        self._start_over()
 
+    def _start_over(self) -> None:
+        self.allocator = self._given
+        if self.allocator is None:
+            in_bytes = self.config.budget_unit == "bytes"
+            self.allocator = ByteAllocator(self.config, len(self._own)) if in_bytes else TokenAllocator(self.config)
+        self._groups: list[Group] = []
+        self._group_of: dict[int, tuple[Group, int]] = {}
+        self._incoming: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Keys and values that wait for their queries."""
+
+    @property
+    def own_layers(self) -> list[TriStateLayer]:
+        """The layers that are compressed."""
+        return [layer for layer in self.layers if isinstance(layer, TriStateLayer)]
+
+    def _own_layer(self, layer_idx: int) -> TriStateLayer:
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, TriStateLayer)
+        return layer
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether steps go on as they are: with the same shapes, and without a look at what the device has computed."""
+        return bool(self._groups) and all(layer.is_steady for layer in self.own_layers)
+
+    # -- a forward, as the model sees it -------------------------------------------------------------------------------
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Take the new keys and values [B, H, T, D] of a layer; returns what the attention function needs, twice."""
-        if layer_idx == 0:
-            self.check_whole()
+        """Take the new keys and values [B, H, T, D] of a layer; returns what the attention function needs, twice.
+
+        Raises:
+            RuntimeError: the forward before this one did not reach all layers.
+            ConfigError: the cache is of another model, or of other samples.
+        """
+        self.check_whole(layer_idx)
+        if layer_idx >= len(self.layers):
+            raise ConfigError(
+                f"this cache was made for a model of {len(self.layers)} layers, and the one that uses it has more: "
+                "make a cache for each model"
+            )
         layer = self.layers[layer_idx]
         if not isinstance(layer, TriStateLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
-        if layer.tokens is not None and key_states.shape[2] == 1:
-            group, index = self._group(layer_idx)
-            group.join(index, key_states, value_states)
-        else:
-            self._groups = {}
-            layer.update(key_states, value_states)
-        self.waiting = True
+        if not layer.is_empty and key_states.shape[:2] != (len(layer.seen), layer.heads):
+            raise ConfigError(
+                f"this cache holds {len(layer.seen)} samples with {layer.heads} KV heads, and the model gives it keys "
+                f"of {key_states.shape[0]} samples with {key_states.shape[1]}: make a cache for each model and batch"
+            )
+        self._incoming, self.waiting = (key_states, value_states), True
         handle = LayerHandle(self, layer_idx)
         return handle, handle
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(
-        self, layer_idx: int, module: torch.nn.Module, query: torch.Tensor, mask: Any, scaling: float, **kwargs: Any
+        self,
+        layer_idx: int,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        mask: Any,
+        scaling: float,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """Attention output [B, T, Hq, D] of layer ``layer_idx`` for ``query`` [B, Hq, T, D]."""
-        layer = self.layers[layer_idx]
-        assert isinstance(layer, TriStateLayer)
-        if layer.incoming is None:
-            group, index = self._group(layer_idx)
-            output = group.attend(index, query, scaling)
+        assert self._incoming is not None
+        key, value = self._incoming
+        layer = self._own_layer(layer_idx)
+        if self._groups and key.shape[2] == 1:
+            output = self._step(layer_idx, query, key, value, scaling, softcap or 0.0, s_aux)
+            if layer.cut or query.requires_grad:
+                output = refuse_gradients(output, query)
         else:
-            output = layer.attend_block(module, query, mask, scaling, **kwargs)
-            self._absorb(layer_idx, query, scaling, mask.padding if isinstance(mask, LazyMask) else None)
-        self.waiting = False
+            padding = padding_of(mask, key.shape[2])
+            stored = None if layer.is_empty else layer.reconstruct()
+            output = attend_block(
+                *(module, query, key, value, stored, padding),
+                lambda: dense_of(mask),
+                *(scaling, softcap, s_aux),
+                **kwargs,
+            )
+            if layer.cut:
+                output = refuse_gradients(output)
+            layer.cut |= key.requires_grad
+            with torch.no_grad():
+                # What is stored and scored takes no part in gradients.
+                self._absorb(layer_idx, key.detach(), value.detach(), query.detach(), scaling, padding, stored)
+        self._incoming, self.waiting = None, False
         return output
 
-    def _group(self, layer_idx: int) -> tuple[LayerGroup, int]:
-        """The layers that step together: those whose tensors can be parts of one, on one device."""
-        if layer_idx not in self._groups:
-            alike: dict[Any, list[tuple[int, TriStateLayer]]] = {}
-            for index, layer in enumerate(self.layers):
-                if isinstance(layer, TriStateLayer) and layer.tokens is not None:
-                    key, value = layer.tokens.key, layer.tokens.value
-                    kind = (key.device, key.dtype, key.shape[1], key.shape[3], value.shape[3])
-                    alike.setdefault(kind, []).append((index, layer))
-            for members in alike.values():
-                group = LayerGroup(self.config, [layer for _, layer in members])
-                self._groups.update({index: (group, place) for place, (index, _) in enumerate(members)})
-        return self._groups[layer_idx]
+    def _step(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scaling: float,
+        softcap: float,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One new token of a layer."""
+        group, index = self._group_of[layer_idx]
+        with torch.no_grad():
+            if index == 0:
+                group.begin()
+            return group.attend(index, query, key, value, scaling, softcap, sinks)
 
     def _absorb(
         self,
         layer_idx: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
         query: torch.Tensor,
         scaling: float,
         padding: torch.Tensor | None,
+        stored: Any,
         scores: PromptScores | None = None,
     ) -> None:
         """Compress layer ``layer_idx`` as soon as it has been computed."""
-        layer = self.layers[layer_idx]
-        assert isinstance(layer, TriStateLayer)
-        first = layer.tokens is None
-        tokens = layer.measure(query, scaling, padding, scores)
-        if first and self.config.budget_unit == "tokens":
-            self._share_tokens(layer, tokens)
-        elif first:
-            self._share_bytes(layer, tokens)
-        layer.absorb(tokens)
-        if first and self.config.original_share is None and layer_idx == self._last:
-            self._settle()
+        layer = self._own_layer(layer_idx)
+        assert self.allocator is not None
+        first = layer.is_empty
+        if not first:
+            layer.take_out()
+        block = layer.measure(key, value, query, scaling, padding, stored, scores)
+        if first:
+            lengths = [key.shape[2] - padded for padded in layer.padded]
+            layer.grant = self.allocator.layer(layer.oq, lengths, layer.heads, self._geometry(layer, key, value))
+            layer.begin(block)
+        layer.absorb(block)
+        if layer_idx == self._own[-1]:
+            self._pack(first)
 
-    def _share_tokens(self, layer: TriStateLayer, tokens: Tokens) -> None:
-        """Token budgets: C tokens, all Original until the OQ score of every layer is known."""
-        lengths = [tokens.slots - padded for padded in layer.padded]
-        layer.limits = [token_limit(self.config, length) for length in lengths]
-        if self.config.original_share is None:
-            layer.slots = [Slots(limit - self.config.window_size, 0) for limit in layer.limits]
-        else:
-            layer.slots = [token_slots(self.config, limit, 1.0) for limit in layer.limits]
+    def _geometry(self, layer: TriStateLayer, key: torch.Tensor, value: torch.Tensor) -> Geometry:
+        """Sizes of one KV head, which the format must be able to store."""
+        if self.config.quantizes:
+            try:
+                self.config.number_format.check(key.shape[-1], value.shape[-1])
+            except ValueError as error:
+                raise ConfigError(f"quant_format={self.config.quant_format!r}: {error}") from None
+        slot_bytes = layer.position_dtype.itemsize + torch.float32.itemsize
+        row_bytes = row_table_bytes(2 if self.config.quantizes else 1)
+        return Geometry(key.shape[-1], value.shape[-1], key.dtype, slot_bytes, row_bytes)
 
-    def _settle(self) -> None:
-        """Token budgets by OQ ratio: now that every layer has its score, quantize what does not stay Original."""
-        layers = [layer for layer in self.layers if isinstance(layer, TriStateLayer)]
-        ratios = [oq_ratios(scores) for scores in zip(*(layer.oq for layer in layers), strict=True)]
-        for index, layer in enumerate(layers):
-            pairs = zip(layer.limits, ratios, strict=True)
-            layer.settle([token_slots(self.config, limit, sample[index]) for limit, sample in pairs])
+    def _pack(self, first: bool) -> None:
+        """All layers have been computed: bring what they hold together."""
+        layers = self.own_layers
+        assert self.allocator is not None
+        if first and self.allocator.settle(
+            [layer.oq for layer in layers], [layer.grant for layer in layers if layer.grant is not None]
+        ):
+            for layer in layers:
+                if layer.grant is not None and any(map(any, layer.grant.outgrown)):
+                    layer.assign()
+        self._groups, self._group_of = [], {}
+        alike: dict[Any, list[int]] = {}
+        for index in self._own:
+            part = self._own_layer(index).part
+            assert part is not None
+            pool = part.pools[0]
+            codes = (pool.key.codes, pool.value.codes)
+            kind = (codes[0].device, *((item.dtype, item.shape[1]) for item in codes), len(part.counts[0]))
+            alike.setdefault(kind, []).append(index)
+        for members in alike.values():
+            group = Group(self.config, [self._own_layer(index) for index in members])
+            self._groups.append(group)
+            self._group_of.update({index: (group, place) for place, index in enumerate(members)})
 
-    def _share_bytes(self, layer: TriStateLayer, tokens: Tokens) -> None:
-        """Byte budgets: the layer gets its share of what the layers before it have left."""
-        slot_bytes = tokens.position.element_size() + tokens.score.element_size()
-        if self.config.pools_steps:
-            slot_bytes += tokens.position.element_size()
-        if tokens.value.shape[-1] != tokens.key.shape[-1]:
-            raise ConfigError("budget_unit='bytes': keys and values of different width are not counted; use 'tokens'")
-        geometry = Geometry(tokens.key.shape[-1], tokens.key.dtype, slot_bytes)
-        lengths = [tokens.slots - padded for padded in layer.padded]
-        if self._budgets is None:
-            count = sum(isinstance(item, TriStateLayer) for item in self.layers)
-            self._budgets = [ByteBudget(self.config, geometry, count, length) for length in lengths]
-        granted = [budget.next_layer(score) for budget, score in zip(self._budgets, layer.oq, strict=True)]
-        layer.share_bytes(geometry, granted, lengths)
+    # -- samples and copies --------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
         """Forget everything."""
-        self._budgets = None
-        self._groups = {}
+        self._start_over()
         super().reset()
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Keep samples ``beam_idx`` [B], in that order (beam search)."""
-        self._groups = {}
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep samples ``indices``, in that order."""
-        self._groups = {}
         super().batch_select_indices(indices)
+        for group in self._groups:
+            group.take(group.picked(indices.tolist()))
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sample ``repeats`` times."""
-        self._groups = {}
-        super().batch_repeat_interleave(repeats)
-
-    def fork(self) -> TriStateCache:
-        """A copy that can go its own way: several continuations of one prefill."""
-        twin = TriStateCache.__new__(TriStateCache)
+    def fork(self, sample: int | None = None) -> TriStateCache:
+        """A copy that can go its own way: several continuations of one prefill. ``sample``: a copy of this one only."""
+        twin = object.__new__(TriStateCache)
         twin.__dict__.update(self.__dict__)
-        twin._groups = {}
-        twin.layers = [
-            layer.fork() if isinstance(layer, TriStateLayer) else _copy_layer(layer) for layer in self.layers
-        ]
+        twin.layers = [layer.fork() if isinstance(layer, TriStateLayer) else layer for layer in self.layers]
+        twin._take_stock(copy_stock(self.stock))
+        twin._asked = set(self._asked)
+        if sample is None:
+            twin._regroup([group.store.clone() for group in self._groups])
+            return twin
+        WatchedCache.batch_select_indices(twin, torch.tensor([sample]))
+        twin._regroup([group.picked([sample]) for group in self._groups])
         return twin
 
+    @staticmethod
+    def can_stack(caches: Sequence[Cache]) -> bool:
+        """Whether :meth:`stack` takes them: of equal settings, behind prompts, of layers with full attention only."""
+        kinds = {cache._kind() if isinstance(cache, TriStateCache) else None for cache in caches}
+        return len(kinds) == 1 and None not in kinds
+
+    def _kind(self) -> tuple[Any, ...] | None:
+        """What caches that can be stacked have in common; None: this one cannot be."""
+        if not self._groups or len(self._own) < len(self.layers) or any(map(keeps_state, self.stock.layers)):
+            return None
+        # While a cache has not outgrown its budget it has fewer pools.
+        return (self.config, *(len(group.store.pools) for group in self._groups))
+
     @classmethod
-    def from_prefill(cls, prefill: PrefillCache, config: CacheConfig) -> TriStateCache:
+    def stack(cls, caches: Sequence[TriStateCache]) -> TriStateCache:
+        """One cache of the samples of all ``caches``, which stay as they are: then a step is one call a layer for all.
+        Samples may have seen different numbers of tokens: see :meth:`position_ids`.
+
+        Raises:
+            ValueError: not :meth:`can_stack`.
+        """
+        if not cls.can_stack(caches):
+            raise ValueError(
+                "caches can be stacked behind prompts, of equal settings, and where all layers have full attention"
+            )
+        whole = object.__new__(TriStateCache)
+        whole.__dict__.update(caches[0].__dict__)
+        whole.layers = [TriStateLayer.join(layers) for layers in zip(*(cache.layers for cache in caches), strict=True)]
+        stores = zip(*([group.store for group in cache._groups] for cache in caches), strict=True)
+        whole._regroup([join_stores(each) for each in stores])
+        return whole
+
+    def position_ids(self) -> torch.Tensor:
+        """Position [B, 1] of the next token of every sample."""
+        layer = self.own_layers[0]
+        return torch.tensor([[seen - padded] for seen, padded in zip(layer.seen, layer.padded, strict=True)])
+
+    def _regroup(self, stores: Sequence[Store]) -> None:
+        """Groups as there are, of the layers that this cache has now, with other stores."""
+        before, places = self._groups, {id(group): group for group in self._groups}
+        members: dict[int, list[int]] = {key: [] for key in places}
+        for index, (group, _) in self._group_of.items():
+            members[id(group)].append(index)
+        self._groups, self._group_of = [], {}
+        for old, store in zip(before, stores, strict=True):
+            indices = members[id(old)]
+            group = old.with_store(store, [self._own_layer(index) for index in indices])
+            self._groups.append(group)
+            self._group_of.update({index: (group, place) for place, index in enumerate(indices)})
+
+    @classmethod
+    def from_prefill(
+        cls, prefill: PrefillCache, config: CacheConfig, allocator: Allocator | None = None
+    ) -> TriStateCache:
         """Compress what ``prefill`` holds, which stays as it is: one prefill serves any number of caches.
 
         Raises:
             ConfigError: the scores need more queries than ``prefill`` recorded.
         """
         prefill.check(config)
-        cache = cls(prefill.model_config, config)
+        cache = cls(prefill.model_config, config, allocator)
+        cache._take_stock(copy_stock(prefill.stock))
+        cache._asked = set(prefill._asked)
         for layer_idx, (source, layer) in enumerate(zip(prefill.layers, cache.layers, strict=True)):
-            if isinstance(source, PrefillLayer):
-                layer.update(*source.states())
+            if isinstance(source, PrefillLayer) and isinstance(layer, TriStateLayer):
+                key, value = source.states()
                 scores = source.scores.get(config.scoring)
-                cache._absorb(layer_idx, source.queries, source.scaling, source.padding, scores)
-            else:
-                cache.layers[layer_idx] = _copy_layer(source)
+                recorded = (source.queries, source.scaling, source.padding)
+                cache._absorb(layer_idx, key, value, *recorded, None, scores)
         return cache
+
+    # -- what is held --------------------------------------------------------------------------------------------------
 
     def nbytes(self) -> int:
         """Bytes of all storage that the cache holds: keys, values, scales, positions and scores."""
@@ -272,220 +353,30 @@ class TriStateCache(WatchedCache):
 
     def oq_ratios(self, sample: int = 0) -> list[float]:
         """OQ ratio of each compressible layer for one sample, as far as layers have been computed."""
-        scores = [layer.oq[sample] for layer in self.layers if isinstance(layer, TriStateLayer) and layer.oq]
+        scores = [layer.oq[sample] for layer in self.own_layers if layer.oq]
         return oq_ratios(scores) if scores else []
 
     def token_counts(self, sample: int = 0) -> dict[str, float]:
         """Tokens ``original``, ``quantized``, ``evicted`` of a sample, mean over compressible layers and KV heads."""
-        layers = [layer for layer in self.layers if isinstance(layer, TriStateLayer) and layer.is_initialized]
+        layers = [layer for layer in self.own_layers if not layer.is_empty]
         if not layers:
             return {"original": 0.0, "quantized": 0.0, "evicted": 0.0}
         original = quantized = 0.0
         for layer in layers:
-            states = layer.states(sample)
-            heads = states.position.shape[0]
-            low = int(states.quantized.sum())
-            original += (int((states.position >= 0).sum()) - low) / heads
-            quantized += low / heads
+            counts = [int(pool.sum()) / layer.heads for pool in layer.counts(sample)]
+            original += counts[0]
+            quantized += sum(counts[1:])
         original, quantized = original / len(layers), quantized / len(layers)
-        seen = layers[0].seen - layers[0].padded[sample]
+        seen = layers[0].seen[sample] - layers[0].padded[sample]
         return {"original": original, "quantized": quantized, "evicted": seen - original - quantized}
 
 
-class PrefillLayer(DynamicLayer):
-    """A full layer that also keeps the newest queries, so that it can be compressed later."""
+@contextlib.contextmanager
+def compress(model: PreTrainedModel, config: CacheConfig) -> Iterator[TriStateCache]:
+    """A new cache for ``model``, which can read it until the end of the block.
 
-    def __init__(self, recorded: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.recorded = recorded
-        self.queries: torch.Tensor = torch.empty(0)
-        self.scaling = 1.0
-        self.padding: torch.Tensor | None = None
-        self.scores: dict[Any, PromptScores] = {}
-        """By ``CacheConfig.scoring``, as far as :meth:`PrefillCache.score` has been asked for them."""
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.__init__(self.recorded)  # type: ignore[misc]
-
-    def _pick(self, indices: torch.Tensor) -> None:
-        """The queries and padding of samples ``indices``."""
-        self.scores = {}
-        if self.queries.numel():
-            self.queries = self.queries.index_select(0, indices.to(self.queries.device))
-        if self.padding is not None:
-            self.padding = self.padding.index_select(0, indices.to(self.padding.device))
-
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Keep samples ``beam_idx`` [B], in that order."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._pick(beam_idx)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep samples ``indices``, in that order."""
-        super().batch_select_indices(indices)
-        self._pick(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sample ``repeats`` times."""
-        self._pick(torch.arange(self.queries.shape[0]).repeat_interleave(repeats))
-        super().batch_repeat_interleave(repeats)
-
-    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [B, H, N, D]. Raises :class:`ValueError` before the prefill."""
-        if self.keys is None or self.values is None:
-            raise ValueError("nothing has been prefilled yet: run the model on a prompt with this cache first")
-        return self.keys, self.values
-
-
-class _PrefillHandle(Handle):
-    """The handle of one layer of a :class:`PrefillCache`."""
-
-    def __init__(self, cache: PrefillCache, layer: PrefillLayer) -> None:
-        self.cache = cache
-        self.layer = layer
-
-    def attend(
-        self, module: torch.nn.Module, query: torch.Tensor, mask: Any, scaling: float, **kwargs: Any
-    ) -> torch.Tensor:
-        """Plain attention; the newest queries are kept."""
-        layer = self.layer
-        kept = query[:, :, -layer.recorded :]
-        if layer.queries.numel() and kept.shape[2] < layer.recorded:
-            kept = torch.cat([layer.queries, kept], dim=2)[:, :, -layer.recorded :]
-        layer.queries = kept.clone()
-        layer.scores = {}
-        layer.scaling = scaling
-        layer.padding = mask.padding if isinstance(mask, LazyMask) else None
-        dense = mask.dense if isinstance(mask, LazyMask) else mask
-        output, _ = sdpa_attention_forward(module, query, *layer.states(), dense, scaling=scaling, **kwargs)
-        self.cache.waiting = False
-        return output
-
-
-class PrefillCache(WatchedCache):
-    """Everything that a prompt leaves, kept once and compressed by any number of methods.
-
-    A prompt may come in chunks. ``queries`` is how many of the newest queries stay for scoring: the most
-    ``CacheConfig.recorded_queries`` of the methods to come.
+    >>> with compress(model, config) as cache:                                  # doctest: +SKIP
+    ...     model.generate(**inputs, past_key_values=cache)
     """
-
-    def __init__(self, model: PreTrainedModel | PreTrainedConfig, queries: int = 128) -> None:
-        self.model_config: Any = getattr(model, "config", model)
-        self.queries = queries
-        super().__init__(layers=_layers(model, lambda: PrefillLayer(queries)))
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Take the new keys and values of a layer; returns what the attention function needs, twice."""
-        if layer_idx == 0:
-            self.check_whole()
-        layer = self.layers[layer_idx]
-        plain = layer.update(key_states, value_states, *args, **kwargs)
-        if not isinstance(layer, PrefillLayer):
-            return plain
-        self.waiting = True
-        handle = _PrefillHandle(self, layer)
-        return handle, handle
-
-    def check(self, config: CacheConfig) -> None:
-        """Raises :class:`ConfigError` where ``config`` needs more queries than have been recorded."""
-        if config.recorded_queries > self.queries:
-            raise ConfigError(
-                f"window_size={config.window_size} and query_span={config.query_span}: the prefill recorded "
-                f"{self.queries} queries; record {config.recorded_queries}"
-            )
-
-    def score(self, config: CacheConfig) -> None:
-        """Compute the scores of all tokens once for every cache that takes the same (``CacheConfig.scoring``), as far
-        as they are not there yet: with several budgets or methods they are most of what compression costs.
-
-        They take 4 bytes per token, layer and KV head as long as this cache lives.
-
-        Raises:
-            ConfigError: they need more queries than have been recorded.
-        """
-        self.check(config)
-        if config.scoring is None:
-            return
-        for source in self.layers:
-            if isinstance(source, PrefillLayer) and config.scoring not in source.scores:
-                layer = TriStateLayer(config)
-                layer.update(*source.states())
-                scored = layer.measure(source.queries, source.scaling, source.padding).score
-                source.scores[config.scoring] = PromptScores(scored, layer.oq)
-
-    def to_dynamic(self) -> DynamicCache:
-        """A stock full cache that continues from here; this one stays as it is."""
-        cache = DynamicCache(config=self.model_config)
-        for layer_idx, layer in enumerate(self.layers):
-            if isinstance(layer, PrefillLayer):
-                cache.update(*layer.states(), layer_idx)
-            else:
-                cache.layers[layer_idx] = _copy_layer(layer)
-        return cache
-
-    def nbytes(self) -> int:
-        """Bytes of the keys and values."""
-        return storage_bytes([(layer.keys, layer.values) for layer in self.layers])
-
-    def full_bytes(self, tokens: int) -> int:
-        """Bytes of the keys and values of ``tokens`` tokens at model precision, as a stock full cache holds them."""
-        total = 0
-        for layer in self.layers:
-            keys, values = layer.keys, layer.values
-            per_token = sum(item[:, :, :1].numel() * item.element_size() for item in (keys, values) if item is not None)
-            # A stock sliding layer keeps the tokens that the next query still sees.
-            held = (
-                tokens if isinstance(layer, PrefillLayer) else min(tokens, getattr(layer, "sliding_window", tokens) - 1)
-            )
-            total += per_token * held
-        return total
-
-
-def _text_config(model: PreTrainedModel | PreTrainedConfig) -> Any:
-    """The config of the model's decoder. Raises :class:`ConfigError` for a model without attention."""
-    config: Any = getattr(model, "config", model)
-    config = config.get_text_config(decoder=True)
-    if getattr(config, "num_attention_heads", None) is None:
-        raise ConfigError(f"model {config.model_type!r} has no attention heads, so no keys and values to compress")
-    return config
-
-
-def _copy_layer(layer: Any) -> Any:
-    """A stock layer that can go its own way: stock layers replace their tensors and never write into them."""
-    twin = object.__new__(type(layer))
-    twin.__dict__.update(layer.__dict__)
-    return twin
-
-
-def _layers(model: PreTrainedModel | PreTrainedConfig, make: Callable[[], CacheLayerMixin]) -> list[Any]:
-    """One layer per layer of the model: ours where attention is full, transformers' own where it slides."""
-    config = _text_config(model)
-    kinds = {*(getattr(config, "layer_types", None) or ())}
-    strange = kinds - {"full_attention", "sliding_attention", "chunked_attention"}
-    if strange:
-        raise ConfigError(
-            f"model {config.model_type!r} has layers of type {min(strange)!r}, which cannot be compressed"
-        )
-    if getattr(config, "kv_lora_rank", None):
-        raise ConfigError(f"model {config.model_type!r} caches latents instead of keys and values, not supported")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise ConfigError(f"model {config.model_type!r} has layers that share keys and values, which is not supported")
-    stock = DynamicCache(config=config).layers
-    if not stock:
-        raise ConfigError(f"model {config.model_type!r} does not say how many layers it has (num_hidden_layers)")
-    if all(getattr(layer, "is_sliding", False) for layer in stock):
-        raise ConfigError(
-            f"model {config.model_type!r} has sliding windows in all layers: there is nothing to compress"
-        )
-    layers = []
-    for layer in stock:
-        if type(layer) is DynamicLayer:
-            layers.append(make())
-        elif getattr(layer, "is_sliding", False):
-            layers.append(layer)
-        else:
-            raise ConfigError(f"model {config.model_type!r} has {type(layer).__name__}s, which hold no keys and values")
-    return layers
+    with attach(model):
+        yield TriStateCache(model, config)

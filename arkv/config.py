@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from arkv.quantization import FORMATS, Format
+from arkv.formats import FORMATS, Format
 
 
 class ConfigError(ValueError):
@@ -61,7 +61,7 @@ class CacheConfig:
     only, ARKV)."""
 
     quant_format: str = "fp8"
-    """Number format of Quantized tokens, one of :data:`arkv.quantization.FORMATS`."""
+    """Number format of Quantized tokens, one of :data:`arkv.formats.FORMATS`."""
 
     tau1: float = 7.774380648611771
     """Temperature of the entropy in the OQ score."""
@@ -72,9 +72,10 @@ class CacheConfig:
     tau3: float = 5.527702582901318
     """Temperature of the kurtosis in the OQ score."""
 
-    importance: Literal["mean_var", "mean_max"] = "mean_var"
-    """Heavy-hitter score of a token at prefill: mean plus ``gamma`` times variance of the attention that it gets from
-    the window's queries (published), or mean plus largest attention, both brought to the same size."""
+    importance: str = "mean_var"
+    """Heavy-hitter score of a token at prefill, one of :data:`arkv.scores.SCORERS`: mean plus ``gamma`` times variance
+    of the attention that it gets from the window's queries (published), or mean plus largest attention, both brought to
+    the same size."""
 
     gamma: float = 263.8108280337562
     """``mean_var``: weight of the variance over the window's queries."""
@@ -106,10 +107,9 @@ class CacheConfig:
     decode_rate: float = 1 / 32
     """``mean``: weight of the newest step in the running average."""
 
-    attention: Literal["fused", "torch", "reconstruct"] = "fused"
-    """Decode on the stored parts directly: by a kernel where there is one (:mod:`arkv.kernels`) and else by torch's
-    operations, or by these in any case; or on the reconstructed contiguous cache (the readable twin). Prompts are
-    scored by a kernel likewise, or by torch's operations."""
+    attention: Literal["fused", "reconstruct"] = "fused"
+    """Prompts are scored and steps done by a kernel where there is one (:mod:`arkv.kernels`), or in any case by the
+    readable twin in torch's operations, which puts the Quantized tokens back together first."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -142,7 +142,10 @@ class CacheConfig:
             raise ConfigError(f"original_share={self.original_share}: use a number from 0 to 1, or None for OQ ratios")
         if self.quant_format not in FORMATS:
             raise ConfigError(f"quant_format={self.quant_format!r}: {_nearest(self.quant_format, FORMATS)}")
-        for name, allowed in _CHOICES.items():
+        # Scorers are written in terms of this class.
+        from arkv.scores import SCORERS
+
+        for name, allowed in {**_CHOICES, "importance": tuple(SCORERS)}.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: {_nearest(str(getattr(self, name)), allowed)}")
         if self.budget_unit == "bytes" and self.quantizes and self.original_share is None:
@@ -200,9 +203,10 @@ class CacheConfig:
     @property
     def recorded_queries(self) -> int:
         """Newest queries of a prompt that the scores are taken from."""
-        if self.ranking == "recency" or self.importance != "mean_max":
-            return self.window_size
-        return max(self.window_size, self.query_span or 0)
+        # Scorers are written in terms of this class.
+        from arkv.scores import recorded_queries
+
+        return recorded_queries(self)
 
     @property
     def scoring(self) -> tuple[Any, ...] | None:
@@ -212,12 +216,12 @@ class CacheConfig:
         """
         if self.ranking == "recency":
             return None
-        names = ("window_size", "n_sink", "value_norm", "importance", "pool_width", "uses_oq", "attention")
+        # Scorers are written in terms of this class.
+        from arkv.scores import SCORERS
+
+        names = ("window_size", "n_sink", "value_norm", "importance", "uses_oq", "attention")
         of_oq = ("tau1", "tau2", "tau3") if self.uses_oq else ()
-        if self.importance == "mean_var":
-            own: tuple[str, ...] = ("gamma",)
-        else:
-            own = ("max_pool_width", "query_span", "query_stride", "span_weight")
+        own = SCORERS[self.importance].settings
         return tuple(getattr(self, name) for name in (*names, *of_oq, *own))
 
     @property
@@ -230,11 +234,6 @@ class CacheConfig:
         """Whether the layers' OQ ratios decide anything."""
         by_layer = self.budget_unit == "bytes" and self.layer_budgets == "oq"
         return self.original_share is None or by_layer
-
-    @property
-    def pools_steps(self) -> bool:
-        """Whether the attention of every decoding step is pooled over neighbouring tokens, which needs their order."""
-        return self.ranking == "heavy_hitter" and self.decode_importance == "latest" and self.pool_width > 1
 
     @classmethod
     def for_method(cls, method: str, **settings: Any) -> CacheConfig:
@@ -258,9 +257,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "budget_unit": ("tokens", "bytes"),
     "layer_budgets": ("equal", "oq"),
     "ranking": ("heavy_hitter", "recency"),
-    "importance": ("mean_var", "mean_max"),
     "decode_importance": ("latest", "mean"),
-    "attention": ("fused", "torch", "reconstruct"),
+    "attention": ("fused", "reconstruct"),
 }
 
 METHODS: dict[str, dict[str, Any]] = {

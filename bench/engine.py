@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -191,6 +192,37 @@ class _Answering:
     """Where the answer begins; None while the model is thinking."""
     first_s: float = 0.0
     decode_s: float = 0.0
+
+
+class _SideBySide:
+    """Rows that are decoded together: where their caches allow it, in one cache, so that attention is one call."""
+
+    def __init__(self, rows: Sequence[_Answering]) -> None:
+        self.rows = list(rows)
+        caches = [row.compressed.cache for row in rows]
+        self.whole: TriStateCache | None = None
+        if len(rows) > 1 and TriStateCache.can_stack(caches):
+            self.whole = TriStateCache.stack([cache for cache in caches if isinstance(cache, TriStateCache)])
+            # So that what they hold is not there twice.
+            self._give([(row, self.whole) for row in rows])
+
+    def keep(self, rows: Sequence[_Answering]) -> None:
+        """Go on with ``rows`` only; each of the others gets its own cache back."""
+        if len(rows) == len(self.rows):
+            return
+        if self.whole is not None:
+            kept = {id(row) for row in rows}
+            ended = [(place, row) for place, row in enumerate(self.rows) if id(row) not in kept]
+            self._give([(row, self.whole.fork(place)) for place, row in ended])
+            places = [place for place, row in enumerate(self.rows) if id(row) in kept]
+            if places:
+                self.whole.batch_select_indices(torch.tensor(places))
+        self.rows = list(rows)
+
+    @staticmethod
+    def _give(pairs: Sequence[tuple[_Answering, Cache]]) -> None:
+        for row, cache in pairs:
+            row.compressed = dataclasses.replace(row.compressed, cache=cache)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -571,14 +603,25 @@ class Engine:
                 row.tokens.append(int(self._answerable(row.compressed.logits, row.request).argmax(dim=-1)))
             row.first_s = clock.seconds
         with self._attention(cell, [row.compressed.cache for row in rows]):
-            while rows := [row for row in rows if not self._ended(row)]:
+            side_by_side = _SideBySide([row for row in rows if not self._ended(row)])
+            while rows := side_by_side.rows:
                 clock = Stopwatch(self.device)
                 with clock:
-                    logits = self._forward([row.compressed.cache for row in rows], [row.tokens[-1:] for row in rows])
+                    logits = self._step(side_by_side)
                     tokens = logits[:, -1].argmax(dim=-1).tolist()
                 for row, token in zip(rows, tokens, strict=True):
                     row.tokens.append(token)
                     row.decode_s += clock.seconds / len(rows)
+                side_by_side.keep([row for row in rows if not self._ended(row)])
+
+    def _step(self, side_by_side: _SideBySide) -> torch.Tensor:
+        """Logits [B, 1, V] behind the newest token of every row."""
+        rows, whole = side_by_side.rows, side_by_side.whole
+        if whole is None:
+            return self._forward([row.compressed.cache for row in rows], [row.tokens[-1:] for row in rows])
+        ids, positions = self._ids([row.tokens[-1:] for row in rows]), whole.position_ids().to(self.device)
+        logits: torch.Tensor = self.model(ids, position_ids=positions, past_key_values=whole).logits
+        return logits
 
     def _answerable(self, logits: torch.Tensor, request: Generate) -> torch.Tensor:
         """Logits [1, V] of the first token, of which some cannot begin an answer."""

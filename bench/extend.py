@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from arkv import PrefillCache, TriStateCache, attach
-from arkv.cache import PrefillLayer
+from arkv.prefill import PrefillLayer
 from bench.errors import UserError
 from tasks.base import TaskError
 

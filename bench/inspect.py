@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from arkv import CacheConfig, PrefillCache, TriStateCache, attach
-from arkv.budget import oq_ratios
-from arkv.cache import PrefillLayer
 from arkv.layer import TriStateLayer
-from arkv.scoring import causal_visibility, prefill_statistics, window_attention
+from arkv.prefill import PrefillLayer
+from arkv.scores import Prompt, oq_ratios, oq_score
 from bench import records
 from bench.engine import FAILURES
 from bench.errors import UserError
@@ -208,25 +207,32 @@ def record_prompt(
 
 def layer_statistics(prefill: PrefillCache, cache: TriStateCache, config: CacheConfig) -> list[LayerStatistics]:
     """Statistics and budgets of every compressible layer, whether the method uses its OQ score or not."""
-    measuring = CacheConfig.for_method("mix", cache_size=config.window_size + 1, window_size=config.window_size)
     found = []
     for place, (source, layer) in enumerate(zip(prefill.layers, cache.layers, strict=True)):
         if not isinstance(source, PrefillLayer) or not isinstance(layer, TriStateLayer):
             continue
-        keys, _ = source.states()
-        window = min(config.window_size, keys.shape[2])
-        visible = causal_visibility(window, window, None, keys.device)
-        attention = window_attention(source.queries[:, :, -window:], keys, source.scaling, visible)
-        measured = prefill_statistics(attention, keys.shape[1], measuring, visible)
-        score = float(measured.oq_score(config.tau1, config.tau2, config.tau3))
-        found.append((place, layer, measured, score))
+        keys, values = source.states()
+        prompt = Prompt(
+            source.queries,
+            keys,
+            values,
+            new=keys.shape[2],
+            window=config.window_size,
+            scaling=source.scaling,
+            sinks=torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device),
+            moments=True,
+        )
+        measured = prompt.near.layer
+        assert measured is not None
+        score = float(oq_score(measured, config.tau1, config.tau2, config.tau3))
+        found.append((place, layer, measured[0].tolist(), score))
     ratios = oq_ratios([score for *_, score in found])
     return [
         LayerStatistics(
             layer=place,
-            entropy=float(measured.entropy),
-            variance=float(measured.variance),
-            kurtosis=float(measured.kurtosis),
+            entropy=measured[0],
+            variance=measured[1],
+            kurtosis=measured[2],
             oq_score=score,
             oq_ratio=ratio,
             budget=layer.limits[0],
@@ -244,9 +250,10 @@ def state_codes(cache: TriStateCache) -> torch.Tensor:
         if isinstance(layer, TriStateLayer):
             states = layer.states()
             # One place more, at the end, for slots without a token.
-            codes = torch.full((states.position.shape[0], layer.seen + 1), EVICTED, dtype=torch.int8)
+            seen = layer.get_seq_length()
+            codes = torch.full((states.position.shape[0], seen + 1), EVICTED, dtype=torch.int8)
             held = torch.where(states.quantized, QUANTIZED, ORIGINAL).to(torch.int8)
-            codes.scatter_(1, states.position.long().remainder(layer.seen + 1).cpu(), held.cpu())
+            codes.scatter_(1, states.position.long().remainder(seen + 1).cpu(), held.cpu())
             rows.append(codes[:, :-1])
     return torch.stack(rows)
 

@@ -16,6 +16,7 @@ import torch
 
 from arkv.budget import Geometry, minimal_bytes, token_limit
 from arkv.config import CacheConfig
+from arkv.store import row_table_bytes
 from bench.config import RunConfig
 from bench.engine import Engine, Failure, Measurement
 from bench.errors import UserError
@@ -90,9 +91,9 @@ class ModelSize:
     def _head_bytes(self, config: CacheConfig, tokens: int) -> int:
         """One KV head of one layer: of the tokens held, as many Original as the budget allows."""
         position = 2 if self.context is not None and self.context <= torch.iinfo(torch.int16).max else 4
-        slot = position + torch.float32.itemsize + (position if config.pools_steps else 0)
+        slot = position + torch.float32.itemsize
         dtype = torch.float32 if self.itemsize == 4 else torch.bfloat16
-        geometry = Geometry(self.head_dim, dtype, slot)
+        geometry = Geometry(self.head_dim, self.head_dim, dtype, slot, row_table_bytes(2 if config.quantizes else 1))
         if config.budget_unit == "bytes":
             worth = config.tokens_worth(tokens) * geometry.full_bytes
             return min(max(worth, minimal_bytes(config, geometry)), tokens * geometry.original_bytes)

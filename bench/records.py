@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -325,11 +326,12 @@ def environment() -> dict[str, Any]:
     """Versions, commit and hardware of this process."""
     import torch
 
-    from arkv.kernels import building
+    from arkv.kernels.cpu import building
 
     packages = {}
     for name in (
         "arkv-bench",
+        "arkv",
         "torch",
         "transformers",
         "lm-eval",
@@ -360,11 +362,16 @@ def environment() -> dict[str, Any]:
 
 def source_sha256() -> str:
     """Of the project's own source files: two processes with the same hash run the same code."""
-    root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for package in ("arkv", "bench", "tasks"):
-        for path in sorted(path for path in (root / package).rglob("*") if path.suffix in (".py", ".c")):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+        spec = find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        # Each package may be installed somewhere else.
+        root = Path(spec.origin).resolve().parent
+        for path in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".c", ".h")):
+            name = f"{package}/{path.relative_to(root).as_posix()}"
+            digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -24,9 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
-from arkv import FORMATS, CacheConfig, kernels, storage_bytes
-from arkv.layer import TriStateLayer
-from arkv.storage import QuantizedPool, Tokens
+from arkv import FORMATS, storage_bytes
+from arkv.formats.base import CENTER_DTYPE
+from arkv.kernels import gpu, twin
+from arkv.pools import Part, Plane, Pool
+from arkv.store import Store
 from bench import records
 
 COLUMNS = ["attention", "quant_format", "context_length", "kv_bytes", "max_error", "repetition", "ms"]
@@ -59,27 +62,36 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def random_tokens(options: argparse.Namespace, slots: int) -> Tokens:
-    """Tokens [B, H, S] on the GPU."""
-    shape = (options.batch, options.kv_heads, slots)
-    key, value = torch.randn(2, *shape, options.head_dim, dtype=getattr(torch, options.dtype), device="cuda")
-    position = torch.arange(slots, dtype=torch.int32, device="cuda").expand(shape).contiguous()
-    return Tokens(key, value, position, torch.rand(shape, device="cuda"))
+WINDOW = 32
 
 
-def filled_layer(options: argparse.Namespace, quant_format: str, tokens: int) -> TriStateLayer:
-    """A layer that holds ``tokens`` tokens."""
-    config = CacheConfig.for_method("mix", cache_size=tokens, quant_format=quant_format)
-    number_format = config.number_format
-    original = max(round(options.original_share * tokens), config.window_size)
-    quantized = tokens - original
-    layer = TriStateLayer(config)
-    layer.tokens = random_tokens(options, original)
-    layer.seen, layer.used = tokens, original
-    low = random_tokens(options, quantized)
-    layer.quantized = QuantizedPool(number_format, low, [low])
-    layer.quantized.full = True
-    return layer
+def random_pool(rows: int, slots: int, numbers: torch.Tensor, quant_format: str | None) -> Pool:
+    """Tokens of ``rows`` rows with ``slots`` slots each; keys and values are ``numbers`` [rows * slots, D]."""
+    device = numbers.device
+    position = torch.arange(slots, dtype=torch.int32, device=device).repeat(rows)
+    planes = []
+    for name in ("key", "value"):
+        layout = None if quant_format is None else getattr(FORMATS[quant_format], name)
+        if layout is None:
+            planes.append(Plane(numbers))
+            continue
+        center = torch.zeros(rows, numbers.shape[1], dtype=CENTER_DTYPE, device=device) if layout.centered else None
+        planes.append(Plane(*layout.encode(numbers), center, layout))
+    return Pool(torch.rand(rows * slots, device=device), position, *planes)
+
+
+def filled_store(options: argparse.Namespace, quant_format: str, tokens: int) -> Store:
+    """One layer that holds ``tokens`` tokens."""
+    rows = options.batch * options.kv_heads
+    original = max(round(options.original_share * tokens), WINDOW)
+    counts = [original, tokens - original]
+    dtype = getattr(torch, options.dtype)
+    pools = [
+        random_pool(rows, count, torch.randn(rows * count, options.head_dim, dtype=dtype, device="cuda"), name)
+        for count, name in zip(counts, (None, quant_format), strict=True)
+    ]
+    each = [torch.full((rows,), count, device="cuda") for count in counts]
+    return Store([Part(pools, each)], [tokens] * rows, [0] * rows, [[count] * rows for count in counts])
 
 
 class Cell:
@@ -92,30 +104,27 @@ class Cell:
 
 def cells_of(options: argparse.Namespace, context_length: int) -> list[Cell]:
     """What is timed at one length; the kernel's output is compared with its twin's on the way."""
-    full = random_tokens(options, context_length)
-    query = torch.randn(
-        *(options.batch, options.kv_heads, options.group, options.head_dim), dtype=full.key.dtype, device="cuda"
-    )
+    dtype = getattr(torch, options.dtype)
+    shape = (options.batch, options.kv_heads, context_length, options.head_dim)
+    key, value = torch.randn(2, *shape, dtype=dtype, device="cuda")
+    heads = options.kv_heads * options.group
+    query = torch.randn(options.batch, heads, 1, options.head_dim, dtype=dtype, device="cuda")
     scaling = options.head_dim**-0.5
-    flat = query.flatten(1, 2).unsqueeze(2)
 
     def stock() -> torch.Tensor:
-        return scaled_dot_product_attention(flat, full.key, full.value, scale=scaling, enable_gqa=True)
+        return scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
 
-    cells = [Cell(stock, "sdpa", kv_bytes=storage_bytes([full.key, full.value]))]
+    cells = [Cell(stock, "sdpa", kv_bytes=storage_bytes([key, value]))]
     for quant_format in options.formats:
-        layer = filled_layer(options, quant_format, context_length)
-        held, stored = layer.held(), layer.quantized
-
-        def kernel(held: Tokens = held, stored: QuantizedPool | None = stored) -> tuple[torch.Tensor, torch.Tensor]:
-            return kernels.decode_attention(query, held, stored, scaling, False)
-
-        def twin(layer: TriStateLayer = layer) -> tuple[torch.Tensor, torch.Tensor]:
-            return layer._attend_folded(query, scaling)
-
-        columns = {"quant_format": quant_format, "kv_bytes": storage_bytes([layer])}
-        error = (kernel()[0] - twin()[0]).abs().max().item()
-        cells += [Cell(kernel, "kernel", max_error=error, **columns), Cell(twin, "twin", **columns)]
+        store = filled_store(options, quant_format, context_length)
+        importance = [torch.empty_like(pool.score) for pool in store.pools]
+        new = (query, key[:, :, :1], value[:, :, :1], store.rows, 0, store.pools)
+        settings = (0, WINDOW, scaling, 0.0, None, importance)
+        kernel = functools.partial(gpu.attend, *new, *settings, widths=store.widths)
+        readable = functools.partial(twin.attend, *new, *settings)
+        columns = {"quant_format": quant_format, "kv_bytes": storage_bytes(store)}
+        error = (kernel() - readable()).abs().max().item()
+        cells += [Cell(kernel, "kernel", max_error=error, **columns), Cell(readable, "twin", **columns)]
     for cell in cells:
         cell.columns["context_length"] = context_length
     return cells
@@ -159,15 +168,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, options.dtype)
     for name in options.formats:
         try:
-            FORMATS[name].check(options.head_dim)
+            FORMATS[name].check(options.head_dim, options.head_dim)
         except ValueError as error:
             raise SystemExit(f"time_kernels.py: {error}") from None
-        if not kernels.supported(device, dtype, options.head_dim, options.group):
+        if not gpu.supported(device, dtype, options.head_dim, options.head_dim, options.group):
             raise SystemExit(
                 f"time_kernels.py: the kernel does not serve {name} in {options.dtype} with head dim "
                 f"{options.head_dim} and {options.group} query heads per KV head on {torch.cuda.get_device_name()}: "
-                f"it needs Triton, compute capability 8.0, a head dim of at most {kernels.MAX_HEAD_DIM} and at most "
-                f"{kernels.MAX_GROUP} query heads"
+                f"it needs Triton, compute capability 8.0, a head dim of at most {gpu.MAX_HEAD_DIM} and at most "
+                f"{gpu.MAX_GROUP} query heads"
             )
     from triton.testing import do_bench
 

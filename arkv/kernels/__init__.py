@@ -1,56 +1,72 @@
-"""Kernels: on GPUs decode attention by Triton, imported by need; on CPUs, where they have been built, decode attention,
-the scoring of prompts and quantizing in C."""
+"""Kernels: the operations of a decoding step (:mod:`arkv.kernels.twin` says what they do), quantizing, and the
+attention of a prompt's newest queries. In C on CPUs, where they have been built (:mod:`arkv.kernels.cpu`); in Triton on
+GPUs (:mod:`arkv.kernels.gpu`), imported by need; elsewhere in torch's operations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 
-from arkv.kernels import native, quantize, score
-from arkv.kernels.decode import MAX_GROUP, MAX_HEAD_DIM, decode_attention, supported
-from arkv.scoring import Summary
-from arkv.storage import QuantizedPool, Tokens
-
-Kernel = Callable[[torch.Tensor, Tokens, QuantizedPool | None, float, bool], tuple[torch.Tensor, torch.Tensor]]
-"""Query [B, H, G, D], the Original slots in use, the Quantized ones, scaling, and whether Original slots may be without
-a token; returns output [B, H, G, D] and probabilities [B, H, G, S], Original slots first, both float32."""
+from arkv.kernels import operators
+from arkv.kernels.cpu import quantize, score
 
 
-def find(device: torch.device, dtype: torch.dtype, head_dim: int, group: int) -> Kernel | None:
-    """The kernel that serves a layer; None where torch's operations do.
+def make_room(
+    rows: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    formats: Sequence[str],
+    n_sink: int,
+    window: int,
+    recency: bool,
+) -> None:
+    """:func:`arkv.kernels.twin.make_room` by the kernel that serves.
 
     Args:
-        dtype: of the Original tokens.
-        head_dim: the larger one, where keys and values differ.
-        group: query heads per KV head.
+        tensors: ``Store.tensors()``.
+        formats: names of the Quantized pools' number formats.
     """
-    if supported(device, dtype, head_dim, group):
-        return decode_attention
-    if native.supported(device, dtype, head_dim, group):
-        return native.decode_attention
-    return None
+    torch.ops.arkv.make_room(rows, tensors, formats, n_sink, window, recency)
 
 
-Summarize = Callable[[torch.Tensor, torch.Tensor, float, int, int, bool], Summary]
-"""As :func:`arkv.kernels.score.summarize`."""
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    begin: int,
+    tensors: Sequence[torch.Tensor],
+    formats: Sequence[str],
+    n_sink: int,
+    window: int,
+    scaling: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    importance: Sequence[torch.Tensor],
+    widths: Sequence[int] = (),
+) -> torch.Tensor:
+    """:func:`arkv.kernels.twin.attend` likewise.
+
+    Args:
+        widths: ``Store.widths``, with which a GPU needs not be asked how many slots there are.
+    """
+    output: torch.Tensor = torch.ops.arkv.attend(
+        query, key, value, rows, begin, tensors, formats, n_sink, window, scaling, softcap, sinks, importance, widths
+    )
+    return output
 
 
-def find_summarize(device: torch.device, dtype: torch.dtype) -> Summarize | None:
-    """The kernel that sums up the attention of a prompt's newest queries; None where torch's operations do."""
-    return score.summarize if score.supported(device, dtype) else None
+def remember(
+    rows: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    formats: Sequence[str],
+    importance: Sequence[torch.Tensor],
+    window: int,
+    rate: float,
+    pool_width: int,
+) -> None:
+    """:func:`arkv.kernels.twin.remember` likewise."""
+    torch.ops.arkv.remember(rows, tensors, formats, importance, window, rate, pool_width)
 
 
-__all__ = [
-    "MAX_GROUP",
-    "MAX_HEAD_DIM",
-    "Kernel",
-    "Summarize",
-    "decode_attention",
-    "find",
-    "find_summarize",
-    "native",
-    "quantize",
-    "score",
-    "supported",
-]
+__all__ = ["attend", "make_room", "operators", "quantize", "remember", "score"]

@@ -2,7 +2,7 @@
 
 import sys
 
-from arkv.kernels.building import NotBuilt, build
+from arkv.kernels.cpu.building import NotBuilt, build
 
 try:
     sys.stdout.write(f"CPU kernels: {build()}\n")

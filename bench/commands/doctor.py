@@ -69,7 +69,7 @@ def _devices() -> Iterator[Finding]:
     import torch
 
     yield Finding(True, "device cpu", f"{torch.get_num_threads()} threads")
-    from arkv.kernels import building
+    from arkv.kernels.cpu import building
 
     built = building.is_built()
     found = "built" if built else "not built, and so slower: python -m arkv.kernels (needs a C compiler)"

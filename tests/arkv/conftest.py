@@ -21,10 +21,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from arkv import FORMATS, CacheConfig, TriStateCache, attach
+from arkv import CacheConfig, TriStateCache, attach
 from arkv.attention import attention_forward
-from arkv.layer import TriStateLayer
-from arkv.storage import QuantizedPool, Tokens
+from arkv.store import COUNT, START, column
 
 VOCABULARY = 97
 PUBLISHED = ("window", "origin", "quant", "mix")
@@ -209,56 +208,23 @@ class Driver:
         return self.cache.layers[index]
 
 
-def quantized_bytes(layer: Any, place: int, head: int, sample: int = 0) -> list[bytes]:
+def stored_token(layer: Any, place: int, head: int, sample: int = 0) -> list[torch.Tensor]:
     """What the Quantized pool stores of the token at position ``place``: codes, scales and zero points."""
-    pool = layer.quantized
-    (slot,) = (pool.position[sample, head] == place).nonzero().flatten().tolist()
-    stored = []
-    for tensor in (item for store in (pool.key, pool.value) for item in storages_of(store)):
-        # Ranges per channel are shared by a group of slots.
-        row = tensor[sample, head, slot // (pool.position.shape[-1] // tensor.shape[2])]
-        stored.append(row.contiguous().view(torch.uint8).numpy().tobytes())
-    return stored
+    store, row = layer.store, layer.index * layer.store.layer_rows + sample * layer.heads + head
+    pool = store.pools[1]
+    start, count = (int(store.rows[row, column(1, which)]) for which in (START, COUNT))
+    slots = torch.arange(start, start + count)
+    (slot,) = slots[pool.position[slots] == place].tolist()
+    tensors = [item for plane in (pool.key, pool.value) for item in plane[:3] if item is not None]
+    return [tensor[slot] for tensor in tensors]
 
 
-def storages_of(quantized: Any) -> list[torch.Tensor]:
-    """Codes, scale and, where there are any, zero point and center of a quantized tensor."""
-    found = [getattr(quantized, name, None) for name in ("codes", "scale", "zero", "center")]
-    return [item for item in found if item is not None]
+def quantized_bytes(layer: Any, place: int, head: int, sample: int = 0) -> list[bytes]:
+    """The same, as bytes."""
+    tokens = stored_token(layer, place, head, sample)
+    return [item.reshape(-1).view(torch.uint8).numpy().tobytes() for item in tokens]
 
 
-def random_tokens(
-    shape: tuple[int, int, int], dims: tuple[int, int], dtype: torch.dtype, gaps: float, device: str
-) -> Tokens:
-    """Tokens [B, H, S] with keys and values of ``dims``; a few channels of the keys are large, as in real models."""
-    loud = 1 + 4 * (torch.rand(dims[0]) > 0.9)
-    position = torch.arange(shape[2], dtype=torch.int32).expand(shape).masked_fill(torch.rand(shape) < gaps, -1)
-    return Tokens(
-        (torch.randn(*shape, dims[0]) * loud).to(dtype),
-        torch.randn(*shape, dims[1]).to(dtype),
-        position.contiguous(),
-        torch.rand(shape),
-    ).map(lambda tensor: tensor.to(device))
-
-
-def layer_with(
-    quant_format: str | None,
-    *,
-    original: int = 100,
-    quantized: int = 128,
-    dims: tuple[int, int] = (64, 64),
-    batch: int = 1,
-    dtype: torch.dtype = torch.bfloat16,
-    gaps: float = 0.0,
-    device: str = "cpu",
-) -> TriStateLayer:
-    """A layer that holds random tokens of two KV heads, in storage with a few more slots than are in use."""
-    torch.manual_seed(0)
-    layer = TriStateLayer(CacheConfig.for_method("mix", cache_size=64, window_size=32))
-    layer.tokens = random_tokens((batch, 2, original + 5), dims, dtype, gaps, device)
-    layer.seen, layer.used, layer.gaps = original, original, gaps > 0
-    if quant_format is not None:
-        tokens = random_tokens((batch, 2, quantized), dims, dtype, gaps, device)
-        layer.quantized = QuantizedPool(FORMATS[quant_format], tokens, [tokens])
-        layer.quantized.full = gaps == 0
-    return layer
+def table_bytes(pools: int) -> int:
+    """Of a row's entry in the row table: tokens seen, padding, and three numbers of each pool, of 8 bytes each."""
+    return 8 * (2 + 3 * pools)

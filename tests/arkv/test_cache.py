@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from arkv import CacheConfig, TriStateCache, attach
+from arkv.store import SEEN
 from tests.arkv.conftest import (
     MODELS_AND_METHODS,
     PUBLISHED,
@@ -23,6 +24,7 @@ from tests.arkv.conftest import (
     prompt,
     quantized_bytes,
     stock,
+    stored_token,
 )
 
 W = 8
@@ -243,10 +245,10 @@ def test_a_quantized_token_is_still_attended_to_and_unchanged_fifty_steps_later(
     query, key, value = (tensor[:, :, 50:51] for tensor in inputs)
     silenced = copy.deepcopy(driver)
     for head in range(2):
-        slot = int((silenced.layer().quantized.position[0, head] == place).nonzero())
-        silenced.layer().quantized.value.scale[0, head, slot] = 0
+        # The scale of its value.
+        stored_token(silenced.layer(), place, head)[3].zero_()
     output = driver.feed(query, key, value)
-    tokens, _ = layer.reconstruct()
+    tokens = layer.reconstruct()
     logits = query.view(1, 2, 2, driver.dim) @ tokens.key.mT * driver.scaling
     logits = logits.masked_fill((tokens.position < 0).unsqueeze(2), -torch.inf)
     by_hand = logits.softmax(-1) @ tokens.value
@@ -265,7 +267,7 @@ def test_quantized_once_from_the_original_value(number_format: str) -> None:
     first_seen: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
     for place in range(50, 110):
         driver.feed(query[:, :, place : place + 1], key[:, :, place : place + 1], value[:, :, place : place + 1])
-        tokens, _ = driver.layer().reconstruct()
+        tokens = driver.layer().reconstruct()
         for head, (high, low) in enumerate(held_sets(driver.layer())):
             where = {int(p): i for i, p in enumerate(tokens.position[0, head]) if p >= 0}
             assert set(where) == high | low
@@ -286,7 +288,7 @@ def test_quantized_once_from_the_original_value(number_format: str) -> None:
 
 def relative_error(driver: Driver, key: torch.Tensor, value: torch.Tensor, sample: int = 0) -> tuple[float, float, int]:
     """Of the Quantized keys and values of the first layer against the originals [B, H, N, D]; and their number."""
-    tokens, _ = driver.layer().reconstruct()
+    tokens = driver.layer().reconstruct()
     wrong = torch.zeros(2)
     whole = torch.zeros(2)
     count = 0
@@ -361,7 +363,7 @@ def test_reconstruct_is_in_sequence_order(llama: Any) -> None:
         for _ in feed(llama, cache, ids[:, 50:]):
             pass
     for layer in cache.layers:
-        tokens, _ = layer.reconstruct()
+        tokens = layer.reconstruct()
         for head in range(2):
             places = [place for place in tokens.position[0, head].tolist() if place >= 0]
             assert places == sorted(set(places))
@@ -487,7 +489,7 @@ def test_a_block_attends_to_what_is_held_and_causally_to_itself(method: str, len
     for place in range(length, length + 10):
         driver.feed(*(tensor[:, :, place : place + 1] for tensor in inputs))
     layer = driver.layer()
-    stored, _ = layer.reconstruct()
+    stored = layer.reconstruct()
     before = held_sets(layer)
     query, key, value = (tensor[:, :, length + 10 :] for tensor in inputs)
     output = driver.feed(query, key, value)
@@ -740,9 +742,9 @@ def test_cropping_is_refused_with_a_reason(llama: Any) -> None:
 
 
 def test_positions_beyond_the_range_of_a_short_integer() -> None:
-    """Where bytes count, positions may be stored in 16 bits as long as they fit; a long run must not wrap around."""
-    # Slots of `quant` do not depend on how many tokens have been seen.
-    config = CacheConfig.for_method("quant", budget_unit="bytes", cache_size=44, window_size=W, n_sink=0)
+    """Positions are stored in 16 bits as long as they fit; a long run must not wrap around."""
+    # In token units, where slots do not follow the number of tokens seen.
+    config = CacheConfig(cache_size=44, window_size=W, original_share=0.3, quant_format="k4v3")
     near, far = Driver(config, dim=64), Driver(config, dim=64)
     inputs = near.random(120, seed=4, scale=0.3)
     shift = 32704
@@ -750,9 +752,11 @@ def test_positions_beyond_the_range_of_a_short_integer() -> None:
     for driver in (near, far):
         driver.feed(*(tensor[:, :, :60] for tensor in inputs))
     layer = far.layer()
-    layer.seen += shift
-    for store in (layer.tokens, layer.quantized):
-        store.position[store.position >= 0] += shift
+    layer.seen = [seen + shift for seen in layer.seen]
+    layer.store.rows[:, SEEN] += shift
+    for pool in layer.store.pools:
+        pool.position.add_(shift)
+    far.cache._groups[0].take(layer.store)
     for place in range(60, 100):
         step = [tensor[:, :, place : place + 1] for tensor in inputs]
         assert torch.equal(near.feed(*step), far.feed(*step))
@@ -797,6 +801,6 @@ def test_half_precision_models(llama: Any, method: str, dtype: torch.dtype) -> N
         output = decode(half, ids, cache, 20)
     assert output.logits.isfinite().all()
     for layer in cache.layers:
-        tokens, _ = layer.reconstruct()
+        tokens = layer.reconstruct()
         assert tokens.key.dtype == dtype
         assert all(len(high) + len(low) == SMALL["cache_size"] for high, low in held_sets(layer))

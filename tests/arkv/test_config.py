@@ -10,6 +10,7 @@ import pytest
 from transformers import LlamaConfig, MambaConfig, Qwen3NextConfig
 
 from arkv import METHODS, CacheConfig, ConfigError, PrefillCache, TriStateCache
+from tests.arkv.conftest import Driver
 
 
 def test_defaults_are_the_published_ones() -> None:
@@ -120,6 +121,7 @@ BAD: list[tuple[dict[str, Any], str, str, dict[str, Any]]] = [
     ({"decode_rate": 0.0}, "decode_rate", "0.0", {"decode_rate": 0.03}),
     ({"decode_rate": 1.5}, "decode_rate", "1.5", {"decode_rate": 0.03}),
     ({"attention": "flash"}, "attention", "'flash'", {"attention": "fused"}),
+    ({"attention": "torch"}, "attention", "'torch'", {"attention": "reconstruct"}),
 ]
 
 
@@ -210,17 +212,33 @@ def test_models_whose_layers_hold_no_keys_and_values_are_refused_by_name(cache: 
 def test_a_head_dim_that_a_format_cannot_store_is_refused_with_a_format_that_can(
     quant_format: str, head_dim: int
 ) -> None:
-    config = LlamaConfig(num_hidden_layers=2, head_dim=head_dim)
-    with pytest.raises(ConfigError) as error:
-        TriStateCache(config, CacheConfig(cache_size=64, quant_format=quant_format))
-    message = str(error.value)
-    assert f"quant_format={quant_format!r}" in message
-    assert str(head_dim) in message
-    works = [name for name in ("int8", "fp8") if name in message]
-    assert works, message
-    TriStateCache(config, CacheConfig(cache_size=64, quant_format=works[0]))
-    # A method that quantizes nothing does not care.
-    TriStateCache(config, CacheConfig(cache_size=64, quant_format=quant_format, original_share=1.0))
+    """By the first forward, which knows how wide keys and values are; in both units."""
+
+    def read(**settings: Any) -> None:
+        config = CacheConfig(**{"cache_size": 64, "original_share": 0.5, "quant_format": quant_format, **settings})
+        driver = Driver(config, dim=head_dim)
+        driver.feed(*driver.random(70, seed=1))
+        driver.feed(*driver.random(1, seed=2))
+
+    for unit in ("tokens", "bytes"):
+        with pytest.raises(ConfigError) as error:
+            read(budget_unit=unit)
+        again = Driver(
+            CacheConfig(cache_size=64, original_share=0.5, quant_format=quant_format, budget_unit=unit), dim=head_dim
+        )
+        for _ in range(2):
+            # The refused forward leaves nothing behind.
+            with pytest.raises(ConfigError, match=str(head_dim)):
+                again.feed(*again.random(70, seed=1))
+            assert again.cache.get_seq_length() == 0
+        message = str(error.value)
+        assert f"quant_format={quant_format!r}" in message
+        assert str(head_dim) in message
+        works = [name for name in ("int8", "fp8") if name in message]
+        assert works, message
+        read(budget_unit=unit, quant_format=works[0])
+        # A method that quantizes nothing does not care.
+        read(budget_unit=unit, original_share=1.0)
 
 
 def test_a_cache_takes_a_model_config_alone() -> None:

@@ -377,7 +377,7 @@ def gradients_of(model: Any, logits: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(logits.square().sum(), list(model.parameters())))
 
 
-@pytest.mark.parametrize("attention", ["fused", "torch", "reconstruct"])
+@pytest.mark.parametrize("attention", ["fused", "reconstruct"])
 def test_a_step_has_logits_but_no_gradients(llama: Any, attention: Any) -> None:
     ids, new = prompt(40, seed=1), prompt(3, seed=2)
     cache, plain = (small(llama, attention=attention) for _ in range(2))
@@ -421,3 +421,24 @@ def test_a_block_behind_a_prompt_without_gradients_has_its_own(llama: Any) -> No
             found.append(gradients_of(llama, llama(block, past_key_values=cache).logits))
     for mine, other in zip(*found, strict=True):
         assert torch.allclose(mine, other, rtol=1e-3, atol=1e-3)
+
+
+# -- another model -----------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_used_with_another_model_says_so(llama: Any) -> None:
+    config = CacheConfig.for_method("mix", cache_size=24, window_size=8)
+    deeper = spread(LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": 3})), seed=5)
+    wider = spread(LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_key_value_heads": 4})), seed=6)
+    cache = TriStateCache(llama, config)
+    with attach(llama), attach(deeper), attach(wider):
+        with pytest.raises(ConfigError, match="made for a model of 2 layers"):
+            forward(deeper, cache, prompt(40, seed=1))
+        cache.reset()
+        forward(llama, cache, prompt(40, seed=1))
+        with pytest.raises(ConfigError, match=r"1 samples with 2 KV heads, .* 1 samples with 4"):
+            forward(wider, cache, prompt(1, seed=2))
+        with pytest.raises(ConfigError, match=r"1 samples with 2 KV heads, .* 2 samples with 2"):
+            forward(llama, cache, prompt(1, seed=2, batch=2))
+        # Nothing was taken from either.
+        assert forward(llama, cache, prompt(1, seed=2)).isfinite().all()

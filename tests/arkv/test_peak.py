@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from arkv import CacheConfig, TriStateCache, attach
-from tests.arkv.conftest import SHAPE, prompt, spread
+from tests.arkv.conftest import SHAPE, Driver, prompt, spread
 
 LAYERS, HEADS, DIM, TOKENS, BUDGET = 8, 4, 32, 1500, 160
 
@@ -19,6 +19,11 @@ def peak_bytes(model: Any, ids: torch.Tensor, **settings: Any) -> int:
     """The most that a prefill has allocated at a time, by the trace of all allocations and releases."""
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         model(ids, logits_to_keep=1, **settings)
+    return most_bytes(trace)
+
+
+def most_bytes(trace: Any) -> int:
+    """The most that was allocated at a time while ``trace`` was taken."""
     changes = [event for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = most = 0
     for event in sorted(changes, key=lambda event: event.start_ns()):
@@ -56,3 +61,16 @@ def test_each_layer_is_compressed_as_soon_as_it_is_computed(deep: Any, settings:
         compressed = peak_bytes(deep, ids, past_key_values=TriStateCache(deep, config))
     assert full - without > (LAYERS - 2) * layer, "the trace must see a full cache"
     assert compressed - without <= budget + 2 * layer
+
+
+def test_a_further_block_takes_little_more_memory_than_its_output() -> None:
+    """No mask of all new tokens by all tokens, for every head."""
+    config = CacheConfig.for_method("origin", cache_size=256, window_size=32)
+    driver = Driver(config, layers=1, heads=8, groups=4, dim=64)
+    first, second = ([tensor.bfloat16() for tensor in driver.random(count, seed=count)] for count in (400, 4096))
+    driver.feed(*first)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        output = driver.feed(*second)
+    peak = most_bytes(trace)
+    assert peak > output.nbytes, "the trace must see the output"
+    assert peak - output.nbytes <= output.nbytes

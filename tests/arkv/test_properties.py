@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from arkv import FORMATS, CacheConfig, ConfigError
-from arkv.budget import ByteBudget, Geometry, byte_slots, oq_ratios, token_slots
-from arkv.quantization import Layout, QuantizedTensor, rotation
-from arkv.scoring import causal_visibility, pool, prefill_statistics, window_attention
+from arkv import FORMATS, CacheConfig, ConfigError, kernels
+from arkv.budget import ByteBudget, Geometry, byte_slots, token_slots
+from arkv.formats import Layout
+from arkv.formats.base import CENTER_DTYPE
+from arkv.formats.rotation import rotation
+from arkv.kernels import twin
+from arkv.pools import Part, Plane, Pool
+from arkv.scores import Prompt, needs_moments, oq_ratios, oq_score, score
+from arkv.scores.pooling import average
+from arkv.store import Store
 from tests.arkv.conftest import Driver, held_sets
 
 few = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -26,7 +33,7 @@ LAYOUTS = [(name, part) for name in sorted(FORMATS) for part in ("key", "value")
 
 
 def in_code_space(layout: Layout, x: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
-    """The numbers [B, H, S, D] that codes stand for, in float64."""
+    """The numbers [n, D] that codes stand for, in float64."""
     x = x.double() if center is None else x.double() - center.double()
     return x @ rotation(x.shape[-1], x.device).double() if layout.rotated else x
 
@@ -66,39 +73,74 @@ def test_a_round_trip_moves_a_number_by_half_a_step_at_most(
 ) -> None:
     layout: Layout = getattr(FORMATS[name], part)
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, 2, 64, 64, generator=generator) * scale
+    x = torch.randn(2, 64, 64, generator=generator) * scale
     x += offset * torch.randn(64, generator=generator).sign()
-    x[0, 0, 5, 7] += outlier * scale
+    x[0, 5, 7] += outlier * scale
     if zeros:
-        x[0, :, 3] = 0
-        x[0, 1, :, 9] = 0
+        x[:, 3] = 0
+        x[1, :, 9] = 0
     x = x.to(dtype)
     assume(bool(x.isfinite().all()))
-    stored = QuantizedTensor.quantize(layout, x)
-    back = stored.dequantize(torch.float32)
+    # The mean of each of two heads.
+    mean = x.float().mean(dim=1, keepdim=True).to(CENTER_DTYPE).expand(x.shape).flatten(0, 1)
+    center, x = mean if layout.centered else None, x.flatten(0, 1)
+    back = layout.decode(layout.encode(x, center), center)
     assert back.isfinite().all()
-    target = in_code_space(layout, x, stored.center)
-    error = (in_code_space(layout, back, stored.center) - target).abs()
+    target = in_code_space(layout, x, center)
+    error = (in_code_space(layout, back, center) - target).abs()
     # Arithmetic in float32 adds roundings of the numbers themselves, turned back and forth.
     rounding = x.double().norm(dim=-1, keepdim=True) * 2.0**-21
     assert (error <= half_step(layout, target) * (1 + 1e-5) + rounding).all()
 
 
-@given(seed=st.integers(0, 2**16), scale=magnitudes, name=st.sampled_from(sorted(FORMATS)))
+@given(
+    seed=st.integers(0, 2**16),
+    scale=magnitudes,
+    name=st.sampled_from(sorted(FORMATS)),
+    fused=st.booleans(),
+    group=st.integers(1, 4),
+)
 @few
-def test_products_with_codes_are_products_with_values(seed: int, scale: float, name: str) -> None:
+def test_attention_to_codes_is_attention_to_values(seed: int, scale: float, name: str, fused: bool, group: int) -> None:
+    """Kernels may fold scales, zero points, centers and the rotation in after the product.
+
+    Two rows that hold one new token, and 64 Quantized ones each.
+    """
+    count, dim = 64, 32
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, 2, 64, 32, generator=generator) * scale
-    query, weights = torch.randn(1, 2, 3, 32, generator=generator), torch.rand(1, 2, 3, 64, generator=generator)
-    for layout in (FORMATS[name].key, FORMATS[name].value):
-        quantized = QuantizedTensor.quantize(layout, x)
-        values = quantized.dequantize(torch.float32)
-        assert torch.allclose(
-            quantized.dot(query.flatten(0, 1)), (query @ values.mT).flatten(0, 1), rtol=1e-4, atol=1e-4 * scale
-        )
-        assert torch.allclose(
-            quantized.weigh(weights.flatten(0, 1)), (weights @ values).flatten(0, 1), rtol=1e-4, atol=1e-4 * scale
-        )
+    x = torch.randn(2, 2, count, dim, generator=generator) * scale
+    planes = []
+    for layout, numbers in zip((FORMATS[name].key, FORMATS[name].value), x, strict=True):
+        center = numbers.mean(dim=1).to(CENTER_DTYPE) if layout.centered else None
+        each = None if center is None else center.repeat_interleave(count, dim=0)
+        planes.append(Plane(*layout.encode(numbers.flatten(0, 1), each), center, layout))
+    every = torch.arange(2 * count)
+    keys, values = (plane.read(every, every // count).view(2, count, dim) for plane in planes)
+    position = (torch.arange(2 * count) % count).int()
+    stored = Pool(torch.zeros(2 * count), position, *planes)
+    new = Plane(torch.zeros(2, dim))
+    original = Pool(torch.zeros(2), torch.full((2,), count).int(), new, Plane(torch.zeros(2, dim)))
+    part = Part([original, stored], [torch.tensor([1, 1]), torch.tensor([count, count])])
+    seen, none = np.array([count + 1] * 2), np.array([0, 0])
+    store = Store([part], seen, none, [np.array([1, 1]), np.array([count, count])])
+    query = torch.randn(1, 2 * group, 1, dim, generator=generator)
+    key, value = torch.randn(2, 1, 2, 1, dim, generator=generator) * scale
+    # So that logits are of the same size, whatever the keys.
+    scaling = min(0.3 / scale, 1e30) if scale else 1.0
+    importance = [torch.zeros_like(pool.score) for pool in store.pools]
+    told = (0, 1, scaling, 0.0, None, importance)
+    if fused:
+        output = kernels.attend(query, key, value, store.rows, 0, store.tensors(), [name], *told)
+    else:
+        output = twin.attend(query, key, value, store.rows, 0, store.pools, *told)
+    keys, values = torch.cat([key[0], keys], dim=1), torch.cat([value[0], values], dim=1)
+    grouped = query.view(2, group, dim).double()
+    probabilities = ((grouped * scaling) @ keys.double().mT).softmax(dim=-1)
+    expected = (probabilities @ values.double()).view(1, 1, 2 * group, dim)
+    assert torch.allclose(output.double(), expected, rtol=1e-4, atol=1e-4 * scale)
+    mean = probabilities.mean(dim=1)
+    assert torch.allclose(importance[0].double(), mean[:, 0], rtol=1e-4, atol=1e-7)
+    assert torch.allclose(importance[1].view(2, count).double(), mean[:, 1:], rtol=1e-4, atol=1e-7)
 
 
 # -- scores and budgets ------------------------------------------------------------------------------------------------
@@ -111,22 +153,27 @@ def test_products_with_codes_are_products_with_values(seed: int, scale: float, n
     groups=st.integers(1, 3),
     sharpness=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
     importance=st.sampled_from(["mean_var", "mean_max"]),
+    fused=st.booleans(),
 )
 @many
 def test_scores_are_finite_and_not_negative(
-    seed: int, past: int, window: int, groups: int, sharpness: float, importance: Any
+    seed: int, past: int, window: int, groups: int, sharpness: float, importance: Any, fused: bool
 ) -> None:
     """Also for uniform attention, for attention to a single token, and without an evictable region."""
     generator = torch.Generator().manual_seed(seed)
     query = torch.randn(2, 2 * groups, window, 8, generator=generator) * sharpness
     key = torch.randn(2, 2, past + window, 8, generator=generator) * 5
-    attention = window_attention(query, key, 1.0, causal_visibility(past + window, window, None, key.device))
-    statistics = prefill_statistics(attention, 2, CacheConfig(cache_size=64, importance=importance))
+    config = CacheConfig(cache_size=64, window_size=window, importance=importance)
+    told: dict[str, Any] = {"new": past + window, "window": window, "scaling": 1.0, "moments": needs_moments(config)}
+    sinks = torch.zeros(2, 1, past + window, dtype=torch.bool)
+    prompt = Prompt(query, key, key, sinks=sinks, fused=fused, **told)
+    statistics = score(prompt, config)
     assert statistics.importance.shape == (2, 2, past + window)
     assert statistics.importance.isfinite().all()
     assert (statistics.importance >= 0).all()
+    assert prompt.near.layer is not None
     for tau in (0.5, 1.0, 7.0):
-        oq = statistics.oq_score(tau, tau, tau)
+        oq = oq_score(prompt.near.layer, tau, tau, tau)
         assert oq.isfinite().all()
         assert (oq >= 0).all()
         if not past:
@@ -139,7 +186,7 @@ def test_scores_are_finite_and_not_negative(
 @many
 def test_pooling_keeps_size_and_mass(values: list[float], width: int) -> None:
     x = torch.tensor(values).view(1, 1, -1)
-    pooled = pool(x, width)
+    pooled = average(x, width)
     assert pooled.shape == x.shape
     assert float(pooled.sum()) <= float(x.sum()) * (1 + 1e-5) + 1e-5
     assert (pooled >= 0).all()
@@ -168,7 +215,12 @@ def test_token_slots_add_up(scores: list[float], past: int, share: float | None)
     tokens=st.integers(1, 20_000),
     layer_budgets=st.sampled_from(["equal", "oq"]),
     geometry=st.sampled_from(
-        [Geometry(64, torch.bfloat16, 8), Geometry(128, torch.float16, 4), Geometry(32, torch.float32, 6)]
+        [
+            Geometry(64, 64, torch.bfloat16, 8),
+            Geometry(128, 128, torch.float16, 4, 40),
+            Geometry(32, 32, torch.float32, 6, 64),
+            Geometry(192, 128, torch.bfloat16, 6, 64),
+        ]
     ),
 )
 @many
@@ -197,16 +249,19 @@ def test_byte_slots_cost_no_more_than_there_is(
     except ConfigError:
         return
     total = 0
-    for score in scores:
-        granted = budget.next_layer(score)
+    for number in scores:
+        granted = budget.next_layer(number)
         slots = byte_slots(config, geometry, granted, tokens)
         assert slots.original >= sinks
         assert slots.quantized >= 0
-        quantized = FORMATS[name].bytes_per_token(geometry.head_dim) + geometry.slot_bytes
-        cost = (window + slots.original) * (2 * geometry.head_dim * geometry.dtype.itemsize + geometry.slot_bytes)
+        full = (geometry.key_dim + geometry.value_dim) * geometry.dtype.itemsize
+        quantized = FORMATS[name].bytes_per_token(geometry.key_dim, geometry.value_dim) + geometry.slot_bytes
+        cost = (window + slots.original) * (full + geometry.slot_bytes) + geometry.row_bytes
+        if share < 1.0:
+            cost += FORMATS[name].bytes_per_head(geometry.key_dim)
         assert cost + slots.quantized * quantized <= granted
         total += granted
-    assert total <= size * 2 * geometry.head_dim * geometry.dtype.itemsize * len(scores)
+    assert total <= size * full * len(scores)
 
 
 # -- the cache ---------------------------------------------------------------------------------------------------------
@@ -229,7 +284,7 @@ def configs(draw: Any, units: tuple[str, ...] = ("tokens", "bytes")) -> CacheCon
         n_sink=sinks,
         ranking=draw(st.sampled_from(["heavy_hitter", "heavy_hitter", "recency"])),
         original_share=share,
-        quant_format=draw(st.sampled_from(["fp8", "int8"])),
+        quant_format=draw(st.sampled_from(sorted(FORMATS))),
         importance=draw(st.sampled_from(["mean_var", "mean_max"])),
         pool_width=draw(st.sampled_from([1, 5])),
         decode_importance=draw(st.sampled_from(["latest", "mean"])),
@@ -311,10 +366,10 @@ def test_every_output_is_attention_over_what_is_held(config: CacheConfig, parts:
     seen = 0
     for part in parts:
         where = slice(seen, seen + part)
-        stored = driver.layer().reconstruct()[0] if seen and part > 1 else None
+        stored = driver.layer().reconstruct() if seen and part > 1 else None
         output = driver.feed(query[:, :, where], key[:, :, where], value[:, :, where])
         if part == 1:
-            stored = driver.layer().reconstruct()[0]
+            stored = driver.layer().reconstruct()
         for head in range(2):
             keys, values = key[0, head, where], value[0, head, where]
             old = 0

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from arkv.quantization import FORMATS, Format, Layout, QuantizedTensor, e4m3_to_float, rotation
-from arkv.storage import flat_rows
-from tests.arkv.conftest import storages_of
+from arkv.formats import FORMATS, Codes, Format, Layout, uniform_levels
+from arkv.formats.base import CENTER_DTYPE, e4m3_to_float
+from arkv.formats.packing import check_packing, pack, unpack
+from arkv.formats.rotation import rotation
+from arkv.pools import Part, Plane, Pool, pool_of
+from arkv.store import CAPACITY, COUNT, START, Store, column, slots_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {f"{name} {part}": getattr(FORMATS[name], part) for name in sorted(FORMATS) for part in ("key", "value")}
@@ -42,8 +45,28 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def round_trip(layout: Layout, x: torch.Tensor) -> torch.Tensor:
-    return QuantizedTensor.quantize(layout, x).dequantize(torch.float32)
+def center_of(layout: Layout, x: torch.Tensor) -> torch.Tensor | None:
+    """The mean of every head's tokens [B, H, S, D], as it is stored, for each token; None where there is none."""
+    return x.float().mean(dim=2, keepdim=True).to(CENTER_DTYPE).expand(x.shape) if layout.centered else None
+
+
+def flat(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def encode(layout: Layout, x: torch.Tensor, center: torch.Tensor | None = None) -> Codes:
+    """Codes of ``x`` [..., D], token by token."""
+    return layout.encode(x.reshape(-1, x.shape[-1]), flat(center))
+
+
+def decode(layout: Layout, stored: Codes, center: torch.Tensor | None = None) -> torch.Tensor:
+    return layout.decode(stored, flat(center))
+
+
+def round_trip(layout: Layout, x: torch.Tensor, center: torch.Tensor | None = None) -> torch.Tensor:
+    """``x`` [B, H, S, D] as it comes back; ``center`` (of the same shape) None: the mean of every head."""
+    center = center_of(layout, x) if center is None and layout.centered else center
+    return decode(layout, encode(layout, x, center), center).view(x.shape)
 
 
 def in_code_space(layout: Layout, x: torch.Tensor, center: torch.Tensor | None) -> torch.Tensor:
@@ -103,6 +126,55 @@ def test_expanding_e4m3_keeps_any_shape_and_stride() -> None:
     assert e4m3_to_float(codes[:, :, :0]).shape == (2, 3, 0, 6)
 
 
+@pytest.mark.parametrize("dim", [8, 64, 80, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packed_codes_come_back_in_as_few_bytes_as_they_need(bits: int, dim: int) -> None:
+    codes = torch.randint(0, 2**bits, (3, 5, dim), generator=torch.Generator().manual_seed(bits)).to(torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (3, 5, dim * bits // 8)
+    assert torch.equal(unpack(packed, bits), codes)
+    # Any bytes are codes.
+    some = torch.randint(0, 256, (7, dim * bits // 8), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    assert torch.equal(pack(unpack(some, bits), bits), some)
+
+
+def test_where_codes_lie_in_bytes() -> None:
+    """What kernels rely on: runs of neighbouring channels under one shift and mask."""
+    for bits in (2, 4):
+        codes = torch.arange(16).to(torch.uint8) % 2**bits
+        packed = pack(codes, bits).tolist()
+        for channel, code in enumerate(codes.tolist()):
+            byte, place = channel % len(packed), channel // len(packed)
+            assert packed[byte] >> (bits * place) & (2**bits - 1) == code
+    codes = torch.randint(0, 8, (16,), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+    packed, n = pack(codes, 3).tolist(), 2
+    for j in range(n):
+        for run in range(3):
+            assert packed[run * n + j] & 7 == codes[j + 2 * run * n]
+            assert packed[run * n + j] >> 3 & 7 == codes[j + (2 * run + 1) * n]
+        first, second, third = (packed[run * n + j] >> 6 for run in range(3))
+        assert first + 4 * (third & 1) == codes[j + 6 * n]
+        assert second + 4 * (third >> 1) == codes[j + 7 * n]
+
+
+@pytest.mark.parametrize("bits, works, fails", [(2, 84, 82), (3, 88, 84), (4, 82, 81), (8, 81, None)])
+def test_head_dims_that_do_not_fill_bytes_are_refused(bits: int, works: int, fails: int | None) -> None:
+    check_packing(bits, works)
+    if fails is not None:
+        with pytest.raises(ValueError, match=f"head dim {fails}.*int8"):
+            check_packing(bits, fails)
+
+
+def test_a_format_asks_for_keys_and_values_apart() -> None:
+    FORMATS["k4v3"].check(82, 88)
+    with pytest.raises(ValueError, match="84"):
+        FORMATS["k4v3"].check(82, 84)
+    with pytest.raises(ValueError, match="81"):
+        FORMATS["k4v3"].check(81, 88)
+    FORMATS["int8"].check(81, 83)
+
+
 def test_every_value_of_a_symmetric_format_survives() -> None:
     """Numbers that lie on the grid, with the largest among them, come back exactly."""
     for name, grid in {"fp8": E4M3, "int8": torch.arange(-127, 128).float()}.items():
@@ -118,8 +190,8 @@ def test_every_value_of_a_format_with_zero_points_survives(bits: int) -> None:
     turned = grid.repeat(64 // len(grid)).expand(1, 1, 64, 64)
     x = turned @ rotation(64, turned.device).T
     assert torch.allclose(round_trip(FORMATS[f"int{bits}"].value, x), x, atol=1e-6)
-    center = torch.full((1, 1, 1, 64), 3.0)
-    keys = QuantizedTensor.quantize(FORMATS[f"int{bits}"].key, x + 3.0, center).dequantize(torch.float32)
+    center = torch.full((1, 1, 64, 64), 3.0)
+    keys = round_trip(FORMATS[f"int{bits}"].key, x + 3.0, center)
     assert torch.allclose(keys, x + 3.0, atol=1e-5)
 
 
@@ -137,9 +209,9 @@ def test_the_nearest_code_is_taken() -> None:
 @pytest.mark.parametrize("scale, offset", [(1.0, 0.0), (1e-3, 5.0), (100.0, -300.0), (1e-4, 0.0)])
 def test_the_error_is_half_a_step(layout: Layout, dtype: torch.dtype, scale: float, offset: float) -> None:
     x = (random(2, 2, SLOTS, DIM, seed=4) * scale + offset).to(dtype)
-    stored = QuantizedTensor.quantize(layout, x)
-    target = in_code_space(layout, x, stored.center)
-    error = (in_code_space(layout, stored.dequantize(torch.float32), stored.center) - target).abs()
+    center = center_of(layout, x)
+    target = in_code_space(layout, x, center)
+    error = (in_code_space(layout, round_trip(layout, x), center) - target).abs()
     assert (error <= half_step(layout, target) * 1.001 + abs(offset) * 3e-6).all()
 
 
@@ -156,7 +228,7 @@ def test_a_mean_that_all_keys_share_costs_nothing() -> None:
 def test_zero_stays_zero(layout: Layout) -> None:
     x = random(1, 2, SLOTS, DIM)
     x[:, :, :64] = 0
-    back = QuantizedTensor.quantize(layout, x, torch.zeros(1, 2, 1, DIM)).dequantize(torch.float32)
+    back = round_trip(layout, x, torch.zeros_like(x) if layout.centered else None)
     assert (back[:, :, :64] == 0).all()
     assert back.isfinite().all()
     assert (round_trip(layout, torch.zeros(1, 1, SLOTS, DIM)) == 0).all()
@@ -183,14 +255,42 @@ def test_the_largest_magnitude_is_kept_by_symmetric_formats() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_types_of_what_comes_out(layout: Layout, dtype: torch.dtype) -> None:
     x = random(1, 2, SLOTS, DIM).to(dtype)
-    quantized = QuantizedTensor.quantize(layout, x)
-    assert quantized.codes.dtype == torch.uint8
-    assert quantized.codes.shape == (1, 2, SLOTS, DIM * layout.bits // 8)
-    assert quantized.dequantize(dtype).dtype == dtype
-    assert quantized.dequantize(dtype).shape == x.shape
-    assert (quantized.zero is not None) == layout.rotated
-    assert (quantized.center is not None) == layout.centered
+    center = center_of(layout, x)
+    before = None if center is None else center.clone()
+    stored = encode(layout, x, center)
+    assert stored.codes.dtype == torch.uint8
+    assert stored.codes.shape == (2 * SLOTS, DIM * layout.bits // 8)
+    assert stored.scale.dtype == layout.range_dtype
+    assert stored.scale.shape == (2 * SLOTS,)
+    assert layout.rotated == bool(layout.levels)
+    assert (stored.zero is not None) == bool(layout.levels)
+    if stored.zero is not None:
+        assert stored.zero.dtype == layout.range_dtype
+        assert stored.zero.shape == (2 * SLOTS,)
+    back = decode(layout, stored, center)
+    assert back.dtype == torch.float32
+    assert back.shape == (2 * SLOTS, DIM)
     assert torch.equal(x, random(1, 2, SLOTS, DIM).to(dtype)), "the input was written to"
+    assert center is None or torch.equal(center, before), "the center was written to"
+    # Tokens of no number at all have codes of the same kind.
+    none = encode(layout, x[:, :, :0])
+    for item, nothing in zip(stored, none, strict=True):
+        assert (item is None) == (nothing is None)
+        assert item is None or (nothing.dtype, nothing.shape) == (item.dtype, (0, *item.shape[1:]))
+
+
+def test_codes_by_the_kernel_are_those_of_torch(layout: Layout) -> None:
+    """To the last bit, where there is a kernel: so a token's codes do not depend on where it was quantized."""
+    x = random(3, 50, DIM, seed=12).view(-1, DIM) * torch.logspace(-6, 4, 150).unsqueeze(1)
+    x[7] = 0
+    turned = x @ rotation(DIM, x.device) if layout.rotated else x
+    for got, expected in zip(layout.encode(x), layout.encode_rotated(turned), strict=True):
+        assert (got is None) == (expected is None)
+        assert got is None or torch.equal(got, expected)
+    if layout.floating:
+        assert torch.equal(
+            e4m3_to_float(layout.encode(x).codes), layout.encode(x).codes.view(torch.float8_e4m3fn).float()
+        )
 
 
 def test_no_head_or_sample_changes_another(layout: Layout) -> None:
@@ -207,81 +307,187 @@ def test_no_head_or_sample_changes_another(layout: Layout) -> None:
 
 def test_no_token_changes_another(layout: Layout) -> None:
     """Once the center is known, a token's codes are its own affair."""
-    x, center = random(1, 2, SLOTS, DIM, seed=5), random(1, 2, 1, DIM, seed=6)
+    x = random(1, 2, SLOTS, DIM, seed=5)
+    center = random(1, 2, 1, DIM, seed=6).expand(x.shape) if layout.centered else None
     loud = x.clone()
     loud[:, :, 7] *= 1e4
-    whole, other = (QuantizedTensor.quantize(layout, item, center).dequantize(torch.float32) for item in (x, loud))
+    whole, other = (round_trip(layout, item, center) for item in (x, loud))
     rest = torch.arange(SLOTS) != 7
     assert torch.equal(whole[:, :, rest], other[:, :, rest])
 
 
 def test_quantizing_again_changes_nothing_more(layout: Layout) -> None:
-    first = QuantizedTensor.quantize(layout, random(2, 2, SLOTS, DIM, seed=6))
-    values = first.dequantize(torch.float32)
-    again = QuantizedTensor.quantize(layout, values, first.center).dequantize(torch.float32)
+    x = random(2, 2, SLOTS, DIM, seed=6)
+    values = round_trip(layout, x)
+    again = round_trip(layout, values, center_of(layout, x))
     # Of a range that is rounded to bfloat16, the second is a little narrower.
     tolerance = 0.04 if layout.rotated else 1e-6
     assert (again - values).abs().max() <= tolerance * values.abs().max()
 
 
+# -- slots -------------------------------------------------------------------------------------------------------------
+
+
+def plane_of(layout: Layout, x: torch.Tensor, center: torch.Tensor | None = None) -> Plane:
+    """Storage of ``x`` [B, H, S, D], row behind row, without free slots; ``center`` [B, H, D]."""
+    if layout.centered and center is None:
+        center = x.mean(dim=2)
+    rows = None if center is None else center.flatten(0, 1).to(CENTER_DTYPE)
+    each = None if rows is None else rows.repeat_interleave(x.shape[2], dim=0)
+    return Plane(*layout.encode(x.reshape(-1, x.shape[-1]), each), rows, layout)
+
+
+def everything(plane: Plane, slots: int) -> torch.Tensor:
+    """All that the plane stands for, [rows, slots, D]."""
+    count = plane.codes.shape[0]
+    index = torch.arange(count)
+    return plane.read(index, index // slots).view(-1, slots, plane.dim)
+
+
+def test_a_plane_reads_what_its_layout_decodes(layout: Layout) -> None:
+    x = random(2, 2, SLOTS, DIM, seed=7)
+    plane = plane_of(layout, x)
+    assert plane.dim == DIM
+    assert torch.equal(everything(plane, SLOTS).view(x.shape), round_trip(layout, x))
+    some = torch.tensor([3, 500, 200, 0, 511])
+    assert torch.equal(plane.read(some, some // SLOTS), round_trip(layout, x).view(-1, DIM)[some])
+
+
 def test_a_token_written_later_is_stored_like_the_first_ones(layout: Layout) -> None:
     x = random(2, 2, SLOTS, DIM, seed=8)
-    whole = QuantizedTensor.quantize(layout, x)
-    store = QuantizedTensor.quantize(layout, torch.zeros_like(x), whole.center)
-    index = torch.randperm(SLOTS).expand(2, 2, -1)
-    rows = flat_rows(x[..., 0], index)
-    store.write(rows, x.reshape(-1, DIM).index_select(0, rows), rows // SLOTS)
-    assert torch.allclose(store.dequantize(torch.float32), whole.dequantize(torch.float32), atol=1e-5)
+    whole = plane_of(layout, x)
+    plane = plane_of(layout, torch.zeros_like(x), x.mean(dim=2) if layout.centered else None)
+    slots = torch.cat([row * SLOTS + torch.randperm(SLOTS) for row in range(4)])
+    plane.write(slots, slots // SLOTS, x.reshape(-1, DIM).index_select(0, slots))
+    assert torch.allclose(everything(plane, SLOTS), everything(whole, SLOTS), atol=1e-5)
 
 
 def test_written_slots_replace_and_others_keep_their_codes(layout: Layout) -> None:
-    x, new = random(2, 2, SLOTS, DIM, seed=9), random(2, 2, 2, DIM, seed=10)
-    store = QuantizedTensor.quantize(layout, x)
-    before = store.dequantize(torch.float32)
-    rows = flat_rows(x[..., 0], torch.tensor([5, 70]).expand(2, 2, 2))
-    store.write(rows, new.reshape(-1, DIM), rows // SLOTS)
-    after = store.dequantize(torch.float32)
+    x, new = random(2, 2, SLOTS, DIM, seed=9), random(4, 2, DIM, seed=10)
+    plane = plane_of(layout, x)
+    before = everything(plane, SLOTS)
+    slots = (torch.arange(4)[:, None] * SLOTS + torch.tensor([5, 70])).flatten()
+    plane.write(slots, slots // SLOTS, new.view(-1, DIM))
+    after = everything(plane, SLOTS)
     written = torch.zeros(SLOTS, dtype=torch.bool)
     written[[5, 70]] = True
-    assert torch.equal(after[:, :, ~written], before[:, :, ~written])
-    assert (after[:, :, [5, 70]] - new).norm() / new.norm() < {8: 0.05, 4: 0.2, 3: 0.35, 2: 0.7}[layout.bits]
+    assert torch.equal(after[:, ~written], before[:, ~written])
+    assert (after[:, [5, 70]] - new).norm() / new.norm() < {8: 0.05, 4: 0.2, 3: 0.35, 2: 0.7}[layout.bits]
 
 
-def test_slots_that_are_added_work_like_the_first_ones(layout: Layout) -> None:
-    x = random(1, 2, SLOTS, DIM, seed=11)
-    whole = QuantizedTensor.quantize(layout, x)
-    store = QuantizedTensor.quantize(layout, x[:, :, :64].contiguous(), whole.center)
-    store.grow(SLOTS - 64)
-    assert store.dequantize(torch.float32).shape == x.shape
-    rows = flat_rows(x[..., 0], torch.arange(64, SLOTS).expand(1, 2, -1))
-    store.write(rows, x[:, :, 64:].reshape(-1, DIM), rows // SLOTS)
-    assert torch.allclose(store.dequantize(torch.float32), whole.dequantize(torch.float32), atol=1e-5)
+def test_free_slots_work_like_the_first_ones(number_format: Format) -> None:
+    """Rows that hold unlike numbers of tokens come into a store that has free slots for each, and these are written."""
+    keys, values = random(1, 3, SLOTS, DIM, seed=11), random(1, 3, SLOTS, DIM, seed=12)
+    counts, capacity = torch.tensor([64, 0, 100]), torch.tensor([SLOTS, SLOTS, SLOTS + 3])
+    planes = [plane_of(layout, x) for layout, x in ((number_format.key, keys), (number_format.value, values))]
+    first = slots_of(torch.arange(3) * SLOTS, counts)
+
+    every = slots_of(torch.arange(3) * SLOTS, torch.full((3,), SLOTS))
+    score, position = torch.rand(len(every.slots)), torch.arange(SLOTS).repeat(3).int()
+    whole = Pool(score, position, *planes)
+    part = Part([whole.map(lambda tensor: tensor[first.slots], lambda tensor: tensor)], [counts])
+    nothing = counts.numpy() * 0
+    store = Store([part], nothing, nothing, [capacity.numpy()])
+    (pool,), rows = store.pools, store.rows
+    assert rows[:, column(0, COUNT)].tolist() == counts.tolist()
+    assert rows[:, column(0, CAPACITY)].tolist() == capacity.tolist()
+    start = rows[:, column(0, START)]
+    assert start.tolist() == [0, SLOTS, 2 * SLOTS]
+    assert pool.slots == int(capacity.sum())
+    later = slots_of(start + counts, SLOTS - counts)
+    source = slots_of(torch.arange(3) * SLOTS + counts, SLOTS - counts)
+    for plane, x in ((pool.key, keys), (pool.value, values)):
+        plane.write(later.slots, later.rows, x.view(-1, DIM)[source.slots])
+    filled = slots_of(start, torch.full((3,), SLOTS))
+    for plane, x in zip((pool.key, pool.value), planes, strict=True):
+        assert torch.allclose(plane.read(*filled), x.read(*every), atol=1e-5)
+        assert torch.equal(plane.read(*slots_of(start, counts)), x.read(*first))
 
 
-def test_products_with_the_codes_are_products_with_the_values(layout: Layout) -> None:
-    """What the fused attention relies on: ranges may be folded after the product."""
-    x, query, weights = random(2, 2, SLOTS, DIM, seed=7), random(2, 2, 3, DIM, seed=8), random(2, 2, 3, SLOTS, seed=9)
-    quantized = QuantizedTensor.quantize(layout, x + 1)
-    values = quantized.dequantize(torch.float32)
-    assert torch.allclose(quantized.dot(query.flatten(0, 1)).view(2, 2, 3, SLOTS), query @ values.mT, atol=5e-4)
-    assert torch.allclose(quantized.weigh(weights.flatten(0, 1)), (weights @ values).flatten(0, 1), atol=5e-4)
+def test_a_pool_is_made_of_its_tensors_and_gives_them_back(number_format: Format) -> None:
+    planes = [plane_of(layout, random(1, 2, 8, DIM)) for layout in (number_format.key, number_format.value)]
+    pool = Pool(torch.rand(16), torch.arange(16), *planes)
+    again = pool_of(pool.tensors(), number_format)
+    assert again.key.layout is number_format.key
+    assert again.value.layout is number_format.value
+    for one, other in zip(pool.tensors(), again.tensors(), strict=True):
+        assert one is other
 
 
-@pytest.mark.parametrize("dim", [32, 64, 96, 128])
-def test_bytes_per_token_are_those_stored(number_format: Format, dim: int) -> None:
+# -- tables of levels --------------------------------------------------------------------------------------------------
+
+
+LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Of e2m1, without signs."""
+
+
+@pytest.mark.parametrize("levels", [LEVELS, uniform_levels(3)])
+def test_codes_are_the_nearest_levels(levels: tuple[float, ...]) -> None:
+    """Against a search over all levels, in the range that a token's smallest and largest number span."""
+    layout = Layout(3, levels)
+    x = random(50, 16, seed=3) * 5 + 1
+    stored = layout.encode(x)
+    assert stored.zero is not None
+    scale, zero = stored.scale.float()[:, None], stored.zero.float()[:, None]
+    # The range covers all numbers, and is hardly wider.
+    assert (zero <= x.amin(-1, keepdim=True)).all()
+    assert (zero + scale * levels[-1] >= x.amax(-1, keepdim=True) - 1e-6).all()
+    width = x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True) + zero.abs() / 128
+    assert (scale * levels[-1] <= width * (1 + 1 / 64)).all()
+    distance = (x.unsqueeze(-1) - (zero.unsqueeze(-1) + scale.unsqueeze(-1) * torch.tensor(levels))).abs()
+    taken = (layout.decode(stored) - x).abs()
+    assert torch.allclose(taken, distance.amin(-1), atol=1e-5)
+    assert torch.equal(unpack(stored.codes, 3).long(), distance.argmin(-1))
+
+
+def test_every_level_survives() -> None:
+    layout = Layout(3, LEVELS)
+    x = (torch.tensor(LEVELS) * 0.25 - 1.0).repeat(4, 2)
+    assert torch.equal(layout.decode(layout.encode(x)), x)
+
+
+@pytest.mark.parametrize(
+    "bits, levels, message",
+    [
+        (5, (), "bits=5"),
+        (8, uniform_levels(4), "8 bits"),
+        (3, uniform_levels(4), "give 8"),
+        (4, (), "give 16"),
+        (2, (1.0, 2.0, 3.0, 4.0), r"from 0\.0"),
+        (2, (0.0, 2.0, 1.0, 3.0), "ascend"),
+        (2, (0.0, 1.0, 1.0, 3.0), "ascend"),
+    ],
+)
+def test_levels_that_make_no_sense_are_refused(bits: int, levels: tuple[float, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Layout(bits, levels)
+
+
+def test_uniform_levels_are_told_apart() -> None:
+    assert Layout(3, uniform_levels(3)).uniform
+    assert not Layout(3, LEVELS).uniform
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("key_dim", [32, 64, 96, 128])
+def test_bytes_per_token_are_those_stored(number_format: Format, key_dim: int, value_dim: int) -> None:
     pair = [
-        QuantizedTensor.quantize(layout, random(1, 1, SLOTS, dim, seed=1))
-        for layout in (number_format.key, number_format.value)
+        plane_of(layout, random(1, 1, SLOTS, dim, seed=1))
+        for layout, dim in ((number_format.key, key_dim), (number_format.value, value_dim))
     ]
-    stored = sum(tensor.untyped_storage().nbytes() for part in pair for tensor in storages_of(part))
-    assert number_format.bytes_per_token(dim) * SLOTS + number_format.bytes_per_head(dim) == stored
+    stored = sum(item.untyped_storage().nbytes() for plane in pair for item in plane[:4] if item is not None)
+    per_token = number_format.bytes_per_token(key_dim, value_dim)
+    assert per_token * SLOTS + number_format.bytes_per_head(key_dim) == stored
 
 
 def test_a_quantized_token_is_smaller(number_format: Format) -> None:
     """By the bits of its codes; ranges add at most one bit per number."""
     bits = number_format.key.bits + number_format.value.bits
     for dim in (64, 128):
-        assert number_format.bytes_per_token(dim) <= (bits + 1) * dim / 8 < 2 * dim * torch.bfloat16.itemsize
+        assert number_format.bytes_per_token(dim, dim) <= (bits + 1) * dim / 8 < 2 * dim * torch.bfloat16.itemsize
 
 
 def test_formats_know_their_names() -> None:

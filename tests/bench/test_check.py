@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from arkv.layer import TriStateLayer
+from arkv.scores import PromptScores, score
+from arkv.states import Choice, assign
+from arkv.steps import Group
 from bench.check import (
     MISSING,
     NEW,
@@ -218,25 +220,22 @@ def test_speed_of_few_documents_is_left_open(measured: Path, baseline: Path, tmp
 
 
 def drop_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
-    demote = TriStateLayer._demote
+    """What falls to Quantized is evicted instead."""
 
-    def dropping(self: TriStateLayer, *arguments: Any) -> None:
-        demote(self, *arguments)
-        assert self.quantized is not None
-        self.quantized.position.fill_(-1)
-        self.quantized.full = False
+    def dropping(*arguments: Any) -> Choice:
+        choice = assign(*arguments)
+        return choice._replace(demoted=torch.full_like(choice.demoted, -1))
 
-    monkeypatch.setattr(TriStateLayer, "_demote", dropping)
+    monkeypatch.setattr("arkv.layer.assign", dropping)
 
 
 def shuffle_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    pin = TriStateLayer._pin
+    def shuffled(*arguments: Any) -> PromptScores:
+        scores = score(*arguments)
+        order = torch.randperm(scores.importance.shape[-1], generator=torch.Generator().manual_seed(0))
+        return scores._replace(importance=scores.importance[..., order])
 
-    def shuffled(self: TriStateLayer, score: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        order = torch.randperm(score.shape[-1], generator=torch.Generator().manual_seed(0))
-        return pin(self, score[..., order], position)
-
-    monkeypatch.setattr(TriStateLayer, "_pin", shuffled)
+    monkeypatch.setattr("arkv.measure.score", shuffled)
 
 
 def test_quantized_tokens_that_are_lost_fail(
@@ -501,16 +500,16 @@ def test_runs_with_real_times(model: Path, tmp_path: Path, monkeypatch: pytest.M
     for number in range(20):
         go(model, tmp_path / f"run-{number}", **settings)
         assert not gate(tmp_path / f"run-{number}", tmp_path / "baseline").failed
-    attend = TriStateLayer.attend_step
+    attend = Group.attend
     # Of two layers each sleeps half of it.
     pause = 0.1 * statistics.median(step_times(tmp_path / "baseline", "mix")) / 1000 / 2
 
-    def slower(self: TriStateLayer, *arguments: Any) -> Any:
+    def slower(self: Group, *arguments: Any) -> Any:
         until = time.perf_counter() + pause
         while time.perf_counter() < until:
             pass
         return attend(self, *arguments)
 
-    monkeypatch.setattr(TriStateLayer, "attend_step", slower)
+    monkeypatch.setattr(Group, "attend", slower)
     go(model, tmp_path / "slow", **settings)
     assert worse(gate(tmp_path / "slow", tmp_path / "baseline")) == {("mix", "tokens/s over full's")}

@@ -712,14 +712,14 @@ def test_a_document_that_fails_leaves_its_batch_alone(tiny: Any, monkeypatch: py
 def test_what_a_batch_shares_fails_for_all_of_it(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     grid_ = cells("full", "mix")
     engine = Engine(tiny.model, tiny.tokenizer, grid_, batch_size=2)
-    original = Engine._forward
+    original = Engine._step
 
-    def failing(self: Engine, caches: Any, rows: Any, **options: Any) -> Any:
-        if len(rows) == 2 and isinstance(caches[0], TriStateCache):
+    def failing(self: Engine, side_by_side: Any) -> Any:
+        if len(side_by_side.rows) == 2 and side_by_side.whole is not None:
             raise torch.OutOfMemoryError("no memory is left")
-        return original(self, caches, rows, **options)
+        return original(self, side_by_side)
 
-    monkeypatch.setattr(Engine, "_forward", failing)
+    monkeypatch.setattr(Engine, "_step", failing)
     outcomes = list(engine.answer_batch([(document(seed=seed), grid_) for seed in range(3)]))
     assert [(question.id, item.cell.method, type(item)) for question, item in outcomes] == [
         *[("d0", "full", Measurement), ("d1", "full", Measurement), ("d0", "mix", Failure), ("d1", "mix", Failure)],

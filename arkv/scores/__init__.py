@@ -1,0 +1,97 @@
+"""Scores of a prompt: the importance of its tokens, one file per kind, and the OQ score of a layer.
+
+A scorer is a class as in :mod:`arkv.scores.mean_var`: it sees a :class:`~arkv.scores.prompt.Prompt` and gives an
+importance [B, H, N] that is not negative. ``SCORERS`` has them by the name that ``CacheConfig.importance`` takes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+from arkv.config import CacheConfig, ConfigError
+from arkv.scores.mean_max import MeanMax
+from arkv.scores.mean_var import MeanVar
+from arkv.scores.oq import oq_ratios, oq_score
+from arkv.scores.prompt import Prompt
+
+
+class Scorer(Protocol):
+    """How important each token of a prompt is."""
+
+    moments: bool
+    """Whether it needs the variance over the window's queries."""
+    settings: tuple[str, ...]
+    """The fields of ``CacheConfig`` that its numbers depend on, beside ``window_size`` and ``n_sink``."""
+
+    def queries(self, config: CacheConfig) -> int:
+        """Newest queries of a prompt that it looks at."""
+
+    def __call__(self, prompt: Prompt, config: CacheConfig) -> torch.Tensor:
+        """Importance [B, H, N], not negative; higher stays longer."""
+
+
+SCORERS: dict[str, Scorer] = {"mean_var": MeanVar(), "mean_max": MeanMax()}
+
+
+class PromptScores(NamedTuple):
+    """What a layer makes of a prompt before it decides what stays."""
+
+    importance: torch.Tensor
+    """Of every token, [B, H, N] float32."""
+    oq: list[float]
+    """OQ score of the layer for each sample."""
+
+
+def recorded_queries(config: CacheConfig) -> int:
+    """Newest queries of a prompt that the scores are taken from."""
+    return config.window_size if config.ranking == "recency" else SCORERS[config.importance].queries(config)
+
+
+def needs_moments(config: CacheConfig) -> bool:
+    """Whether anything depends on the variance of attention over the queries."""
+    return config.uses_oq or SCORERS[config.importance].moments
+
+
+def score(prompt: Prompt, config: CacheConfig) -> PromptScores:
+    """Importance and OQ score by the attention of the prompt's newest queries.
+
+    Raises:
+        ConfigError: a scorer gave something else than one number from 0 for every token.
+    """
+    real = None if prompt.padding is None else prompt.padding[:, -prompt.window :].sum(dim=1).clamp_min(1)
+    if real is not None and int(real.min()) < prompt.window:
+        # A sample that is shorter than the window has the scores that it would have alone.
+        alone = [score(prompt.sample(b, int(count)), config) for b, count in enumerate(real.tolist())]
+        return PromptScores(torch.cat([one.importance for one in alone]), [one.oq[0] for one in alone])
+    importance = SCORERS[config.importance](prompt, config)
+    if importance.shape != prompt.key.shape[:3]:
+        raise ConfigError(
+            f"importance={config.importance!r}: the scorer gave numbers of shape {tuple(importance.shape)}, "
+            f"not {tuple(prompt.key.shape[:3])}: one for every sample, KV head and token"
+        )
+    if config.value_norm:
+        importance = importance * prompt.value.float().norm(dim=-1)
+    # One look at the device, for both.
+    if not bool((importance >= 0).all()):
+        raise ConfigError(f"importance={config.importance!r}: the scorer gave a number that is negative or NaN")
+    oq = [0.0] * importance.shape[0]
+    if config.uses_oq:
+        layer = prompt.near.layer
+        assert layer is not None
+        oq = oq_score(layer, config.tau1, config.tau2, config.tau3).tolist()
+    return PromptScores(importance.float(), oq)
+
+
+__all__ = [
+    "SCORERS",
+    "Prompt",
+    "PromptScores",
+    "Scorer",
+    "needs_moments",
+    "oq_ratios",
+    "oq_score",
+    "recorded_queries",
+    "score",
+]

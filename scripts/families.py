@@ -1,0 +1,43 @@
+#!/usr/bin/env python3
+"""Write docs/families.md anew: the table is that of tests/arkv/families.py."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.arkv.families import table  # noqa: E402
+
+TEXT = f"""# Model families
+
+What becomes of a model is decided by what it does, not by its name: how its layers keep keys and values, and whether
+its attention goes through [transformers' attention interface](https://huggingface.co/docs/transformers/attention_interface).
+Every row is tested on a tiny random model of the family (`tests/arkv/test_families.py`): before tokens are evicted or
+quantized, logits are those of the model's own eager attention, for prompts, further blocks, decoding steps, in batches,
+and with transformers' own caches. The middle columns are the oldest transformers that is supported and the newest that
+is tested.
+
+- **exact**: layers with full attention are compressed; layers with a sliding window, or with chunked attention, keep
+  transformers' own layer. Budgets in tokens are per compressed layer.
+- **exact, hybrid**: the same, and other layers keep their state (a recurrence, a convolution) as transformers has it.
+  `CacheBatch` and `TriStateCache.stack` do not serve them: each row takes a forward of its own.
+- **refused**: a `ConfigError` names the model and the reason, when the cache is made, when `attach` is called, or in
+  the first forward. Nothing is silently wrong. transformers' own full cache serves such a model as before.
+
+A layer whose sliding window is at least as wide as the model's context counts as full attention. Tokens beyond the
+context are not what the model was made for, and there its window would begin to slide.
+
+Models with LongRoPE (Phi-3 with a long context, Phi-4-mini) turn keys by factors that depend on the length of the text.
+When a text that `generate` began below `original_max_position_embeddings` grows beyond it, transformers drops the cache
+it was given and goes on with a full one of its own. Keep prompt and answer on one side of that length.
+
+{table()}
+
+`python scripts/families.py` writes this page.
+"""
+
+if __name__ == "__main__":
+    ROOT.joinpath("docs", "families.md").write_text(TEXT, encoding="utf-8")
