@@ -5,13 +5,15 @@ VENV ?= .venv
 unexport PYTHONDONTWRITEBYTECODE
 NEWEST := $(VENV)-newest
 PYTHON := $(VENV)/bin/python
-KERNEL := arkv/kernels/__pycache__/built
+KERNEL := arkv/kernels/cpu/__pycache__/built
+# What setuptools leaves behind in a checkout.
+BUILT := build arkv/build arkv_bench.egg-info arkv/arkv.egg-info
 PYTEST := TQDM_DISABLE=1 $(PYTHON) -m pytest
 # Each test computes with one thread.
 FAST := $(PYTEST) -m "not slow" -n auto --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help env env-newest system-deps demo test gate check lint format types docs clean lock
+.PHONY: help env env-newest system-deps demo test gate check lint format types docs wheels clean lock
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,7 +23,7 @@ env: ## the environment, .venv: minutes once, then nothing while the pins stay t
 	@$(MAKE) --no-print-directory $(KERNEL)
 
 # It makes decoding faster; without a C compiler everything works too, which a line says.
-$(KERNEL): $(wildcard arkv/kernels/*.[ch]) arkv/kernels/building.py constraints.txt
+$(KERNEL): $(wildcard arkv/kernels/cpu/*.[ch]) arkv/kernels/cpu/building.py constraints.txt
 	@$(PYTHON) -m arkv.kernels && touch $@ || true
 
 env-newest: env ## a second one beside it with the newest transformers, for the slow tests
@@ -77,13 +79,23 @@ system-deps: ## a browser for the tests that open a page, and a C compiler: inst
 docs: env ## docs/commands anew from the code
 	@$(PYTHON) scripts/make_docs.py
 
+# A wheel is built from its sdist, so that both hold the same, and never what an older build left in build/.
+wheels: env ## dist/: sdist and wheel of arkv and of arkv-bench
+	@rm -rf dist $(BUILT)
+	@for project in arkv .; do \
+	    (cd $$project && $(abspath $(PYTHON)) -c "from setuptools.build_meta import build_sdist as b; b('$(CURDIR)/dist')" \
+	        >/dev/null) || exit 1; \
+	done
+	@$(PYTHON) -m pip wheel -q --disable-pip-version-check --no-deps --no-build-isolation -w dist dist/*.tar.gz
+	@rm -rf $(BUILT); ls dist
+
 clean: ## caches and build outputs; environments and runs stay
-	@rm -rf build dist ./*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf dist $(BUILT) .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	@find arkv bench tasks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One resolution for every Python and platform. Lines already in the file stay as long as they fit.
-lock: ## constraints.txt anew from pyproject.toml (needs uv)
+lock: ## constraints.txt anew from both pyproject.toml (needs uv)
 	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv"; exit 1; }
 	@head=$$(grep '^#' constraints.txt) && body=$$(mktemp) && cp constraints.txt "$$body" && \
-	uv pip compile -q --universal --python-version 3.10 --all-extras --no-annotate --no-header pyproject.toml -o "$$body" >/dev/null && \
+	uv pip compile -q --universal --python-version 3.10 --all-extras --no-annotate --no-header --no-emit-package arkv pyproject.toml -o "$$body" >/dev/null && \
 	{ echo "$$head"; grep -vE '^(nvidia-|cuda-|setuptools)' "$$body"; } >constraints.txt && rm "$$body"

@@ -10,8 +10,8 @@ usage() {
 Usage: scripts/setup_env.sh [options]
 
 Makes everything that arkv-bench needs to run, with the exact versions of constraints.txt, and installs this
-repository in editable mode (a change in the code takes effect at once). Run it again whenever you like: when nothing
-has changed it ends within a second.
+repository's two distributions, arkv and arkv-bench, in editable mode (a change in the code takes effect at once). Run
+it again whenever you like: when nothing has changed it ends within a second.
 
   scripts/setup_env.sh                                    a virtual environment in ./.venv; nothing else is touched
   scripts/setup_env.sh --venv ~/envs/arkv --extras peers  elsewhere, without the tools of a developer
@@ -106,8 +106,9 @@ fi
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 
-# "-e .[dev,ray]", or "-e ." without extras
-editable() { printf '%s%s' "$root" "${extras:+[$extras]}"; }
+# Both distributions of this repository, in one command: arkv-bench needs the arkv of the same version, which pip takes
+# from the folder beside it instead of looking for it on an index. Call it once `extras` is decided.
+editable() { checkout=(-e "$root/arkv" -e "$root${extras:+[$extras]}"); }
 
 # ---------------------------------------------------------------------------------------------------------------------
 # conda
@@ -168,10 +169,11 @@ setup_conda() {
     fi
 
     say "[2/2] installing this repository in it${extras:+, extras: $extras}"
+    editable
     if [ -n "$given" ]; then
-        run "$tool" run -n "$name" python -m pip install -q -e "$(editable)"
+        run "$tool" run -n "$name" python -m pip install -q "${checkout[@]}"
     else
-        run "$tool" run -n "$name" python -m pip install -q -c "$root/constraints.txt" -e "$(editable)"
+        run "$tool" run -n "$name" python -m pip install -q -c "$root/constraints.txt" "${checkout[@]}"
     fi
     if [ "$dry_run" = no ]; then say "Ready in $SECONDS s. Next: $tool activate $name && arkv-bench --help"; fi
 }
@@ -181,7 +183,7 @@ setup_conda() {
 
 # Everything that decides what is in the environment, as one hash; also tells whether its Python still starts.
 fingerprint() {
-    local files=("$root/pyproject.toml" "$root/constraints.txt")
+    local files=("$root/pyproject.toml" "$root/arkv/pyproject.toml" "$root/arkv/VERSION" "$root/constraints.txt")
     if [ "$newest" = yes ]; then files+=("$root/constraints-newest.txt"); fi
     "$venv/bin/python" -IS - "$root" "$extras" "$newest" "${files[@]}" 2>/dev/null <<'PY'
 import hashlib, sys
@@ -350,7 +352,8 @@ setup_venv() {
         fi
     fi
     # --no-compile: half the time; Python compiles a module when it is first imported.
-    pip_install install -q --no-compile --progress-bar off -c "$pins" -e "$(editable)"
+    editable
+    pip_install install -q --no-compile --progress-bar off -c "$pins" "${checkout[@]}"
     if [ "$dry_run" = no ]; then
         fingerprint >"$stamp"
         say "Ready in $SECONDS s: $shown. Next: $shown/bin/arkv-bench --help"

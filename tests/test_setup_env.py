@@ -47,10 +47,13 @@ class Workshop:
         self.bin = folder / "bin"
         self.record = folder / "record"
         (self.repository / "scripts").mkdir(parents=True)
+        (self.repository / "arkv").mkdir()
         self.bin.mkdir()
         for name in (
             "scripts/setup_env.sh",
             "pyproject.toml",
+            "arkv/pyproject.toml",
+            "arkv/VERSION",
             "constraints.txt",
             "constraints-newest.txt",
             "environment.yml",
@@ -131,7 +134,7 @@ def test_a_virtual_environment_is_pinned_and_editable(workshop: Workshop) -> Non
     install = workshop.recorded()[-1]
     assert install.startswith("install -q ")
     assert f"-c {workshop.repository}/constraints.txt" in install
-    assert install.endswith(f"-e {workshop.repository}[dev,peers,tune,ray]")
+    assert install.endswith(f" -e {workshop.repository}/arkv -e {workshop.repository}[dev,peers,tune,ray]")
     assert (workshop.repository / ".venv" / "bin" / "python").exists()
 
 
@@ -141,7 +144,7 @@ def test_a_second_run_does_nothing_until_something_changes(workshop: Workshop) -
     assert workshop.succeed() == "Up to date: .venv\n"
     assert workshop.recorded() == []
 
-    for change in ("pyproject.toml", "constraints.txt"):
+    for change in ("pyproject.toml", "arkv/pyproject.toml", "arkv/VERSION", "constraints.txt"):
         with (workshop.repository / change).open("a") as file:
             file.write("# changed\n")
         assert "updating .venv" in workshop.succeed()
@@ -228,7 +231,7 @@ def test_the_newest_transformers_replaces_pins_and_leaves_the_peers_out(workshop
     workshop.succeed("--newest-transformers")
     install = workshop.recorded()[-1]
     venv = workshop.repository / ".venv-newest"
-    assert install.endswith(f"-c {venv}/constraints.txt -e {workshop.repository}[dev]")
+    assert install.endswith(f"-c {venv}/constraints.txt -e {workshop.repository}/arkv -e {workshop.repository}[dev]")
 
     def pins(path: Path) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
@@ -313,7 +316,7 @@ def test_conda_makes_the_environment_then_installs_the_pins(conda: Workshop) -> 
     assert create.startswith("conda env create -n arkv -f ")
     assert install == (
         f"conda run -n arkv python -m pip install -q -c {conda.repository}/constraints.txt "
-        f"-e {conda.repository}[dev,peers,tune,ray]"
+        f"-e {conda.repository}/arkv -e {conda.repository}[dev,peers,tune,ray]"
     )
     assert "name: arkv\n" in conda.handed()
     assert "- python=3.11\n" in conda.handed()
@@ -355,7 +358,7 @@ def test_an_exported_spec_loses_its_prefix_and_takes_the_name(conda: Workshop) -
     _, create, install = conda.recorded()
     assert create.startswith("conda env create -n mine -f ")
     assert str(spec) not in create
-    assert install == f"conda run -n mine python -m pip install -q -e {conda.repository}"
+    assert install == f"conda run -n mine python -m pip install -q -e {conda.repository}/arkv -e {conda.repository}"
     assert conda.handed() == "name: mine\nchannels:\n  - defaults\ndependencies:\n  - numpy=1.26\n"
     assert spec.read_text() == text
     assert not Path(create.split()[-1]).exists(), "the copy is removed afterwards"
