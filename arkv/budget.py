@@ -388,6 +388,11 @@ class GivenCounts:
 
     def layer(self, oq: Sequence[float], lengths: Sequence[int], heads: int, geometry: Geometry) -> Grant:
         """See :class:`Allocator`."""
+        if not self.left:
+            raise ConfigError(
+                "these counts have been given to a cache already: make new GivenCounts for another one, and for one "
+                "that was reset"
+            )
         original, quantized = self.left.pop(0)
         limit = [
             [self.config.window_size + high + low for high, low in zip(*rows, strict=True)]

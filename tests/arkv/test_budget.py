@@ -301,6 +301,8 @@ def test_given_counts_are_what_a_layer_gets() -> None:
         assert grant.limit == (8 + original[index] + quantized[index]).tolist()
         assert grant.holds() == [NEVER]
         assert not grant.follow([10**6])
+    with pytest.raises(ConfigError, match="given to a cache already"):
+        allocator.layer([0.0], [500], 2, BF16)
 
 
 def test_given_counts_without_room_for_the_sinks_are_refused() -> None:
