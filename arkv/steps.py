@@ -65,7 +65,7 @@ class Group:
         first = index * self.store.layer_rows
         sizes = (self.config.n_sink, self.config.window_size)
         if self.fused:
-            output = kernels.attend(
+            output: torch.Tensor = kernels.attend(
                 *(query, key, value, rows, first, self.store.tensors(), self.formats),
                 *(*sizes, scaling, softcap, sinks, self.importance, self.store.widths),
             )
