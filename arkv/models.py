@@ -3,6 +3,7 @@ models are refused."""
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -64,6 +65,8 @@ def layers_of(
     """
     config = text_config(model)
     name = f"model {config.model_type!r}"
+    if not _takes_cache(model):
+        raise ConfigError(f"{name} takes no cache of keys and values (past_key_values)")
     own = _own_cache(model)
     if own is not None:
         raise ConfigError(f"{name} works with a cache of its own kind only ({own}), which no other can replace")
@@ -111,6 +114,14 @@ def _is_full(layer: Any, kind: str | None, config: Any) -> bool:
         and kind != "chunked_attention"
         and bool(getattr(config, "sliding_window", None))
     )
+
+
+def _takes_cache(model: PreTrainedModel | PreTrainedConfig) -> bool:
+    """Whether the model looks at a cache that it is given; some leave it alone without a word."""
+    if not isinstance(model, PreTrainedModel):
+        return True
+    parameters = inspect.signature(model.forward).parameters
+    return "past_key_values" in parameters or any(item.kind is item.VAR_POSITIONAL for item in parameters.values())
 
 
 def _own_cache(model: PreTrainedModel | PreTrainedConfig) -> str | None:

@@ -20,6 +20,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from arkv import CacheBatch, ConfigError, PrefillCache, TriStateCache, attach, storage_bytes
+from arkv.models import copy_layer
 from bench import peers
 from bench.errors import UserError
 from bench.methods import FULL, Cell
@@ -514,8 +515,7 @@ class Engine:
         if isinstance(cache, TriStateCache):
             return cache.fork()
         twin = copy.copy(cache)
-        # Layers of transformers, and those that presses leave, replace their tensors and never write into them.
-        twin.layers = [copy.copy(layer) for layer in cache.layers]
+        twin.layers = [copy_layer(layer) for layer in cache.layers]
         return twin
 
     @staticmethod
