@@ -23,6 +23,28 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """The settings that a scorer sees; :class:`CacheConfig` says what each is. Of those that do not count for a scorer
+    the default stands here, so that equal ones give equal scores, and are the key under which scores are shared."""
+
+    window_size: int
+    n_sink: int
+    importance: str
+    value_norm: bool
+    uses_oq: bool
+    attention: str
+    tau1: float = 1.0
+    tau2: float = 1.0
+    tau3: float = 1.0
+    gamma: float = 0.0
+    pool_width: int = 1
+    max_pool_width: int = 1
+    query_span: int | None = None
+    query_stride: int = 1
+    span_weight: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     """Settings of one tri-state cache. The defaults are those published for ARKV (arXiv 2603.08727).
 
@@ -209,20 +231,20 @@ class CacheConfig:
         return recorded_queries(self)
 
     @property
-    def scoring(self) -> tuple[Any, ...] | None:
+    def scoring(self) -> ScoreSettings | None:
         """All that the scores of a prompt depend on: methods and budgets for which it is equal share them.
 
         None: nothing is computed for them.
         """
         if self.ranking == "recency":
             return None
-        # Scorers are written in terms of this class.
+        # Scorers are written in terms of these classes.
         from arkv.scores import SCORERS
 
-        names = ("window_size", "n_sink", "value_norm", "importance", "uses_oq", "attention")
-        of_oq = ("tau1", "tau2", "tau3") if self.uses_oq else ()
-        own = SCORERS[self.importance].settings
-        return tuple(getattr(self, name) for name in (*names, *of_oq, *own))
+        names = {"window_size", "n_sink", "importance", "value_norm", "uses_oq", "attention"}
+        names |= {"tau1", "tau2", "tau3"} if self.uses_oq else set()
+        names |= set(SCORERS[self.importance].settings)
+        return ScoreSettings(**{name: getattr(self, name) for name in sorted(names)})
 
     @property
     def number_format(self) -> Format:

@@ -40,7 +40,9 @@ def score_forward(
     if stored is not None:
         position, held = torch.cat([stored.position, position], dim=2), stored.position >= 0
         key, value = torch.cat([stored.key, key], dim=2), torch.cat([stored.value, value], dim=2)
-    if config.ranking == "recency":
+    settings = config.scoring
+    if settings is None:
+        # By age.
         return PromptScores(position.clamp_min(0).float(), [0.0] * batch)
     first = torch.tensor(padded_before, device=key.device)[:, None, None]
     prompt = Prompt(
@@ -48,16 +50,16 @@ def score_forward(
         key,
         value,
         new=length,
-        window=config.window_size,
+        window=settings.window_size,
         scaling=scaling,
         # Padding, and places without a token, are counted among the sinks: they do not compete.
-        sinks=position < first + config.n_sink,
-        moments=needs_moments(config),
+        sinks=position < first + settings.n_sink,
+        moments=needs_moments(settings),
         held=held,
         padding=padding,
-        fused=config.attention == "fused",
+        fused=settings.attention == "fused",
     )
-    return score(prompt, config)
+    return score(prompt, settings)
 
 
 def update_scores(part: Part, importance: torch.Tensor, order: torch.Tensor, steps: int, config: CacheConfig) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from arkv.config import CacheConfig, ConfigError
+from arkv.config import CacheConfig, ConfigError, ScoreSettings
 from arkv.scores.mean_max import MeanMax
 from arkv.scores.mean_var import MeanVar
 from arkv.scores.oq import oq_ratios, oq_score
@@ -25,10 +25,10 @@ class Scorer(Protocol):
     settings: tuple[str, ...]
     """The fields of ``CacheConfig`` that its numbers depend on, beside ``window_size`` and ``n_sink``."""
 
-    def queries(self, config: CacheConfig) -> int:
+    def queries(self, settings: ScoreSettings) -> int:
         """Newest queries of a prompt that it looks at."""
 
-    def __call__(self, prompt: Prompt, config: CacheConfig) -> torch.Tensor:
+    def __call__(self, prompt: Prompt, settings: ScoreSettings) -> torch.Tensor:
         """Importance [B, H, N], not negative; higher stays longer."""
 
 
@@ -46,15 +46,16 @@ class PromptScores(NamedTuple):
 
 def recorded_queries(config: CacheConfig) -> int:
     """Newest queries of a prompt that the scores are taken from."""
-    return config.window_size if config.ranking == "recency" else SCORERS[config.importance].queries(config)
+    settings = config.scoring
+    return config.window_size if settings is None else SCORERS[settings.importance].queries(settings)
 
 
-def needs_moments(config: CacheConfig) -> bool:
+def needs_moments(settings: ScoreSettings) -> bool:
     """Whether anything depends on the variance of attention over the queries."""
-    return config.uses_oq or SCORERS[config.importance].moments
+    return settings.uses_oq or SCORERS[settings.importance].moments
 
 
-def score(prompt: Prompt, config: CacheConfig) -> PromptScores:
+def score(prompt: Prompt, settings: ScoreSettings) -> PromptScores:
     """Importance and OQ score by the attention of the prompt's newest queries.
 
     Raises:
@@ -63,24 +64,24 @@ def score(prompt: Prompt, config: CacheConfig) -> PromptScores:
     real = None if prompt.padding is None else prompt.padding[:, -prompt.window :].sum(dim=1).clamp_min(1)
     if real is not None and int(real.min()) < prompt.window:
         # A sample that is shorter than the window has the scores that it would have alone.
-        alone = [score(prompt.sample(b, int(count)), config) for b, count in enumerate(real.tolist())]
+        alone = [score(prompt.sample(b, int(count)), settings) for b, count in enumerate(real.tolist())]
         return PromptScores(torch.cat([one.importance for one in alone]), [one.oq[0] for one in alone])
-    importance = SCORERS[config.importance](prompt, config)
+    importance = SCORERS[settings.importance](prompt, settings)
     if importance.shape != prompt.key.shape[:3]:
         raise ConfigError(
-            f"importance={config.importance!r}: the scorer gave numbers of shape {tuple(importance.shape)}, "
+            f"importance={settings.importance!r}: the scorer gave numbers of shape {tuple(importance.shape)}, "
             f"not {tuple(prompt.key.shape[:3])}: one for every sample, KV head and token"
         )
-    if config.value_norm:
+    if settings.value_norm:
         importance = importance * prompt.value.float().norm(dim=-1)
     # One look at the device, for both.
     if not bool((importance >= 0).all()):
-        raise ConfigError(f"importance={config.importance!r}: the scorer gave a number that is negative or NaN")
+        raise ConfigError(f"importance={settings.importance!r}: the scorer gave a number that is negative or NaN")
     oq = [0.0] * importance.shape[0]
-    if config.uses_oq:
+    if settings.uses_oq:
         layer = prompt.near.layer
         assert layer is not None
-        oq = oq_score(layer, config.tau1, config.tau2, config.tau3).tolist()
+        oq = oq_score(layer, settings.tau1, settings.tau2, settings.tau3).tolist()
     return PromptScores(importance.float(), oq)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from arkv.config import CacheConfig
+from arkv.config import ScoreSettings
 from arkv.scores.attention import Summary
 from arkv.scores.pooling import average, by_region, maximum
 from arkv.scores.prompt import Prompt
@@ -21,18 +21,18 @@ class MeanMax:
     moments = False
     settings: tuple[str, ...] = ("pool_width", "max_pool_width", "query_span", "query_stride", "span_weight")
 
-    def queries(self, config: CacheConfig) -> int:
+    def queries(self, settings: ScoreSettings) -> int:
         """Newest queries of a prompt that it looks at."""
-        return max(config.window_size, config.query_span or 0)
+        return max(settings.window_size, settings.query_span or 0)
 
-    def __call__(self, prompt: Prompt, config: CacheConfig) -> torch.Tensor:
+    def __call__(self, prompt: Prompt, settings: ScoreSettings) -> torch.Tensor:
         """Importance [B, H, N]: higher stays longer; the window's part counts once its tokens leave it."""
-        importance = self._of(prompt.near, prompt, config)
-        span = min(self.queries(config), prompt.new)
+        importance = self._of(prompt.near, prompt, settings)
+        span = min(self.queries(settings), prompt.new)
         if span <= prompt.window:
             return importance
-        longer = self._of(prompt.far(span, config.query_stride), prompt, config)
-        both = weighted(importance, longer, config.span_weight, prompt)
+        longer = self._of(prompt.far(span, settings.query_stride), prompt, settings)
+        both = weighted(importance, longer, settings.span_weight, prompt)
         if prompt.padding is None:
             return both
         # A sample that is no longer than the window has no older queries, though others of its batch have.
@@ -40,9 +40,9 @@ class MeanMax:
         return torch.where(has_older[:, None, None], both, importance)
 
     @staticmethod
-    def _of(summary: Summary, prompt: Prompt, config: CacheConfig) -> torch.Tensor:
-        mean = by_region(summary.mean, prompt.past, average, config.pool_width)
-        largest = by_region(summary.largest, prompt.past, maximum, config.max_pool_width)
+    def _of(summary: Summary, prompt: Prompt, settings: ScoreSettings) -> torch.Tensor:
+        mean = by_region(summary.mean, prompt.past, average, settings.pool_width)
+        largest = by_region(summary.largest, prompt.past, maximum, settings.max_pool_width)
         return weighted(prompt.only_tokens(mean), prompt.only_tokens(largest), 1.0, prompt)
 
 

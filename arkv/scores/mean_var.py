@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from arkv.config import CacheConfig
+from arkv.config import ScoreSettings
 from arkv.scores.pooling import average, by_region
 from arkv.scores.prompt import Prompt
 
@@ -20,14 +20,14 @@ class MeanVar:
     moments = True
     settings: tuple[str, ...] = ("gamma", "pool_width")
 
-    def queries(self, config: CacheConfig) -> int:
+    def queries(self, settings: ScoreSettings) -> int:
         """Newest queries of a prompt that it looks at."""
-        return config.window_size
+        return settings.window_size
 
-    def __call__(self, prompt: Prompt, config: CacheConfig) -> torch.Tensor:
+    def __call__(self, prompt: Prompt, settings: ScoreSettings) -> torch.Tensor:
         """Importance [B, H, N]: higher stays longer; the window's part counts once its tokens leave it."""
         near = prompt.near
         assert near.spread is not None
-        importance = by_region(near.mean + config.gamma * near.spread, prompt.past, average, config.pool_width)
+        importance = by_region(near.mean + settings.gamma * near.spread, prompt.past, average, settings.pool_width)
         # Pooling spreads attention onto neighbouring padding, where nothing is.
         return prompt.only_tokens(importance)
