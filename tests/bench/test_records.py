@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from bench import records
@@ -23,6 +23,7 @@ from bench.records import NotFinite, RunFolder, read_record, read_samples, write
 from bench.run import execute
 from tests.bench.conftest import define_toys, read_lines
 
+ROOT = Path(__file__).resolve().parents[2]
 ONE, TWO = {"seed": 0}, {"seed": 1}
 
 
@@ -149,33 +150,36 @@ def test_kill_9_in_the_middle_and_continue(tmp_path: Path, tiny: Any) -> None:
     """Every document is answered exactly once by every cell, whatever moment the first process died at, and the table
     is that of a run that nobody disturbed."""
     tasks, data = define_toys(tmp_path / "toys")
-    config = RunConfig(
-        model=(str(tiny.folder),),
-        device="cpu",
-        tasks=("toys", "needle"),
-        include_path=(str(tasks),),
-        data_dir=data,
-        lengths=(300,),
-        samples=20,
-        quant_format=("int8",),
-        quant_type=("full", "mix"),
-        cache_size=(64,),
-    )
+    settings = {
+        "model": (str(tiny.folder),),
+        "device": "cpu",
+        "tasks": ("toys", "needle"),
+        "include_path": (str(tasks),),
+        "lengths": (300,),
+        "samples": 20,
+        "quant_format": ("int8",),
+        "quant_type": ("full", "mix"),
+        "cache_size": (64,),
+    }
+    config = RunConfig(**settings, data_dir=data)
     folder, file = tmp_path / "run", tmp_path / "run" / records.SAMPLES
-    # A fork, since a new interpreter would need many seconds for its imports.
-    child = os.fork()
-    if not child:
-        execute(config, folder, Console(file=io.StringIO()))
-        os._exit(0)
+    # A process of its own: a fork would inherit locks that threads of this one may hold.
+    code = (
+        "import io, pathlib; from rich.console import Console; from bench.config import RunConfig; "
+        f"from bench.run import execute; config = RunConfig(**{settings!r}, data_dir=pathlib.Path({str(data)!r})); "
+        f"execute(config, pathlib.Path({str(folder)!r}), Console(file=io.StringIO()))"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment)
     try:
         deadline = time.monotonic() + 240
         while not (file.is_file() and file.read_bytes().count(b"\n") >= 11):
             assert time.monotonic() < deadline
-            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the run ended by itself"
+            assert child.poll() is None, "the run ended by itself"
             time.sleep(0.002)
     finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        child.kill()
+        child.wait()
     before = file.read_bytes().count(b"\n")
     assert 11 <= before < 60, "killed too late to say anything"
     assert read_record(folder)["finished"] is None
