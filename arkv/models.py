@@ -120,7 +120,8 @@ def _takes_cache(model: PreTrainedModel | PreTrainedConfig) -> bool:
     """Whether the model looks at a cache that it is given; some leave it alone without a word."""
     if not isinstance(model, PreTrainedModel):
         return True
-    parameters = inspect.signature(model.forward).parameters
+    # Of the class: on an instance others may have put a function of their own around it.
+    parameters = inspect.signature(type(model).forward).parameters
     return "past_key_values" in parameters or any(item.kind is item.VAR_POSITIONAL for item in parameters.values())
 
 
