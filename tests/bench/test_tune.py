@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import sqlite3
 from collections import Counter
@@ -238,6 +239,7 @@ def counted(model: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
     lengths: Counter[int] = Counter()
     forward = type(model).forward
 
+    @functools.wraps(forward)
     def counting(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         lengths[input_ids.shape[1]] += 1
         return forward(self, input_ids, **kwargs)
