@@ -99,7 +99,7 @@ class TriStateCache(WatchedCache):
     @property
     def is_compileable(self) -> bool:
         """Whether steps go on as they are: with the same shapes, and without a look at what the device has computed."""
-        return bool(self._groups) and all(layer.is_steady for layer in self.own_layers)
+        return bool(self._groups) and all(group.is_steady for group in self._groups)
 
     # -- a forward, as the model sees it -------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from arkv import parts
-from arkv.budget import NEVER, Grant, Slots
+from arkv.budget import Grant, Slots
 from arkv.config import CacheConfig
 from arkv.measure import score_forward, update_scores
 from arkv.parts import Block, InOrder, States
@@ -57,11 +57,6 @@ class TriStateLayer(CacheLayerMixin):
         """Number of the layer within the store."""
 
     # -- transformers' layer interface ---------------------------------------------------------------------------------
-
-    @property
-    def is_steady(self) -> bool:
-        """Whether steps go on as they are: with the same shapes, and without a look at what the device has computed."""
-        return self.store is not None and self.grant is not None and min(self.grant.holds()) == NEVER
 
     @property
     def max_batch_size(self) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from arkv import kernels
+from arkv.budget import NEVER
 from arkv.config import CacheConfig
 from arkv.kernels import twin
 from arkv.layer import TriStateLayer
@@ -129,6 +130,8 @@ class Group:
         self.formats = [self.config.quant_format] * (len(store.pools) - 1)
         for index, layer in enumerate(self.layers):
             layer.store, layer.index = store, index
+        self.is_steady = all(min(self._holds(layer)) == NEVER for layer in self.layers)
+        """No row will need other slots, however many tokens follow."""
         self.until = [min(each) for each in zip(*(self._until(layer) for layer in self.layers), strict=True)]
 
     def with_store(self, store: Store, layers: Sequence[TriStateLayer]) -> Group:
@@ -147,12 +150,15 @@ class Group:
 
     def _until(self, layer: TriStateLayer) -> list[int]:
         """Tokens that every sample of ``layer`` may have seen until its rows need other slots, padding included."""
-        assert layer.grant is not None
-        begin = layer.index * self.store.layer_rows
-        until = layer.grant.until(self.store.capacities[0][begin : begin + self.store.layer_rows])
-        found = [tokens + padded for tokens, padded in zip(until, layer.padded, strict=True)]
+        found = [tokens + padded for tokens, padded in zip(self._holds(layer), layer.padded, strict=True)]
         # Beyond the model's context a position can outgrow its number type, at the price of more bytes.
         return [min(tokens, SHORT) for tokens in found] if layer.position_dtype == torch.int16 else found
+
+    def _holds(self, layer: TriStateLayer) -> list[int]:
+        """The same without padding, whatever positions take."""
+        assert layer.grant is not None
+        begin = layer.index * self.store.layer_rows
+        return layer.grant.until(self.store.capacities[0][begin : begin + self.store.layer_rows])
 
 
 def join_stores(stores: Sequence[Store]) -> Store:

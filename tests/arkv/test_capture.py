@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arkv import CacheConfig, TriStateCache, attach
+from arkv.budget import GivenCounts
 from tests.arkv.conftest import PUBLISHED, Driver, compressed, feed, forward, prompt
 
 LAYERS = 6
@@ -80,6 +81,18 @@ def test_room_that_will_run_out_is_no_steady_state(llama: Any) -> None:
         forward(llama, cache, prompt(30, seed=1))
         assert not cache.is_compileable
         list(feed(llama, cache, prompt(40, seed=2)))
+    assert cache.is_compileable
+
+
+def test_counts_that_are_not_filled_yet_are_no_steady_state(llama: Any) -> None:
+    """Their rows get slots as they need them."""
+    config = CacheConfig(cache_size=64, window_size=8, original_share=0.5)
+    counts = [torch.full((1, 2), 200), torch.full((1, 2), 200)]
+    cache = TriStateCache(llama, config, allocator=GivenCounts(config, counts, [item // 4 for item in counts]))
+    with attach(llama):
+        forward(llama, cache, prompt(30, seed=1))
+        assert not cache.is_compileable
+        list(feed(llama, cache, prompt(200, seed=2)))
     assert cache.is_compileable
 
 
