@@ -1,8 +1,8 @@
 """A cache method of your own: the interface, and what most methods need.
 
 A :class:`Method` gets a prompt that the model has read, and gives back a cache from which the model goes on. Bytes,
-statistics, tables and the handling of failures are the suite's. ``docs/plugins.md`` is the recipe; :mod:`bench.plugins`
-finds methods and tasks, :mod:`bench.peers` runs them.
+statistics, tables and the handling of failures are the suite's. ``docs/plugins.md`` is the recipe;
+:mod:`bench.methods.plugins` finds methods and tasks, :mod:`bench.methods.peers` runs them.
 
 Letters: ``H`` KV heads, ``Hq`` query heads, ``N`` tokens of the prompt, ``W`` newest queries, ``D`` head dim.
 """

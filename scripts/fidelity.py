@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from arkv import CacheConfig, PrefillCache, TriStateCache, attach
-from bench import records
-from bench.models import load
+from bench.models.loading import load
+from bench.runs import folder as records
 
 COLUMNS = ["variant", "cache_ratio", "text", "prompt", "kl", "top1_agreement", "kv_share", "compress_s"]
 

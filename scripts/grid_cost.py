@@ -24,12 +24,12 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import records
-from bench.config import parse_value
-from bench.engine import Engine, Failure
+from bench.engine.engine import Engine, Failure
 from bench.errors import UserError
-from bench.methods import FULL, Cell, grid
-from bench.models import LoadedModel, load
+from bench.methods.grid import FULL, Cell, grid
+from bench.models.loading import LoadedModel, load
+from bench.runs import folder as records
+from bench.settings.run import parse_value
 from bench.telemetry import Stopwatch
 from tasks.base import Compare, Document, Generate, TaskSettings
 from tasks.fidelity import FidelityTask

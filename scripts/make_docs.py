@@ -1,7 +1,8 @@
-"""Writes a page per command of arkv-bench into docs/commands, from what its --help says."""
+"""Writes what the code says of itself: docs/commands, a page per command, and docs/layout.md, a line per file."""
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 FOLDER = ROOT / "docs" / "commands"
+LAYOUT = ROOT / "docs" / "layout.md"
+PACKAGES = ("arkv", "bench", "tasks", "scripts")
 
 
 def pages() -> dict[str, str]:
@@ -39,8 +42,28 @@ def _plain(text: str) -> str:
     return re.sub(r"\[/?bold\]", "`", text)
 
 
+def layout() -> str:
+    """The tree, folder by folder: a line per module, which is the first one of its docstring."""
+    lines = ["<!-- Written by make docs. -->", "", "# The files", ""]
+    modules = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    for folder in sorted({path.parent for path in modules}):
+        mine = sorted(path for path in modules if path.parent == folder)
+        about = {path.name: _first_line(path) for path in mine}
+        said = about.pop("__init__.py", "")
+        lines += [f"## {folder.relative_to(ROOT).as_posix()}", "", *([said, ""] if said else [])]
+        lines += ["| file | |", "|---|---|", *(f"| {name} | {text} |" for name, text in about.items()), ""]
+    return "\n".join(lines)
+
+
+def _first_line(path: Path) -> str:
+    said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    # A first sentence may go on in the next line.
+    return " ".join(said.split("\n\n")[0].split()).replace("|", "\\|")
+
+
 def main() -> None:
     """Replace the pages, and remove those of commands that are gone."""
+    LAYOUT.write_text(layout(), encoding="utf-8")
     FOLDER.mkdir(parents=True, exist_ok=True)
     written = pages()
     for name, text in written.items():
@@ -48,7 +71,7 @@ def main() -> None:
     for path in FOLDER.glob("*.md"):
         if path.name not in written:
             path.unlink()
-    print(f"wrote {len(written)} pages to {FOLDER.relative_to(ROOT)}")
+    print(f"wrote {LAYOUT.relative_to(ROOT)} and {len(written)} pages to {FOLDER.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

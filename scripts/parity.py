@@ -29,11 +29,11 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from bench import records
-from bench.engine import Engine, Failure
-from bench.harness import HarnessTask
-from bench.methods import FULL, Cell, grid
-from bench.models import load
+from bench.engine.engine import Engine, Failure
+from bench.harness.tasks import HarnessTask
+from bench.methods.grid import FULL, Cell, grid
+from bench.models.loading import load
+from bench.runs import folder as records
 from tasks.base import Document, Generated, LogLikelihoods, Rolling, TaskSettings
 
 SUBJECTS = ("anatomy", "global_facts", "sociology", "virology", "world_religions")

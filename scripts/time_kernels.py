@@ -30,7 +30,7 @@ from arkv.formats.base import CENTER_DTYPE
 from arkv.kernels import gpu, twin
 from arkv.pools import Part, Plane, Pool
 from arkv.store import Store
-from bench import records
+from bench.runs import folder as records
 
 COLUMNS = ["attention", "quant_format", "context_length", "kv_bytes", "max_error", "repetition", "ms"]
 

@@ -17,10 +17,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import records
-from bench.config import RunConfig
-from bench.models import LoadedModel, load
-from bench.tune import Objective, Study, TuneConfig, fingerprint, load_splits, search
+from bench.models.loading import LoadedModel, load
+from bench.runs import folder as records
+from bench.search.tune import Objective, Study, TuneConfig, fingerprint, load_splits, search
+from bench.settings.run import RunConfig
 
 
 def timed_search(config: TuneConfig, model: LoadedModel, folder: Path, advance: Callable[[str], None]) -> float:

@@ -15,9 +15,9 @@ import typer.main
 import yaml
 
 from bench.cli import app, main
-from bench.config import FIELDS, resolve
+from bench.settings.run import FIELDS, resolve
 from tests.bench.conftest import save_tiny_model
-from tests.bench.test_run import go
+from tests.bench.runs.test_run import go
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -183,7 +183,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert not anchor or anchor in {heading.lower().replace(" ", "-") for heading in headings}, target
 
 
-def test_pages_of_commands_are_those_of_the_code() -> None:
+def test_written_pages_are_those_of_the_code() -> None:
     spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
     assert spec is not None
     assert spec.loader is not None
@@ -191,6 +191,7 @@ def test_pages_of_commands_are_those_of_the_code() -> None:
     spec.loader.exec_module(module)
     written = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "commands").glob("*.md")}
     assert written == module.pages(), "run make docs"
+    assert (ROOT / "docs" / "layout.md").read_text(encoding="utf-8") == module.layout(), "run make docs"
 
 
 def test_the_workflow_runs_what_ci_runs() -> None:

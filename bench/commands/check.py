@@ -58,9 +58,9 @@ def check(
     [bold]arkv-bench check runs/ci --against results/ci --markdown check.md[/bold]
     [bold]arkv-bench check runs/ci --against results/ci --update[/bold]
     """
-    from bench import check as gate
-    from bench.records import write_atomic
+    from bench.gate import check as gate
     from bench.report.tables import bytes_text
+    from bench.runs.folder import write_atomic
 
     tolerances = gate.Tolerances(
         score=score_tolerance,

@@ -10,8 +10,8 @@ import typer
 from bench.errors import UserError
 
 if TYPE_CHECKING:
-    from bench.config import RunConfig
-    from bench.models import LoadedModel
+    from bench.models.loading import LoadedModel
+    from bench.settings.run import RunConfig
     from tasks.base import Document
 
 PROMPT, METHOD, MODEL, OUTPUT = "The prompt", "The method", "Model", "Output"
@@ -62,7 +62,7 @@ def inspect(
         raise UserError("give --text FILE or --task NAME, one of them", exit_code=2)
     names = ("model", "quant_type", "cache_size", "cache_ratio", "budget_unit", "window_size", "quant_format")
     given = locals()
-    from bench.config import resolve
+    from bench.settings.run import resolve
 
     flags = {name: given[name] for name in (*names, "lengths", "data_dir", "device", "dtype", "seed")}
     flags |= {"tasks": task or "needle", "quant_type": quant_type or ("mix" if preset is None else None)}
@@ -77,11 +77,11 @@ def _inspect(
 
     from rich.console import Console
 
-    from bench import records
-    from bench.inspect import inspect_prompt, prompt_of, states_map, write_maps
-    from bench.methods import FULL, grid
-    from bench.models import load
+    from bench.engine.inspect import inspect_prompt, prompt_of, states_map, write_maps
+    from bench.methods.grid import FULL, grid
+    from bench.models.loading import load
     from bench.report.inspection import print_inspection, to_html
+    from bench.runs import folder as records
 
     methods = [name for name in run.quant_type if name != FULL]
     cells = grid(methods, run.budgets, run.window_size, run.quant_format, run.method_settings)
@@ -135,7 +135,7 @@ def _inspect(
 
 
 def _write(path: Path, content: str) -> None:
-    from bench.records import write_atomic
+    from bench.runs.folder import write_atomic
 
     try:
         write_atomic(path, content)
@@ -166,7 +166,7 @@ def _document(run: RunConfig, loaded: LoadedModel, doc: str) -> Document:
     """The document of the task by number or id. Raises :class:`UserError` where there is none."""
     import dataclasses
 
-    from bench.run import make_task, task_settings, tasks_of
+    from bench.runs.run import make_task, task_settings, tasks_of
 
     number = int(doc) if doc.isdecimal() else None
     tasks = tasks_of([make_task(name) for name in run.tasks])

@@ -31,8 +31,8 @@ def list_things(
     rows: list[tuple[str, ...]]
     failures: list[dict[str, str]] = []
     if what is What.METHODS:
-        from bench import peers, plugins
-        from bench.methods import DESCRIPTIONS
+        from bench.methods import peers, plugins
+        from bench.methods.grid import DESCRIPTIONS
 
         found = plugins.Plugins(_split(plugin))
         found.load_installed(plugins.METHODS)
@@ -40,7 +40,8 @@ def list_things(
         rows = [*DESCRIPTIONS.items(), *peers.descriptions()]
         rows += [(name, own.method.description or "a method of a plugin") for name, own in found.methods.items()]
     elif what is What.TASKS:
-        from bench import harness, plugins
+        from bench.harness import tasks as harness
+        from bench.methods import plugins
         from tasks.registry import TASKS
 
         found = plugins.Plugins(_split(plugin))
@@ -53,7 +54,7 @@ def list_things(
         ]
         rows.append(("NAME", "any other task or group of lm-eval"))
     elif what is What.MODELS:
-        from bench.models import list_models
+        from bench.models.loading import list_models
 
         rows = [
             (
@@ -68,7 +69,7 @@ def list_things(
         rows.append(("FOLDER", "a local folder with config.json and safetensors weights", "", ""))
         rows.append(("FILE.gguf", "a local GGUF file, converted once", "", ""))
     else:
-        from bench.config import preset_description, preset_names
+        from bench.settings.run import preset_description, preset_names
 
         rows = [(name, preset_description(name)) for name in preset_names()]
     table = Table(box=None, show_header=False, pad_edge=False)

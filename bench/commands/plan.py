@@ -13,8 +13,8 @@ from bench.commands import run
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bench.methods import Cell
-    from bench.plan import Calibration, ModelPlan
+    from bench.costs.plan import Calibration, ModelPlan
+    from bench.methods.grid import Cell
 
 CLUSTER = "The cluster"
 _NOT_PLANNED = (
@@ -60,11 +60,11 @@ def plan(
     """
     from rich.console import Console
 
-    from bench.config import resolve
+    from bench.costs.plan import Load, ModelPlan, fit, model_size, parse_bytes
     from bench.errors import UserError
-    from bench.models import describe
-    from bench.plan import Load, ModelPlan, fit, model_size, parse_bytes
-    from bench.run import documents_of, failure_lines, planned
+    from bench.models.loading import describe
+    from bench.runs.run import documents_of, failure_lines, planned
+    from bench.settings.run import resolve
     from tasks.base import TaskError
 
     if not speedup > 0:
@@ -109,9 +109,9 @@ def plan(
 
 
 def _calibration(reference: str, config: Any, cells: list[Cell], console: Console) -> Calibration:
-    from bench.engine import Engine
-    from bench.models import load
-    from bench.plan import calibrate
+    from bench.costs.plan import calibrate
+    from bench.engine.engine import Engine
+    from bench.models.loading import load
 
     console.print(f"Timing {reference} on this machine ...", markup=False, highlight=False)
     loaded = load(reference, dtype=config.dtype, device=config.device)
@@ -134,7 +134,7 @@ def _bytes(count: int | None) -> str:
 def _show(plan: ModelPlan, cells: list[Cell], workers: int, console: Console) -> None:
     from rich.table import Table
 
-    from bench.plan import USABLE, cells_table
+    from bench.costs.plan import USABLE, cells_table
 
     tasks = Table(title=f"{plan.name}: {plan.size.parameters / 1e9:.3g} B parameters")
     for head in ("task", "documents", "prefills", "mean tokens", "longest", "steps per method"):
@@ -181,7 +181,7 @@ def _show_time(
     total = sum(plan.seconds or 0.0 for plan in plans)
     for plan in plans:
         console.print(f"  {plan.name}: {duration((plan.seconds or 0.0) / workers)}", markup=False, highlight=False)
-    from bench.plan import CALIBRATION_LENGTHS, CALIBRATION_STEPS
+    from bench.costs.plan import CALIBRATION_LENGTHS, CALIBRATION_STEPS
 
     lengths = " and ".join(f"{length:,}" for length in CALIBRATION_LENGTHS)
     faster = f", a worker taken as {speedup:g} times as fast as this machine" if speedup != 1 else ""

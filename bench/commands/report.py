@@ -62,10 +62,10 @@ def report(
             _write_page(runs, html, figures)
         if output is None:
             return
-    from bench.records import write_atomic
     from bench.report import against as published
     from bench.report import averages
     from bench.report.tables import headline, print_comparison, read_results, to_csv, to_markdown
+    from bench.runs.folder import write_atomic
 
     tables = [read_results(path) for path in runs]
     rows = [row for table in tables for row in table]
@@ -97,8 +97,8 @@ def report(
 
 
 def _write_latex(runs: list[Path], latex: Path) -> None:
-    from bench.records import write_atomic
     from bench.report.tables import headline, read_results, to_latex
+    from bench.runs.folder import write_atomic
 
     text = to_latex([headline(read_results(path)) for path in runs])
     try:
@@ -109,8 +109,8 @@ def _write_latex(runs: list[Path], latex: Path) -> None:
 
 
 def _write_page(runs: list[Path], html: Path | None, figures: Path | None) -> None:
-    from bench.records import write_atomic
     from bench.report.page import build, read_runs
+    from bench.runs.folder import write_atomic
 
     page = build(read_runs(runs))
     if html is not None:

@@ -245,7 +245,7 @@ def run(
     flags = settings_of(
         {key: value for key, value in locals().items() if key not in ("preset", "fresh", "print_config")}
     )
-    from bench.config import FIELDS, resolve
+    from bench.settings.run import FIELDS, resolve
 
     config, origin = resolve(flags, preset)
     if print_config:
@@ -257,10 +257,10 @@ def run(
 
     from rich.console import Console
 
-    from bench.records import DISK_FULL
     from bench.report.averages import print_averages
     from bench.report.tables import headline, print_comparison
-    from bench.run import execute, failure_lines
+    from bench.runs.folder import DISK_FULL
+    from bench.runs.run import execute, failure_lines
 
     console = Console()
     path = config.outdir or _new_folder(preset)
@@ -288,7 +288,7 @@ def run(
 
 
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What was typed, as :func:`bench.config.resolve` takes it."""
+    """What was typed, as :func:`bench.settings.run.resolve` takes it."""
     # A switch without an opposite that was not given leaves the preset's value.
     given = {key: value for key, value in options.items() if not (key == "trust_remote_code" and value is False)}
     plugins = options.get("plugin")

@@ -35,14 +35,14 @@ def speed(
     """
     from rich.console import Console
 
-    from bench import records
-    from bench.config import parse_value
+    from bench.costs.speed import SpeedBench, summarize, to_csv
     from bench.errors import UserError
-    from bench.methods import grid
-    from bench.models import load
+    from bench.methods.grid import grid
+    from bench.models.loading import load
     from bench.progress import ProgressReporter
     from bench.report.speed import LEGEND, speed_table
-    from bench.speed import SpeedBench, summarize, to_csv
+    from bench.runs import folder as records
+    from bench.settings.run import parse_value
 
     lengths = parse_value("lengths", context_lengths)
     cells = grid(

@@ -12,7 +12,7 @@ from bench.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bench.tune import Study, TuneConfig, Verdict
+    from bench.search.tune import Study, TuneConfig, Verdict
 
 SEARCH, DATA, OUTPUT = "The search", "Models and data", "Output"
 
@@ -90,11 +90,11 @@ def tune(
     """
     given = locals()
     own = ("n_trials", "params", "held_out", "chunk", "batch", "keep_gib", "fresh")
-    from bench.config import parse_value, resolve
+    from bench.settings.run import parse_value, resolve
 
     run, _ = resolve({name: value for name, value in given.items() if name not in own}, None)
 
-    from bench.tune import TuneConfig
+    from bench.search.tune import TuneConfig
 
     config = TuneConfig(
         run=run,
@@ -112,9 +112,9 @@ def _tune(config: TuneConfig, folder: Path, *, fresh: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    from bench.models import load
+    from bench.models.loading import load
     from bench.progress import ProgressReporter
-    from bench.tune import (
+    from bench.search.tune import (
         Objective,
         Study,
         fingerprint,

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
-from bench.config import RunConfig
 from bench.executors.base import Answered, Executor, Setup, Unit
-from bench.methods import Cell
-from bench.models import DescribedModel
+from bench.methods.grid import Cell
+from bench.models.loading import DescribedModel
+from bench.settings.run import RunConfig
 
 __all__ = ["Answered", "Executor", "Setup", "Unit", "make_executor"]
 

@@ -8,11 +8,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
-from bench.config import RunConfig
-from bench.engine import Engine, Failure, Measurement
-from bench.inspect import StatesMap, map_states
-from bench.methods import Cell
-from bench.models import DescribedModel, LoadedModel, load
+from bench.engine.engine import Engine, Failure, Measurement
+from bench.engine.inspect import StatesMap, map_states
+from bench.methods.grid import Cell
+from bench.models.loading import DescribedModel, LoadedModel, load
+from bench.settings.run import RunConfig
 from tasks.base import Compare, Document, Generate, LogLikelihood
 
 Work = tuple[Document, tuple[Cell, ...]]
@@ -129,7 +129,7 @@ class Answerer:
         return self._engine
 
     def map_states(self, name: str, document: Document, cells: Sequence[Cell]) -> dict[str, StatesMap]:
-        """See :func:`bench.inspect.map_states`. Raises :class:`UserError`."""
+        """See :func:`bench.engine.inspect.map_states`. Raises :class:`UserError`."""
         self.engine(name)
         assert self._model is not None
         return map_states(self._model, document, cells, self.setup.prefill_chunk)

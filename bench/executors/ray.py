@@ -23,16 +23,16 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.markup import escape
 
-from bench import records
-from bench.config import RunConfig
-from bench.engine import Failure, Measurement
+from bench.engine.engine import Failure, Measurement
+from bench.engine.inspect import StatesMap
 from bench.errors import UserError
 from bench.executors.base import Answered, Answerer, Executor, Setup, Unit
 from bench.executors.scheduler import Scheduler, Ticket
-from bench.inspect import StatesMap
-from bench.methods import Cell
-from bench.models import describe
+from bench.methods.grid import Cell
+from bench.models.loading import describe
 from bench.progress import LOG_INTERVAL_S
+from bench.runs import folder as records
+from bench.settings.run import RunConfig
 from tasks.base import Document
 
 CONNECT_S = 15.0

@@ -16,12 +16,12 @@ import matplotlib
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from bench.comparison import not_exercised
-from bench.curve import curve_rows
+from bench.engine.inspect import StatesMap
 from bench.errors import UserError
-from bench.inspect import StatesMap
-from bench.methods import FULL
+from bench.judge.comparison import not_exercised
+from bench.methods.grid import FULL
 from bench.report.tables import BUDGET, Row
+from bench.runs.curve import curve_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -366,7 +366,7 @@ def speed_figure(name: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Milliseconds per output token and tokens per second against context length.
 
     Args:
-        rows: those of :func:`bench.speed.summarize`, of one model and machine.
+        rows: those of :func:`bench.costs.speed.summarize`, of one model and machine.
     """
     labels = list(dict.fromkeys(speed_series(row) for row in rows))
     looks = _looks([label for label in labels if label != FULL])

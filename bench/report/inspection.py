@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.inspect import Inspection, Word, states_map, words
+from bench.engine.inspect import Inspection, Word, states_map, words
 from bench.report.figures import states_figure, steps_figure
 from bench.report.page import render
 from bench.report.tables import printable

@@ -14,11 +14,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from bench.comparison import by_budget, not_exercised
+from bench.costs.speed import SPEED, Timing, summarize
+from bench.engine.inspect import read_maps
 from bench.errors import UserError
-from bench.inspect import read_maps
-from bench.methods import FULL, budget_text
-from bench.records import DATA, RECORD, RESULTS, SAMPLES, read_record, read_samples
+from bench.judge.comparison import by_budget, not_exercised
+from bench.methods.grid import FULL, budget_text
 from bench.report import averages
 from bench.report.figures import (
     Figure,
@@ -49,7 +49,7 @@ from bench.report.tables import (
     printable,
     read_results,
 )
-from bench.speed import SPEED, Timing, summarize
+from bench.runs.folder import DATA, RECORD, RESULTS, SAMPLES, read_record, read_samples
 
 BUDGET, METHOD, SCORE, DIFFERENCE, _P, SHARE, *_OTHERS = STACKED
 AGAINST_FULL = next(column for column in EVERYTHING if column.header == "against full")
@@ -75,7 +75,7 @@ class Run:
     samples: list[dict[str, Any]] = field(default_factory=list)
     timings: list[Timing] = field(default_factory=list)
     maps: list[dict[str, Any]] = field(default_factory=list)
-    """States maps, see :func:`bench.inspect.read_maps`."""
+    """States maps, see :func:`bench.engine.inspect.read_maps`."""
 
     @property
     def is_run(self) -> bool:

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench.costs.speed import COLUMNS as TIMED
+from bench.costs.speed import Timing
 from bench.errors import UserError
 from bench.report.tables import printable
-from bench.speed import COLUMNS as TIMED
-from bench.speed import Timing
 
 Row = dict[str, Any]
 
@@ -95,7 +95,7 @@ def _parse(text: str, kind: str, where: str) -> Any:
 
 
 def speed_table(rows: Sequence[Row], title: str, width: int) -> Table:
-    """The rows of :func:`bench.speed.summarize` within ``width`` characters; the last columns go first."""
+    """The rows of :func:`bench.costs.speed.summarize` within ``width`` characters; the last columns go first."""
     console = Console(width=10_000)
     columns = list(COLUMNS)
     while (table := _table(rows, columns)) and console.measure(table).maximum > width and len(columns) > 5:

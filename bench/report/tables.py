@@ -18,12 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from arkv import METHODS
-from bench import peers
-from bench.comparison import by_budget, not_exercised
 from bench.errors import UserError
-from bench.methods import FULL
-from bench.records import COLUMNS, RESULTS
-from bench.stats import ALPHA, p_text, verdict
+from bench.judge.comparison import by_budget, not_exercised
+from bench.judge.stats import ALPHA, p_text, verdict
+from bench.methods import peers
+from bench.methods.grid import FULL
+from bench.runs.folder import COLUMNS, RESULTS
 
 Row = dict[str, Any]
 

@@ -68,7 +68,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path) -> Any:
     """The tiny model, loaded in float32."""
-    from bench.models import load
+    from bench.models.loading import load
 
     return load(str(tiny_folder), dtype="float32", device="cpu")
 

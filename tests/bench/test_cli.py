@@ -226,7 +226,7 @@ def test_a_whole_run_and_its_report(tiny_run: list[object], tmp_path: Path, caps
 
 
 def test_ctrl_c_says_how_to_go_on(fail: Any, tiny_run: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.engine import Engine
+    from bench.engine.engine import Engine
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -262,7 +262,7 @@ def test_missing_haystack(tokenizer: Any, tmp_path: Path) -> None:
 def test_the_default_model_finds_every_needle() -> None:
     import torch
 
-    from bench.models import load
+    from bench.models.loading import load
 
     loaded = load("smollm2-135m")
     task = NeedleTask()

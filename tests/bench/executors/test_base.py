@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from bench.config import RunConfig
-from bench.engine import Failure, Measurement
+from bench.engine.engine import Failure, Measurement
 from bench.errors import UserError
 from bench.executors import Setup, Unit, make_executor
 from bench.executors.base import Answerer
 from bench.executors.local import LocalExecutor
-from bench.methods import grid
-from bench.models import describe
+from bench.methods.grid import grid
+from bench.models.loading import describe
+from bench.settings.run import RunConfig
 from tasks.base import Document, Generate
 
 CELLS = tuple(grid(["full", "mix"], [{"cache_size": 32}], [8], ["int8"], {}))

@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 import pytest
 from rich.console import Console
 
-from bench.config import RunConfig
+from bench.engine.inspect import read_maps
 from bench.errors import UserError
 from bench.executors.base import Unit
-from bench.inspect import read_maps
-from bench.records import RESULTS, SAMPLES, read_record, sample_key
-from bench.run import Outcome, execute
+from bench.runs.folder import RESULTS, SAMPLES, read_record, sample_key
+from bench.runs.run import Outcome, execute
+from bench.settings.run import RunConfig
 from tests.bench.conftest import quiet_environment, read_lines, save_tiny_model
 
 ray = pytest.importorskip("ray")

@@ -11,7 +11,7 @@ import pytest
 
 from bench.executors.base import Unit
 from bench.executors.scheduler import DEPTH, Scheduler, Ticket
-from bench.methods import Cell
+from bench.methods.grid import Cell
 from tasks.base import Document, Generate
 
 FULL = (Cell("full"),)

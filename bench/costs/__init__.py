@@ -1,0 +1,1 @@
+"""What a cache costs: time, memory."""

@@ -1,0 +1,212 @@
+"""What a cache costs in time: prefill, compression and decoding over context lengths, beside two stock caches.
+
+``full`` is the stock cache with everything; ``ceiling`` is a stock cache that holds only C tokens, the fastest that any
+cache of that budget could be with the model's own attention. Every cell is measured once per repetition, all cells in
+turn, so that a machine whose speed drifts slows all of them alike; medians and ratios within the run are what counts.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from arkv import PrefillCache, TriStateCache, attach, storage_bytes
+from bench.errors import UserError
+from bench.methods.grid import FULL, Cell
+from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
+
+CEILING = "ceiling"
+SPEED = "speed.csv"
+"""The timings of a folder, as :data:`COLUMNS`."""
+COLUMNS = [
+    *["method", "quant_format", "context_length", "cache_size", "prefill_s", "compress_s", "ttft_ms", "tpot_ms"],
+    *["decode_tokens_per_s", "kv_bytes", "peak_memory_bytes", "repetition"],
+]
+"""One line per repetition of a cell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """One repetition of one cell."""
+
+    method: str
+    quant_format: str | None
+    context_length: int
+    cache_size: int | None
+    prefill_s: float
+    """The whole prompt, compression included, as the library does it."""
+    compress_s: float | None
+    """Compression alone, of a prefill that is there."""
+    ttft_ms: float
+    tpot_ms: float
+    """Median over the decoding steps."""
+    decode_tokens_per_s: float
+    kv_bytes: int
+    peak_memory_bytes: int | None
+    """Device memory, weights included; unknown on the CPU."""
+    repetition: int
+
+
+class SpeedBench:
+    """Times cells of a grid with one model.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        cells: the grid; ``full`` and the ceilings are added.
+        prompt_ids: at least as many tokens as the longest context.
+        new_tokens: decoding steps per cell.
+    """
+
+    def __init__(self, model: Any, cells: Sequence[Cell], prompt_ids: Sequence[int], new_tokens: int = 32) -> None:
+        self.model = model
+        self.device = model.device
+        self.prompt_ids = prompt_ids
+        self.new_tokens = new_tokens
+        compressing = [cell for cell in cells if cell.config is not None]
+        sizes = dict.fromkeys(cell.cache_size for cell in compressing if cell.cache_size is not None)
+        self.cells: list[tuple[str, int | None, Cell]] = [(FULL, None, Cell(FULL))]
+        self.cells += [(CEILING, size, Cell(FULL)) for size in sizes]
+        self.cells += [(cell.method, cell.cache_size, cell) for cell in compressing]
+
+    @torch.inference_mode()
+    def measure(self, context_length: int, repetition: int) -> Iterator[Timing]:
+        """One repetition of every cell behind a prompt of ``context_length`` tokens.
+
+        Raises:
+            UserError: the text is shorter than the context.
+        """
+        if len(self.prompt_ids) < context_length:
+            raise UserError(f"the text has {len(self.prompt_ids)} tokens, fewer than the context of {context_length}")
+        prompt = torch.tensor([self.prompt_ids[:context_length]], device=self.device)
+        recorded = PrefillCache(self.model, max(cell.recorded_queries for _, _, cell in self.cells))
+        with attach(self.model):
+            self.model(prompt, past_key_values=recorded, logits_to_keep=1)
+        for name, size, cell in self.cells:
+            if size is not None and name == CEILING and size > context_length:
+                continue
+            yield self._measure(name, size, cell, prompt, recorded, repetition)
+
+    def _measure(
+        self, name: str, size: int | None, cell: Cell, prompt: torch.Tensor, recorded: PrefillCache, repetition: int
+    ) -> Timing:
+        reset_peak_memory(self.device)
+        prefill, compress = Stopwatch(self.device), None
+        cache: Cache
+        if cell.config is None:
+            cache = DynamicCache(config=self.model.config)
+            with prefill:
+                logits = self.model(prompt, past_key_values=cache, logits_to_keep=1).logits
+            if name == CEILING and size is not None:
+                cache = _newest(cache, size - self.new_tokens, self.model.config)
+            steps = self._decode(cache, logits)
+        else:
+            compress = Stopwatch(self.device)
+            with compress:
+                TriStateCache.from_prefill(recorded, cell.config)
+            with attach(self.model):
+                cache = TriStateCache(self.model, cell.config)
+                with prefill:
+                    logits = self.model(prompt, past_key_values=cache, logits_to_keep=1).logits
+                steps = self._decode(cache, logits)
+        step = median(steps[1:])
+        return Timing(
+            method=name,
+            quant_format=cell.quant_format,
+            context_length=prompt.shape[1],
+            cache_size=size,
+            prefill_s=prefill.seconds,
+            compress_s=None if compress is None else compress.seconds,
+            ttft_ms=1000.0 * (prefill.seconds + steps[0]),
+            tpot_ms=1000.0 * step,
+            decode_tokens_per_s=1.0 / step,
+            kv_bytes=storage_bytes(cache),
+            peak_memory_bytes=peak_memory_bytes(self.device),
+            repetition=repetition,
+        )
+
+    def _decode(self, cache: Cache, logits: torch.Tensor) -> list[float]:
+        """Seconds of the choice of the first token, then of each decoding step."""
+        seconds = []
+        clock = Stopwatch(self.device)
+        with clock:
+            token = logits[:, -1:].argmax(dim=-1)
+        seconds.append(clock.seconds)
+        for _ in range(self.new_tokens):
+            clock = Stopwatch(self.device)
+            with clock:
+                token = self.model(token, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
+            seconds.append(clock.seconds)
+        return seconds
+
+
+def _newest(cache: DynamicCache, tokens: int, config: Any) -> DynamicCache:
+    """A stock cache with the newest tokens of ``cache``, which grows to its budget while it decodes."""
+    ceiling = DynamicCache(config=config)
+    for index, layer in enumerate(cache.layers):
+        keys, values = layer.keys, layer.values
+        assert keys is not None
+        assert values is not None
+        ceiling.update(keys[:, :, -tokens:].clone(), values[:, :, -tokens:].clone(), index)
+    return ceiling
+
+
+def to_csv(timings: Sequence[Timing]) -> str:
+    """All repetitions, one line each."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for timing in timings:
+        writer.writerow({key: "" if value is None else value for key, value in asdict(timing).items()})
+    return buffer.getvalue()
+
+
+def summarize(timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    """A row per cell: medians, the spread of ms per token, and ratios to ``full`` and the ceiling of the same context.
+
+    ``vs_full`` and ``vs_ceiling`` are how many times faster the cell decodes, medians over repetitions of the ratio
+    within a repetition.
+    """
+    keys = dict.fromkeys((t.context_length, t.cache_size, t.method, t.quant_format) for t in timings)
+    by_cell = {
+        key: [t for t in timings if (t.context_length, t.cache_size, t.method, t.quant_format) == key] for key in keys
+    }
+    rows = []
+    for (length, size, method, quant_format), mine in by_cell.items():
+        full = by_cell.get((length, None, FULL, None), [])
+        ceiling = by_cell.get((length, size, CEILING, None), [])
+        tpot = [t.tpot_ms for t in mine]
+        compress = [t.compress_s for t in mine if t.compress_s is not None]
+        rows.append(
+            {
+                "context_length": length,
+                "cache_size": size,
+                "method": method,
+                "quant_format": quant_format,
+                "prefill_s": median(t.prefill_s for t in mine),
+                "prefill_vs_full": _ratio(mine, full, "prefill_s"),
+                "compress_s": median(compress) if compress else None,
+                "ttft_ms": median(t.ttft_ms for t in mine),
+                "tpot_ms": median(tpot),
+                "tpot_min": min(tpot),
+                "tpot_max": max(tpot),
+                "decode_tokens_per_s": median(t.decode_tokens_per_s for t in mine),
+                "vs_full": _ratio(mine, full, "decode_tokens_per_s"),
+                "vs_ceiling": _ratio(mine, ceiling, "decode_tokens_per_s"),
+                "kv_bytes": median(t.kv_bytes for t in mine),
+            }
+        )
+    return rows
+
+
+def _ratio(mine: Sequence[Timing], other: Sequence[Timing], name: str) -> float | None:
+    """Median over repetitions of this cell's number over the other's."""
+    theirs = {t.repetition: getattr(t, name) for t in other}
+    ratios = [getattr(t, name) / theirs[t.repetition] for t in mine if t.repetition in theirs]
+    return median(ratios) if ratios else None

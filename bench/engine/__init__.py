@@ -1,0 +1,1 @@
+"""One prefill, many methods: how documents are answered."""

@@ -1,0 +1,1 @@
+"""Tasks of lm-eval; the only importer of it."""

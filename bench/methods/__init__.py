@@ -1,0 +1,1 @@
+"""Cache methods: what a cell of the grid can be."""

@@ -1,0 +1,227 @@
+"""Methods and tasks of the user's own: from ``--plugin FILE``, or from installed packages.
+
+A plugin file is run as a module; each :class:`bench.extend.Method`, :class:`tasks.base.Task` and
+:class:`tasks.base.TaskGroup` that it defines and that has a ``name`` can be asked for by it. A package names the same
+classes as entry points in the groups :data:`METHODS` and :data:`TASKS`, under their names; what it names is imported
+only once it is asked for, or listed. Nothing else is ever run.
+
+A plugin that fails is noted, and the others go on: also names that nobody knows are then left out, since they may have
+been its own.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import hashlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bench.errors import UserError
+from bench.extend import Method, OthersCode
+from bench.methods.grid import is_known
+from bench.methods.peers import OwnMethod
+from tasks.base import Answer, Document, Evaluation, Metric, Task, TaskGroup, TaskSettings
+from tasks.registry import TASKS as BUILT_IN_TASKS
+
+METHODS, TASKS = "arkv_bench.methods", "arkv_bench.tasks"
+"""Groups of entry points."""
+
+
+class Plugins:
+    """What plugins have brought: ``methods`` and ``tasks`` by name, and ``failures`` of those that could not.
+
+    It is a source of tasks for :func:`tasks.registry.get_task`.
+
+    Args:
+        files: plugin files, run in this order.
+
+    Raises:
+        UserError: no such file.
+    """
+
+    def __init__(self, files: Iterable[str | Path] = ()) -> None:
+        self.methods: dict[str, OwnMethod] = {}
+        self.tasks: dict[str, Task | TaskGroup] = {}
+        self.failures: list[dict[str, str]] = []
+        """``plugin`` and ``error``, in one line each."""
+        self.hashes: dict[str, str] = {}
+        """SHA-256 of each plugin file by its name."""
+        for file in files:
+            path = Path(file).expanduser()
+            if not path.is_file():
+                raise UserError(f"--plugin={file}: no such file", exit_code=2)
+            source = path.read_bytes()
+            sha256 = hashlib.sha256(source).hexdigest()
+            if self.hashes.setdefault(path.name, sha256) != sha256:
+                raise UserError(f"--plugin={file}: another plugin has the name {path.name!r}; rename one", exit_code=2)
+            with self._trying(path.name):
+                self._add_file(path, source, sha256)
+
+    @contextmanager
+    def _trying(self, plugin: str) -> Iterator[None]:
+        """Note it where a plugin fails."""
+        try:
+            with OthersCode(plugin):
+                yield
+        except UserError as error:
+            self.failures.append({"plugin": plugin, "error": str(error).removeprefix(f"{plugin}: ")})
+
+    def _add_file(self, path: Path, source: bytes, sha256: str) -> None:
+        module = _run(path, source, sha256)
+        found = [
+            item
+            for item in vars(module).values()
+            if inspect.isclass(item)
+            and item.__module__ == module.__name__
+            and issubclass(item, (Method, Task, TaskGroup))
+            and not inspect.isabstract(item)
+            and isinstance(getattr(item, "name", None), str)
+        ]
+        if not found:
+            raise UserError(
+                "defines no method and no task: no subclass of bench.extend.Method or tasks.base.Task with a name"
+            )
+        for item in found:
+            if issubclass(item, Method):
+                copyreg.pickle(item, partial(_reduce, str(path), source))
+            self._add(item, item.name, sha256[:12])
+
+    def _add(self, item: Any, name: str, version: str) -> None:
+        """Take up a class under its name. Raises :class:`UserError` for a name that cannot be."""
+        if not (inspect.isclass(item) and issubclass(item, (Method, Task, TaskGroup))):
+            raise UserError(f"{name!r} is no subclass of bench.extend.Method, tasks.base.Task or tasks.base.TaskGroup")
+        if item.name != name:
+            raise UserError(f"the entry point {name!r} leads to a class with the name {item.name!r}")
+        if not name or set(name) & set(":, "):
+            raise UserError(f"a name has no colon, comma or space: {name!r}")
+        if issubclass(item, Method):
+            if is_known(name) or name in self.methods:
+                raise UserError(f"there is another method named {name!r}")
+            self.methods[name] = OwnMethod(item(), version)
+        else:
+            if name in BUILT_IN_TASKS or name in self.tasks:
+                raise UserError(f"there is another task named {name!r}")
+            self.tasks[name] = _OwnTask(item()) if issubclass(item, Task) else item()
+
+    # --- Entry points ---
+
+    def _load(self, group: str, name: str) -> None:
+        """Import what installed packages offer under a name, if anything."""
+        for entry in entry_points(group=group, name=name):
+            with self._trying(_package(entry)):
+                self._add(entry.load(), name, _version(entry))
+
+    def load_installed(self, group: str) -> None:
+        """Import everything that installed packages offer in a group, for a list."""
+        for name in sorted(entry_points(group=group).names):
+            if name not in self.methods and name not in self.tasks:
+                self._load(group, name)
+
+    # --- What a run asks for ---
+
+    def usable_methods(self, names: Sequence[str]) -> list[str]:
+        """``names`` without those that a plugin which has failed may have had."""
+        for name in names:
+            if not is_known(name) and name not in self.methods:
+                self._load(METHODS, name)
+        lost = [name for name in names if self.failures and not is_known(name) and name not in self.methods]
+        for name in lost:
+            self.lose(f"unknown method {name!r}")
+        return [name for name in names if name not in lost]
+
+    def lose(self, said: str) -> None:
+        """Note that something is not there, which a plugin that has failed may have had."""
+        failed = ", ".join(dict.fromkeys(item["plugin"] for item in self.failures))
+        self.failures.append({"plugin": failed, "error": f"{said}, which it may have had"})
+
+    def get(self, name: str) -> Task | TaskGroup | None:
+        """The task or group of that name, or None."""
+        if name not in self.tasks:
+            self._load(TASKS, name)
+        return self.tasks.get(name)
+
+    def names(self) -> Iterable[str]:
+        """Names of tasks, as far as they are known without running anything."""
+        return {*self.tasks, *entry_points(group=TASKS).names}
+
+
+class _OwnTask(Task):
+    """A task of the user's own, whose failures are told in one line."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self.name, self.option_names = task.name, task.option_names
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:  # type: ignore[override]
+        return self._task.metrics
+
+    def load(self, settings: TaskSettings) -> Sequence[Document]:
+        with OthersCode(self.name):
+            return self._task.load(settings)
+
+    def score(self, document: Document, answer: Answer) -> dict[str, float]:
+        with OthersCode(self.name):
+            return self._task.score(document, answer)
+
+    def evaluate(self, documents: Sequence[Document], answers: Mapping[str, Answer]) -> Evaluation:
+        with OthersCode(self.name):
+            return self._task.evaluate(documents, answers)
+
+    def data_hash(self) -> str:
+        with OthersCode(self.name):
+            return self._task.data_hash()
+
+
+def _reduce(file: str, source: bytes, method: Method) -> tuple[Any, ...]:
+    """How a method is pickled: with the text of its file, since a worker has neither the file nor the module."""
+    return _restore, (file, source, type(method).__name__), vars(method)
+
+
+def _restore(file: str, source: bytes, name: str) -> Method:
+    """A method of a plugin file in any process, without its state. Raises :class:`UserError` for a file that fails."""
+    path, sha256 = Path(file), hashlib.sha256(source).hexdigest()
+    with OthersCode(path.name):
+        module = sys.modules.get(_module_name(path, sha256)) or _run(path, source, sha256)
+        kind = getattr(module, name)
+        method: Method = kind.__new__(kind)
+    return method
+
+
+def _module_name(path: Path, sha256: str) -> str:
+    # The hash: an edited file is another module.
+    return f"arkv_bench_plugin_{path.stem}_{sha256[:12]}"
+
+
+def _run(path: Path, source: bytes, sha256: str) -> ModuleType:
+    """Run a file as a module of its own."""
+    # Known to sys.modules, as dataclasses and pickle want it.
+    name = _module_name(path, sha256)
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None:
+        raise UserError("not a Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        # Not by the loader: it tells compiled files apart by second and size only, and could run an older text.
+        exec(compile(source, str(path), "exec"), vars(module))
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _package(entry: EntryPoint) -> str:
+    return entry.value if entry.dist is None else entry.dist.name
+
+
+def _version(entry: EntryPoint) -> str:
+    return entry.value if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"

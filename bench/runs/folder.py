@@ -1,0 +1,412 @@
+"""The run folder: what a run leaves, readable years later.
+
+``samples.jsonl``  one line per document and cell, appended as it is measured;
+``record.json``    settings, versions, commit, hardware, hashes of model and data;
+``curve.csv``      divergence over the position, where a task compares distributions;
+``results.csv``    one row per model, task, metric and cell;
+``states.json``    states maps of the first document of each task, where the run was asked for them.
+
+Samples are only appended; the other files are replaced whole, so that a run killed at any moment leaves a folder that
+the same command continues.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from bench.errors import UserError
+
+SAMPLES, RECORD, RESULTS, STATES = "samples.jsonl", "record.json", "results.csv", "states.json"
+FORMAT_VERSION = 1
+CURVE = "curve.csv"
+DATA, PLUGINS = "data", "plugins"
+"""Parts of the fingerprint that may grow: the hash of each task's rows, known task by task, and of each plugin file."""
+DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""What a file that cannot grow any more is reported with."""
+
+STATISTICS = [
+    *["score_low", "score_high", "difference", "difference_low", "difference_high"],
+    *["p_value", "p_holm", "p_bh", "detectable_difference", "leading"],
+]
+"""Columns of ``results.csv`` about how sure a score is: 95 % intervals over documents, the paired difference to
+``full`` with its p-value, plain and adjusted over the table, the smallest difference that so many documents would have
+shown, and whether the row is the best of its budget or cannot be told from it."""
+
+COLUMNS = [
+    *[
+        "model",
+        "task",
+        "metric",
+        "method",
+        "quant_format",
+        "budget_unit",
+        "cache_size",
+        "window_size",
+        "cache_ratio",
+        "n",
+    ],
+    *[
+        "score",
+        "score_full",
+        "retention",
+        *STATISTICS,
+        "kv_bytes_mean",
+        "kv_bytes_peak",
+        "kv_share",
+        "kv_share_of_prompt",
+    ],
+    *["original_share", "quantized_share", "evicted_share", "compressed_documents"],
+    *["prefill_s", "compress_s", "ttft_ms", "decode_tokens_per_s", "tpot_ms", "peak_memory_bytes"],
+    *["prompt_tokens", "generated_tokens", "truncated_documents", "higher_is_better", "cell"],
+    "part_of",
+]
+"""Columns of ``results.csv``; unknown is empty. ``part_of`` is the group of tasks that a row was asked for through."""
+
+
+CURVE_COLUMNS = [
+    *["model", "task", "method", "quant_format", "budget_unit", "cache_size", "cache_ratio", "window_size"],
+    *["position", "n", "kl", "kl_p95", "cell"],
+]
+"""Columns of ``curve.csv``; see :mod:`bench.runs.curve`."""
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text``: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """All samples of a file. A last line that a killed run left unfinished is no sample.
+
+    Raises:
+        UserError: another line is not JSON (file and line are named).
+    """
+    samples = []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            samples.append(json.loads(line))
+        except ValueError:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path}, line {number}: not valid JSON; remove the line to have it measured again"
+            ) from None
+    return samples
+
+
+class NotFinite(ValueError):
+    """A sample with NaN or infinity in it."""
+
+
+def lock_folder(path: Path, what: str) -> FileLock:
+    """Make the folder if absent and take its lock, which ends with the process at the latest.
+
+    Raises:
+        UserError: another process (doing ``what``) holds it, or the folder cannot be written to.
+    """
+    lock = FileLock(path / ".lock")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{path}: another {what} writes here; wait for it or give another --outdir") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there ({error.strerror}); give another --outdir") from None
+    return lock
+
+
+class RunFolder:
+    """A run folder that is open for writing; a context manager that holds its lock.
+
+    Args:
+        path: the folder, made if absent.
+        fingerprint: everything that changes an answer; a folder with another one is refused.
+        fresh: forget what an earlier run left in the folder.
+
+    Raises:
+        UserError: another process writes there, or the folder belongs to a run with other settings.
+    """
+
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any], *, fresh: bool = False) -> None:
+        self.path = path
+        self.fresh = fresh
+        self.fingerprint = json.loads(json.dumps(fingerprint))
+        self.samples: dict[tuple[str, ...], dict[str, Any]] = {}
+        self.previous: dict[str, Any] | None = None
+        """The record of the run that this one continues."""
+
+    def __enter__(self) -> RunFolder:
+        self._lock = lock_folder(self.path, "run")
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def _open(self) -> None:
+        if self.fresh:
+            # Only now that the lock is held: another run may be writing.
+            clear(self.path)
+        old = read_record(self.path) if (self.path / RECORD).is_file() else None
+        known = {} if old is None else dict(old["fingerprint"])
+        self.fingerprint.setdefault(DATA, {})
+        if old is not None and (different := _differences(known, self.fingerprint)):
+            raise UserError(
+                f"{self.path} holds a run with other settings: {', '.join(different)}; "
+                "give another --outdir, or --fresh to start it anew"
+            )
+        for part in (DATA, PLUGINS):
+            self.fingerprint[part] = {**known.get(part, {}), **self.fingerprint.get(part, {})}
+        self.previous = old
+        # What a run that was killed while it replaced a file has left.
+        for name in (RECORD, RESULTS, CURVE, STATES):
+            for stale in self.path.glob(f".{name}.*.tmp"):
+                stale.unlink()
+        path = self.path / SAMPLES
+        self._cut_unfinished_line(path)
+        for sample in read_samples(path):
+            self.samples[sample_key(sample)] = sample
+        # Open as long as the folder is. Unbuffered: what cannot be written is an error now, not when it is closed.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+
+    @staticmethod
+    def _cut_unfinished_line(path: Path) -> None:
+        """A killed run can leave half a line; the next sample must not be appended to it."""
+        if not path.is_file():
+            return
+        content = path.read_bytes()
+        complete = content.rfind(b"\n") + 1
+        if complete < len(content):
+            with open(path, "r+b") as file:
+                file.truncate(complete)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._lock.release()
+
+    def append(self, sample: dict[str, Any]) -> None:
+        """Write one sample; it survives the process.
+
+        Raises:
+            NotFinite: NaN and infinity are no JSON.
+            OSError: it cannot be written.
+        """
+        try:
+            text = json.dumps(sample, ensure_ascii=False, allow_nan=False)
+        except ValueError:
+            raise NotFinite("the answer holds numbers that are not finite") from None
+        line = memoryview(f"{text}\n".encode())
+        while line:
+            line = line[self._file.write(line) :]
+        self.samples[sample_key(sample)] = sample
+
+    def claim_data(self, task: str, sha256: str) -> None:
+        """Note what the task's rows are; :meth:`write_record` keeps it.
+
+        Raises:
+            UserError: the folder's samples of the task are of other rows.
+        """
+        known = self.fingerprint[DATA].setdefault(task, sha256)
+        if known != sha256:
+            raise UserError(
+                f"{self.path} holds samples of {task} over other data (SHA-256 {known[:12]}..., now {sha256[:12]}...); "
+                "give another --outdir, or --fresh to start it anew"
+            )
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Replace ``record.json``."""
+        content = {"format_version": FORMAT_VERSION, **record, "fingerprint": self.fingerprint}
+        write_atomic(self.path / RECORD, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def write_results(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replace ``results.csv``."""
+        write_atomic(self.path / RESULTS, _csv(COLUMNS, rows))
+
+    def write_curve(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace ``curve.csv``; nothing where there are no rows."""
+        if rows:
+            write_atomic(self.path / CURVE, _csv(CURVE_COLUMNS, rows))
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(row.get(name)) for name in columns})
+    return buffer.getvalue()
+
+
+def _differences(known: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+    """What differs between two fingerprints, with both values. What only one of them has is no difference in the parts
+    that may grow."""
+    said = []
+    for name in sorted({*known, *mine}):
+        there, here = known.get(name), mine.get(name)
+        if not isinstance(there, dict) and not isinstance(here, dict):
+            if there != here:
+                said.append(f"{name} is {_shown(there)} there and {_shown(here)} here")
+            continue
+        there, here = there or {}, here or {}
+        for key in sorted(there.keys() & here.keys() if name in (DATA, PLUGINS) else there.keys() | here.keys()):
+            if there.get(key) != here.get(key):
+                said.append(f"{name} {key} is {_shown(there.get(key))} there and {_shown(here.get(key))} here")
+    return said
+
+
+def _shown(value: Any) -> str:
+    """A value of a fingerprint for a person: hashes and long texts by their beginning."""
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def clear(path: Path) -> None:
+    """Remove the files of an earlier run, and nothing else."""
+    for name in (SAMPLES, RECORD, RESULTS, CURVE, STATES):
+        (path / name).unlink(missing_ok=True)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else value
+
+
+def sample_key(sample: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a sample answers: model, task, document, what it was asked, cell."""
+    return tuple(sample[name] for name in ("model", "task", "document", "prompt_sha256", "cell"))
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """``record.json`` of a run folder. Raises :class:`UserError` when it is missing or damaged."""
+    file = path / RECORD
+    if not file.is_file():
+        raise UserError(f"{path} is no run folder: it has no {RECORD}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{file}: not valid JSON") from None
+    if not isinstance(content, dict) or "fingerprint" not in content:
+        raise UserError(f"{file} is not the record of a run")
+    return content
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware of this process."""
+    import torch
+
+    from arkv.kernels.cpu import building
+
+    packages = {}
+    for name in (
+        "arkv-bench",
+        "arkv",
+        "torch",
+        "transformers",
+        "lm-eval",
+        "datasets",
+        "numpy",
+        "kvpress",
+        "optimum-quanto",
+        "hqq",
+    ):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    device: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    }
+    if torch.cuda.is_available():
+        device["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "hardware": {**device, "torch_threads": torch.get_num_threads(), "cpu_kernel": building.is_built()},
+        **_commit(),
+    }
+
+
+def source_sha256() -> str:
+    """Of the project's own source files: two processes with the same hash run the same code."""
+    digest = hashlib.sha256()
+    for package in ("arkv", "bench", "tasks"):
+        spec = find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        # Each package may be installed somewhere else.
+        root = Path(spec.origin).resolve().parent
+        for path in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".c", ".h")):
+            name = f"{package}/{path.relative_to(root).as_posix()}"
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _commit() -> dict[str, Any]:
+    """Commit and dirty flag of the source tree, empty when the suite was installed without one."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        top, commit, status = (
+            subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+            for arguments in (["rev-parse", "--show-toplevel"], ["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    if Path(top.strip()) != root:
+        return {"commit": None, "dirty": None}
+    return {"commit": commit.strip(), "dirty": bool(status.strip())}
+
+
+def now() -> str:
+    """The time of day in UTC, to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def command_line() -> str:
+    """What was typed, without the path of the program."""
+    import shlex
+
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,59 @@
+"""Predictions of LongBench in the official form, so that any tool can score them.
+
+pred/<cell>/<dataset>.jsonl            with the lines' fields pred, answers, all_classes, length
+pred_e/<cell>/<dataset>.jsonl          those of LongBench-E
+pred/<model>/<cell>/<dataset>.jsonl    in a run over several models
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.methods.grid import Cell
+from bench.runs.folder import write_atomic
+from tasks.base import Document, Generated, Task
+from tasks.longbench.datasets import DATASETS
+from tasks.longbench.predictions import FOLDER, FOLDER_E, dataset_of
+from tasks.longbench.task import LongBenchTask
+
+
+def clear_predictions(run: Path) -> None:
+    """Remove the predictions of an earlier run, and nothing else."""
+    for name in (FOLDER, FOLDER_E):
+        for path in (run / name).rglob("*.jsonl"):
+            if dataset_of(path) in DATASETS:
+                path.unlink()
+
+
+def write_predictions(
+    run: Path,
+    task: Task,
+    documents: Sequence[Document],
+    cells: Sequence[Cell],
+    samples: Mapping[tuple[str, str], Mapping[str, Any]],
+    *,
+    model: str | None,
+) -> None:
+    """Write what every cell answered to a dataset of LongBench; nothing for other tasks.
+
+    Args:
+        run: the run folder.
+        samples: by document id and cell key.
+        model: the folder to keep the models of a run apart, if it has several.
+    """
+    if not isinstance(task, LongBenchTask):
+        return
+    folder = run / (FOLDER_E if task.extended else FOLDER) / (model or "").replace("/", "_")
+    for cell in cells:
+        lines = [
+            json.dumps(task.prediction(document, Generated(text=sample["text"])), ensure_ascii=False)
+            for document in documents
+            if (sample := samples.get((document.id, cell.key))) is not None
+        ]
+        if lines:
+            path = folder / cell.key / f"{task.dataset.name}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, "\n".join(lines) + "\n")

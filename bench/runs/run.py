@@ -1,0 +1,485 @@
+"""A run: every document of every task through every cell of the grid, into a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+
+from bench.engine.engine import AUTO_DOCUMENTS, Failure, Measurement
+from bench.engine.inspect import cells_to_map, write_maps
+from bench.errors import UserError
+from bench.executors import Answered, Executor, Unit, make_executor
+from bench.harness.tasks import HarnessTasks
+from bench.methods.grid import Cell, grid
+from bench.methods.plugins import Plugins
+from bench.models.loading import DescribedModel, describe
+from bench.progress import ProgressReporter, progress_bars
+from bench.runs import folder as records
+from bench.runs.curve import curve_rows
+from bench.runs.predictions import clear_predictions, write_predictions
+from bench.runs.results import TaskResults, group_rows, rows, to_sample
+from bench.settings.run import RunConfig
+from tasks.base import Document, Task, TaskError, TaskGroup, TaskSettings
+from tasks.registry import TaskSources, get_task
+
+
+@dataclass
+class Outcome:
+    """What a run did: rows of the table, and what failed with its reason."""
+
+    path: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    """Divergence over the position, of tasks that compare distributions."""
+    failures: list[dict[str, str]] = field(default_factory=list)
+    """``model``, ``task`` and ``error``; ``cell`` and ``document`` where one cell failed in one document; no ``model``
+    where the task is unknown. Of a plugin, ``plugin`` and ``error``."""
+    measured: int = 0
+    """Samples measured now, as opposed to found in the folder."""
+
+
+def _prompt_hash(document: Document) -> str:
+    """Of everything that was asked: token ids and how to go on from them."""
+    request = document.request
+    asked = {"request": type(request).__name__, **dataclasses.asdict(request)}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _file_hash(path: Path | None) -> str | None:
+    return None if path is None or not path.is_file() else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def fingerprint(config: RunConfig, models: dict[str, str], plugins: Mapping[str, str]) -> dict[str, Any]:
+    """Everything that changes an answer and is not part of a sample's key.
+
+    A folder may grow by documents, tasks and cells; it must not mix models, data, precision or versions.
+    """
+    packages = records.environment()["packages"]
+    return {
+        "models": models,
+        "versions": {name: packages.get(name) for name in ("arkv-bench", "torch", "transformers", "lm-eval")},
+        "device": config.device,
+        "dtype": config.dtype,
+        "model_kwargs": config.loading_kwargs or None,
+        "seed": config.seed,
+        "max_length": config.max_length,
+        "samples": config.samples,
+        "num_fewshot": config.num_fewshot,
+        "apply_chat_template": config.apply_chat_template,
+        "system_instruction": config.system_instruction,
+        "enable_thinking": config.enable_thinking,
+        "gen_kwargs": config.gen_kwargs,
+        "rolling_prefill": config.rolling_prefill,
+        "rolling_chunk": config.rolling_chunk,
+        "prefill_chunk": config.prefill_chunk,
+        "haystack": _file_hash(config.haystack),
+        "text": _file_hash(config.text),
+        "continuation": config.continuation,
+        records.PLUGINS: dict(plugins),
+    }
+
+
+def task_settings(config: RunConfig, model: DescribedModel, task: Task) -> TaskSettings:
+    """What a task of the run builds its documents from. Raises :class:`UserError` for a model of unknown length."""
+    longest = model.context_length
+    if config.max_length is not None:
+        longest = min(config.max_length, longest) if longest is not None else config.max_length
+    if longest is None:
+        raise UserError(f"model {model.name} does not say how long its context is: give --max-length")
+    return TaskSettings(
+        tokenizer=model.tokenizer,
+        max_length=longest,
+        model_type=model.config.model_type,
+        context_length=model.context_length,
+        seed=config.seed,
+        limit=config.limit,
+        sampling_ratio=config.sampling_ratio,
+        data_dir=config.data_dir,
+        options={name: getattr(config, name) for name in task.option_names if getattr(config, name, None) is not None},
+    )
+
+
+def make_task(name: str, include_path: Sequence[Path] = ()) -> Task | TaskGroup:
+    """A task of the suite, of an installed plugin, or a task or group of lm-eval.
+
+    Raises :class:`TaskError` for an unknown name, with the nearest ones.
+    """
+    return get_task(name, fallback=TaskSources(Plugins(), HarnessTasks(include_path=include_path)))
+
+
+def _asked_for(config: RunConfig, plugins: Plugins) -> tuple[list[Cell], list[Task | TaskGroup], list[dict[str, str]]]:
+    """The grid, the tasks, and what failed: plugins with what they may have had, and tasks that cannot be found.
+
+    Raises:
+        UserError, arkv.ConfigError, TaskError: what was asked for makes no sense, or nothing of it is left.
+    """
+    methods = plugins.usable_methods(config.quant_type)
+    budgets, formats = config.budgets, config.quant_format
+    cells = grid(methods, budgets, config.window_size, formats, config.method_settings, plugins.methods)
+    sources = TaskSources(plugins, HarnessTasks(include_path=[Path(folder) for folder in config.include_path or ()]))
+    asked = []
+    errors: dict[str, TaskError] = {}
+    for name in config.tasks:
+        try:
+            item = get_task(name, fallback=sources)
+            tasks_of([item])
+        except TaskError as error:
+            if error.usage and plugins.failures:
+                plugins.lose(str(error))
+            else:
+                errors[name] = error
+        else:
+            asked.append(item)
+    failures = [*plugins.failures, *({"task": name, "error": str(error)} for name, error in errors.items())]
+    if asked and cells:
+        return cells, asked, failures
+    if plugins.failures:
+        raise UserError("; ".join(failure_lines(failures)))
+    raise TaskError("; ".join(map(str, errors.values())), usage=any(error.usage for error in errors.values()))
+
+
+def tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]:
+    """The tasks to measure, each once, and the group that one was asked for through.
+
+    Raises :class:`TaskError` for a group whose tasks cannot be found.
+    """
+    tasks: dict[str, tuple[Task, str | None]] = {}
+    direct = {item.name for item in asked}
+
+    def add(item: Task | TaskGroup, group: str | None) -> None:
+        if isinstance(item, Task):
+            tasks.setdefault(item.name, (item, None if item.name in direct else group))
+            return
+        for member in item.members:
+            add(member, item.name)
+
+    for item in asked:
+        add(item, None)
+    return list(tasks.values())
+
+
+def planned(config: RunConfig) -> tuple[list[Cell], list[Task], list[dict[str, str]]]:
+    """The grid of a run, what it would measure, and what cannot be found. Raises as :func:`execute`."""
+    cells, asked, failures = _asked_for(config, Plugins(config.plugin or ()))
+    return cells, [task for task, _ in tasks_of(asked)], failures
+
+
+def documents_of(config: RunConfig, model: DescribedModel, task: Task) -> list[Document]:
+    """The documents of a task for a model. Raises :class:`TaskError`, :class:`UserError`."""
+    return list(task.load(task_settings(config, model, task)))
+
+
+def execute(
+    config: RunConfig,
+    path: Path,
+    console: Console,
+    *,
+    fresh: bool = False,
+    origin: dict[str, str] | None = None,
+) -> Outcome:
+    """Do the run, or what is left of it, and write its folder.
+
+    Args:
+        config: settings.
+        path: the run folder.
+        console: where progress goes.
+        fresh: forget what an earlier run left in the folder.
+        origin: where each setting came from, for the record.
+
+    Raises:
+        UserError, arkv.ConfigError, TaskError: what was asked for makes no sense; nothing has been measured.
+    """
+    plugins = Plugins(config.plugin or ())
+    cells, asked, failures = _asked_for(config, plugins)
+    tasks = tasks_of(asked)
+    outcome = Outcome(path, failures=failures)
+    for line in failure_lines(outcome.failures):
+        console.print(f"[red]{escape(line)}[/red]", highlight=False)
+    started = records.now()
+    models: dict[str, DescribedModel] = {}
+    for reference in config.model:
+        console.print(f"Loading {escape(reference)} ...", highlight=False)
+        # On a cluster, workers fetch the weights that this process has no use for.
+        weights = config.executor == "local"
+        model = describe(reference, trust_remote_code=config.trust_remote_code, weights=weights)
+        if model.name in models:
+            raise UserError(f"--model: {reference!r} has the name of another one, {model.name!r}; rename its folder")
+        models[model.name] = model
+    fingerprints = {name: model.fingerprint for name, model in models.items()}
+    with (
+        make_executor(config, models, cells, console) as executor,
+        records.RunFolder(path, fingerprint(config, fingerprints, plugins.hashes), fresh=fresh) as folder,
+        progress_bars(console) as bars,
+    ):
+        if fresh:
+            clear_predictions(path)
+        run = _Run(config, models, asked, tasks, cells, outcome, folder, executor, console, bars, started, origin or {})
+        for answered in executor.run(run.units()):
+            run.take(answered)
+        run.close()
+    return outcome
+
+
+@dataclass
+class _TaskRun:
+    """One task of one model while it is measured."""
+
+    model: str
+    task: Task
+    part_of: str | None
+    documents: list[Document]
+    left: int
+    """Answers that are still to come."""
+    progress: ProgressReporter
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+
+class _Run:
+    """The driver's side of a run: gives out units of work, takes in answers, and alone writes the folder.
+
+    Several tasks can be under way at once, since an executor reads units ahead.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        models: Mapping[str, DescribedModel],
+        asked: Sequence[Task | TaskGroup],
+        tasks: Sequence[tuple[Task, str | None]],
+        cells: Sequence[Cell],
+        outcome: Outcome,
+        folder: records.RunFolder,
+        executor: Executor,
+        console: Console,
+        bars: Progress,
+        started: str,
+        origin: Mapping[str, str],
+    ) -> None:
+        self.config, self.models, self.asked, self.tasks, self.cells = config, models, asked, tasks, cells
+        self.folder, self.executor, self.console, self.bars = folder, executor, console, bars
+        self.outcome = outcome
+        self._under_way: dict[tuple[str, str], _TaskRun] = {}
+        self._rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        """By model and task, or group of tasks."""
+        self._curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        """By model and task."""
+        self._results: dict[str, dict[str, TaskResults]] = {name: {} for name in models}
+        """By model and task, as long as tasks of the model are to be measured."""
+        self._open = {name: {task.name for task, _ in tasks} for name in models}
+        begun = folder.previous or {"started": started, "command": records.command_line(), "continued": []}
+        again = [{"started": started, "command": records.command_line()}] if folder.previous else []
+        self._record = {
+            "started": begun["started"],
+            "finished": None,
+            "command": begun["command"],
+            "continued": [*begun.get("continued", []), *again],
+            "settings": config.to_json(),
+            "origin": dict(origin),
+            "cells": {cell.key: cell.label for cell in cells},
+            "models": {
+                name: {
+                    "source": model.source,
+                    "fingerprint": model.fingerprint,
+                    "context_length": model.context_length,
+                    **_loaded_facts(name, folder.previous),
+                }
+                for name, model in models.items()
+            },
+            "tasks": dict(begun.get("tasks", {})),
+            "failures": self.outcome.failures,
+            **records.environment(),
+        }
+        self._write_record()
+
+    def _write_record(self, **more: Any) -> None:
+        for name, facts in self.executor.loaded().items():
+            self._record["models"][name].update(facts)
+        self.folder.write_record({**self._record, "executor": self.executor.record(), **more})
+
+    def units(self) -> Iterator[Unit]:
+        """Everything that is not answered yet, task by task; a task's documents are made when they are needed."""
+        for name in self.models:
+            for task, part_of in self.tasks:
+                try:
+                    yield from self._begin(name, task, part_of)
+                except (TaskError, UserError) as error:
+                    self._fail(name, task, error)
+
+    def _begin(self, name: str, task: Task, part_of: str | None) -> Iterator[Unit]:
+        folder = self.folder
+        documents = documents_of(self.config, self.models[name], task)
+        folder.claim_data(task.name, task.data_hash())
+        self._record["tasks"][task.name] = {
+            "documents": len(documents),
+            "truncated": sum(document.truncated for document in documents),
+            "data_sha256": task.data_hash() or None,
+        }
+        self._write_record()
+        work = []
+        for document in documents:
+            prompt_hash = _prompt_hash(document)
+            left = [
+                cell
+                for cell in self.cells
+                if (name, task.name, document.id, prompt_hash, cell.key) not in folder.samples
+            ]
+            if left:
+                work.append((document, tuple(left)))
+        total = len(documents) * len(self.cells)
+        answers_left = sum(len(cells) for _, cells in work)
+        if done := total - answers_left:
+            found = f"{task.name}: {done} of {total} answers are in {folder.path} already"
+            self.console.print(found, markup=False, highlight=False, soft_wrap=True)
+        progress = ProgressReporter(self.console, f"{name} {task.name}", total, done, bars=self.bars)
+        under_way = _TaskRun(name, task, part_of, documents, answers_left, progress)
+        if not work:
+            self._finish(under_way)
+            return
+        self._under_way[name, task.name] = under_way
+        progress.__enter__()
+        size = self.config.batch or AUTO_DOCUMENTS
+        for start in range(0, len(work), size):
+            if (name, task.name) not in self._under_way:
+                return
+            yield Unit(model=name, task=task.name, work=tuple(work[start : start + size]))
+
+    def take(self, answered: Answered) -> None:
+        """Write down an answer; with the last one of a task, its rows."""
+        unit, document, result = answered
+        under_way = self._under_way.get((unit.model, unit.task))
+        if under_way is None:
+            # The task has failed while this was on its way.
+            return
+        try:
+            error = (
+                result.error if isinstance(result, Failure) else self._append(unit, under_way.task, document, result)
+            )
+            if error is not None:
+                where = {"model": unit.model, "task": unit.task, "cell": result.cell.key, "document": document.id}
+                under_way.failures.append({**where, "error": error})
+            under_way.left -= 1
+            under_way.progress.advance(self.executor.status(), failed=error is not None)
+            if not under_way.left:
+                self._end(under_way)
+                self._finish(under_way)
+        except (TaskError, UserError) as error:
+            self._end(under_way)
+            self._fail(unit.model, under_way.task, error)
+
+    def _end(self, under_way: _TaskRun) -> None:
+        """No more answers of a task are taken."""
+        if self._under_way.pop((under_way.model, under_way.task.name), None) is None:
+            return
+        under_way.progress.__exit__(None, None, None)
+        for line in failure_lines(under_way.failures):
+            self.console.print(f"[red]{escape(line)}[/red]", highlight=False)
+        self.outcome.failures += under_way.failures
+
+    def _append(self, unit: Unit, task: Task, document: Document, result: Measurement) -> str | None:
+        """Keep a sample. Returns why it cannot be kept, or None."""
+        try:
+            self.folder.append(to_sample(unit.model, task, document, _prompt_hash(document), result))
+        except records.NotFinite as error:
+            return str(error)
+        self.outcome.measured += 1
+        return None
+
+    def _finish(self, under_way: _TaskRun) -> None:
+        """Everything of a task has been answered, as far as it can be."""
+        name, task, documents = under_way.model, under_way.task, under_way.documents
+        found = _found(name, task, documents, self.folder)
+        results = self._results[name][task.name] = TaskResults(task, documents, self.cells, found)
+        self._rows[name, task.name] = rows(name, results, self.cells, under_way.part_of)
+        self._curves[name, task.name] = curve_rows(results.all_samples())
+        several = len(self.models) > 1
+        write_predictions(self.folder.path, task, documents, self.cells, found, model=name if several else None)
+        if self.config.states:
+            self._leave_maps(name, task, documents[0])
+        self._close_task(name, task)
+
+    def _leave_maps(self, name: str, task: Task, document: Document) -> None:
+        """States maps of a document, where the folder has none yet."""
+        if cells := cells_to_map(self.folder.path, name, task.name, document, self.cells):
+            maps = self.executor.map_states(name, document, cells)
+            where = {"model": name, "task": task.name, "document": document.id}
+            labels = {cell.key: cell.label for cell in cells}
+            found = [{**where, "cell": key, "label": labels[key], "map": item} for key, item in maps.items()]
+            write_maps(self.folder.path, found)
+
+    def _fail(self, name: str, task: Task, error: TaskError | UserError) -> None:
+        """A task that cannot be measured. Raises ``error`` where it makes no sense at all."""
+        if isinstance(error, TaskError) and error.usage:
+            raise error
+        self.outcome.failures.append({"model": name, "task": task.name, "error": str(error)})
+        self.console.print(f"[red]{escape(task.name)}: {escape(str(error))}[/red]", highlight=False)
+        self._close_task(name, task)
+
+    def _close_task(self, name: str, task: Task) -> None:
+        """The last task of a model makes the rows of its groups."""
+        self._open[name].discard(task.name)
+        if not self._open[name]:
+            results = self._results.pop(name)
+            for group in self.asked:
+                if isinstance(group, TaskGroup):
+                    self._rows[name, group.name] = group_rows(name, group, results, self.cells)
+        order = [*(task.name for task, _ in self.tasks), *(item.name for item in self.asked)]
+        found = dict.fromkeys((name, item) for name in self.models for item in order)
+        self.outcome.rows = [row for key in found for row in self._rows.get(key, ())]
+        self.outcome.curve = [row for key in found for row in self._curves.get(key, ())]
+        self.folder.write_results(self.outcome.rows)
+        self.folder.write_curve(self.outcome.curve)
+        self._write_record()
+
+    def close(self) -> None:
+        """Everything has been done."""
+        self.folder.write_results(self.outcome.rows)
+        self._write_record(finished=records.now())
+
+
+def _loaded_facts(name: str, previous: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Dtype and device of a model as the run that is continued had it; unknown before it is loaded."""
+    known = (previous or {}).get("models", {}).get(name, {})
+    return {"dtype": known.get("dtype"), "device": known.get("device")}
+
+
+def _found(
+    model: str, task: Task, documents: Sequence[Document], folder: records.RunFolder
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """The folder's samples of the documents as they are asked now, by document id and cell key."""
+    wanted = {document.id: _prompt_hash(document) for document in documents}
+    return {
+        (sample["document"], sample["cell"]): sample
+        for sample in folder.samples.values()
+        if sample["model"] == model
+        and sample["task"] == task.name
+        and wanted.get(sample["document"]) == sample["prompt_sha256"]
+    }
+
+
+def failure_lines(failures: Iterable[Mapping[str, str]]) -> list[str]:
+    """What failed, for a person: a line per plugin, per task, and per cell of a task with its first error."""
+    failures = list(failures)
+    lines = [f"plugin {failure['plugin']}: {failure['error']}" for failure in failures if "plugin" in failure]
+    groups: dict[tuple[str, str | None], list[Mapping[str, str]]] = {}
+    for failure in failures:
+        if "plugin" in failure:
+            continue
+        what = failure["task"] if "model" not in failure else f"{failure['task']} ({failure['model']})"
+        groups.setdefault((what, failure.get("cell")), []).append(failure)
+    for (what, cell), mine in groups.items():
+        first = mine[0]
+        if cell is None:
+            lines.append(f"{what}: {first['error']}")
+        else:
+            more = f" and {len(mine) - 1} more documents" if len(mine) > 1 else ""
+            lines.append(f"{what}, {cell}, {first['document']}{more}: {first['error']}")
+    return lines

@@ -1,0 +1,332 @@
+"""Methods of others: the same tokens as by themselves, true bytes, no trace."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM, cache_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from arkv import storage_bytes
+from bench.engine.engine import Engine
+from bench.errors import UserError
+from bench.methods import peers
+from bench.methods.grid import Cell, grid
+from bench.methods.peers import Peer, Prefilled, decoding, make_peer, prefill, token_counts
+from tasks.base import Document, Generate
+from tests.bench.conftest import quiet_environment
+from tests.conftest import ROOT
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+LENGTH = 203
+GROUPED = [name for name in peers.BACKENDS if name != "fp8"]
+HAS_FP8 = hasattr(cache_utils, peers.FP8_LAYER)
+EVICTING = ("snapkv", "pyramidkv", "streaming_llm", "expected_attention", "tova", "knorm")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Any:
+    torch.manual_seed(0)
+    config, kind = FAMILIES[request.param]
+    made = kind(config(**SIZES)).eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "norm" not in name:
+                parameter.copy_(0.15 * torch.randn(parameter.shape))
+    return made
+
+
+@pytest.fixture(scope="module")
+def prompt() -> torch.Tensor:
+    return torch.randint(0, 97, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.slow
+def test_importing_kvpress_patches_nothing() -> None:
+    """In a process of its own: the import wraps every attention function, once."""
+    code = (
+        "import arkv\n"  # which registers a function of its own
+        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions\n"
+        "before = dict(functions.items())\n"
+        "from bench.methods.peers import press_names\n"
+        "assert 'snapkv' in press_names()\n"
+        "assert dict(functions.items()) == before\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=quiet_environment(), cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kvpress_is_imported() -> None:
+    """By the suite and not by a test, whose import would patch transformers."""
+    if find_spec("kvpress") is not None:
+        peers.press_names()
+
+
+@pytest.fixture(autouse=True)
+def _no_trace(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After every test transformers and the model are as they were."""
+    model = request.getfixturevalue("model") if "model" in request.fixturenames else None
+    functions = dict(ALL_ATTENTION_FUNCTIONS.items())
+    names = [{*vars(module), *module._modules} for module in model.modules()] if model is not None else []
+    yield
+    assert dict(ALL_ATTENTION_FUNCTIONS.items()) == functions
+    if model is not None:
+        assert [{*vars(module), *module._modules} for module in model.modules()] == names
+        assert not any(layer.self_attn._forward_hooks for layer in model.model.layers)
+
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def alone(model: Any, prompt: torch.Tensor, press: Any, steps: int) -> tuple[Pairs, list[int]]:
+    """The press by itself: its own context manager, kvpress' global patch, explicit positions as its pipeline does.
+
+    Returns what it kept of each layer, and the tokens decoded.
+    """
+    from kvpress.attention_patch import attention_patch
+
+    cache, tokens = DynamicCache(), []
+    original, trace = ALL_ATTENTION_FUNCTIONS["sdpa"], [set(vars(layer.self_attn)) for layer in model.model.layers]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention_patch(original)
+    try:
+        with torch.inference_mode():
+            with press(model):
+                logits = model(prompt, past_key_values=cache, logits_to_keep=1).logits
+            # Decoding writes over the keys of masked tokens.
+            kept = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+            for step in range(steps):
+                tokens.append(int(logits[0, -1].argmax()))
+                position = torch.tensor([[prompt.shape[1] + step]])
+                logits = model(torch.tensor([tokens[-1:]]), past_key_values=cache, position_ids=position).logits
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = original
+        for layer, before in zip(model.model.layers, trace, strict=True):
+            layer.self_attn._modules.pop("rotary_emb")
+            for name in set(vars(layer.self_attn)) - before:
+                delattr(layer.self_attn, name)
+    return kept, tokens
+
+
+def greedy(model: Any, prefilled: Prefilled, steps: int) -> list[int]:
+    tokens, logits = [], prefilled.logits
+    with decoding(model, prefilled.cache), torch.inference_mode():
+        for _ in range(steps):
+            tokens.append(int(logits[0].argmax()))
+            logits = model(torch.tensor([tokens[-1:]]), past_key_values=prefilled.cache).logits[:, -1]
+    return tokens
+
+
+@pytest.mark.parametrize("name", [*EVICTING, "chunkkv", "chunkkv+tova", "adakv"])
+def test_a_press_does_what_it_does_by_itself(model: Any, prompt: torch.Tensor, name: str) -> None:
+    """The same keys and values are kept, and decoding, masks of single heads included, goes on to the same tokens."""
+    import kvpress
+
+    inner = kvpress.TOVAPress() if name.endswith("+tova") else kvpress.SnapKVPress()
+    wrappers = {"chunkkv": kvpress.ChunkKVPress, "adakv": kvpress.AdaKVPress}
+    plain = {
+        "snapkv": kvpress.SnapKVPress,
+        "pyramidkv": kvpress.PyramidKVPress,
+        "streaming_llm": kvpress.StreamingLLMPress,
+        "expected_attention": kvpress.ExpectedAttentionPress,
+        "tova": kvpress.TOVAPress,
+        "knorm": kvpress.KnormPress,
+    }
+    outer = name.partition("+")[0]
+    press = wrappers[outer](inner) if outer in wrappers else plain[outer]()
+    peer = Peer(f"kvpress:{name}", "tokens", cache_size=100)
+    press.compression_ratio = 1 - 100.25 / LENGTH
+    expected, tokens = alone(model, prompt, press, 8)
+    prefilled = prefill(model, prompt, peer)
+    for layer, (keys, values) in zip(prefilled.cache.layers, expected, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+    assert greedy(model, prefilled, 8) == tokens
+
+
+@pytest.mark.parametrize("name", EVICTING)
+@pytest.mark.parametrize("budget", [{"cache_size": 77}, {"cache_ratio": 0.5}], ids=str)
+def test_the_budget_is_kept(model: Any, prompt: torch.Tensor, name: str, budget: dict[str, Any]) -> None:
+    wanted = 77 if "cache_size" in budget else 101
+    cache = prefill(model, prompt, make_peer(f"kvpress:{name}", budget_unit="bytes", **budget)).cache
+    counts = token_counts(cache)
+    assert counts["original"] == pytest.approx(wanted, abs=0.5)
+    assert sum(counts.values()) == cache.get_seq_length() == LENGTH
+    assert storage_bytes(cache.layers) == sum(
+        2 * 2 * 32 * 4 * layer.keys.shape[2]  # key and value, heads, dimensions, bytes of a float
+        for layer in cache.layers
+    )
+
+
+def test_a_press_that_masks_shows_its_real_bytes(model: Any, prompt: torch.Tensor) -> None:
+    cache = prefill(model, prompt, Peer("kvpress:adakv", "tokens", cache_ratio=0.25)).cache
+    full = 3 * 2 * 2 * 32 * 4 * LENGTH
+    assert storage_bytes(cache.layers) > full
+    assert token_counts(cache)["original"] == pytest.approx(50, abs=0.01)
+    assert token_counts(cache)["evicted"] == pytest.approx(LENGTH - 50, abs=0.01)
+
+
+@pytest.mark.parametrize("tokens", [50, 64])
+def test_a_prompt_within_the_presses_window_stays_whole(model: Any, prompt: torch.Tensor, tokens: int) -> None:
+    cache = prefill(model, prompt[:, :tokens], Peer("kvpress:snapkv", "tokens", cache_ratio=0.25)).cache
+    assert token_counts(cache) == {"original": tokens, "quantized": 0.0, "evicted": 0.0}
+
+
+def test_a_press_that_draws_keeps_the_same_tokens_twice(model: Any, prompt: torch.Tensor) -> None:
+    state = torch.get_rng_state()
+    first, second = (prefill(model, prompt, Peer("kvpress:random", "tokens", cache_size=50)).cache for _ in range(2))
+    assert torch.equal(first.layers[0].keys, second.layers[0].keys)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_quantized_bytes_are_walked(model: Any, prompt: torch.Tensor, name: str) -> None:
+    """Codes, scales and zero points counted from the shapes; what fills no group waits at model precision."""
+    backend, bits = peers.BACKENDS[name]
+    cache = prefill(model, prompt, make_peer(f"hf:{name}", cache_ratio=0.25)).cache
+    counts = token_counts(cache)
+    whole, waiting = round(counts["quantized"]), round(counts["original"])
+    assert whole + waiting == LENGTH == cache.get_seq_length()
+    assert waiting == LENGTH % {"hqq-int4": 2, "hqq-int2": 4}.get(name, 1)
+    values = 2 * 32 * whole
+    # Keys and values: codes, a scale and a zero point per 64 values, and the waiting tokens as floats.
+    expected = 3 * 2 * (values * bits // 8 + 2 * 4 * values // 64 + 4 * 2 * 32 * waiting)
+    assert storage_bytes(cache.layers) == pytest.approx(expected, rel=0.02)
+    assert backend in name
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_shared_prefill_is_its_own(model: Any, prompt: torch.Tensor, name: str) -> None:
+    """Quantizing the recorded keys and values gives what transformers' cache gives in a prefill of its own."""
+    from transformers.cache_utils import QuantizedCache
+
+    backend, bits = peers.BACKENDS[name]
+    even, axis = prompt[:, :200], int(backend == "hqq")
+    own = QuantizedCache(backend, model.config, bits, axis, axis)
+    with torch.inference_mode():
+        logits = model(even, past_key_values=own, logits_to_keep=1).logits[:, -1]
+    shared = prefill(model, even, make_peer(f"hf:{name}"))
+    assert greedy(model, shared, 8) == greedy(model, Prefilled(own, logits, 0.0, None), 8)
+
+
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+@pytest.mark.parametrize("name", GROUPED)
+def test_decoding_past_the_next_quantization(model: Any, prompt: torch.Tensor, name: str) -> None:
+    """After 128 more tokens everything is quantized again, whatever the length of the prompt."""
+    prefilled = prefill(model, prompt, make_peer(f"hf:{name}"))
+    greedy(model, prefilled, 130)
+    counts = token_counts(prefilled.cache)
+    assert counts["original"] < 10
+    assert sum(counts.values()) == LENGTH + 130
+
+
+@pytest.mark.skipif(not HAS_FP8, reason="this transformers has no fp8 backend")
+def test_fp8_takes_a_byte_per_value(model: Any, prompt: torch.Tensor) -> None:
+    prefilled = prefill(model, prompt, make_peer("hf:fp8", cache_ratio=0.25))
+    assert prefilled.cache.get_seq_length() == LENGTH
+    assert token_counts(prefilled.cache) == {"original": 0.0, "quantized": LENGTH, "evicted": 0.0}
+    # Keys and values, and a scale for each.
+    assert storage_bytes(prefilled.cache) == 3 * 2 * (2 * 32 * LENGTH + 4)
+    greedy(model, prefilled, 5)
+    assert token_counts(prefilled.cache)["quantized"] == LENGTH + 5
+    assert make_peer("hf:fp8").quant_format == "fp8"
+
+
+@pytest.mark.skipif(HAS_FP8, reason="this transformers has an fp8 backend")
+def test_fp8_says_what_it_needs() -> None:
+    with pytest.raises(UserError, match=r"hf:fp8: transformers 5\.\d+\.\d+ has no fp8 backend") as caught:
+        make_peer("hf:fp8", cache_ratio=0.25)
+    assert caught.value.exit_code == 2
+
+
+def test_a_row_of_the_grid(tiny: Any) -> None:
+    """Peers run beside the others in one engine, a press on a prefill of its own."""
+    cells = grid(
+        ["full", "mix", "hf:quanto-int4", "kvpress:streaming_llm"],
+        [{"cache_ratio": 0.5}, {"cache_ratio": 0.25}],
+        [8],
+        None,
+        {"budget_unit": "bytes"},
+    )
+    assert [cell.method for cell in cells] == [
+        *("full", "mix", "mix", "hf:quanto-int4", "kvpress:streaming_llm", "kvpress:streaming_llm")
+    ]
+    assert [cell.cache_ratio for cell in cells] == [None, 0.5, 0.25, None, 0.5, 0.25]
+    assert len({cell.key for cell in cells}) == len(cells)
+    assert (cells[3].quant_format, cells[4].quant_format) == ("int4", None)
+    assert cells[3].label == "hf:quanto-int4"
+    assert cells[4].label == "kvpress:streaming_llm 50 % of each prompt's bytes"
+    ids = torch.randint(0, 300, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    engine = Engine(tiny.model, tiny.tokenizer, cells)
+    engine.warm_up()
+    document = Document(id="d", request=Generate(prompt_ids=tuple(ids), max_new_tokens=4))
+    full, _, _, quantized, half, quarter = engine.answer(document, cells)
+    assert (full.tokens_evicted, quantized.tokens_evicted) == (0.0, 0.0)
+    assert quantized.tokens_quantized > 190
+    assert (half.tokens_evicted, quarter.tokens_evicted) == (100.0, 150.0)
+    assert full.kv_bytes > half.kv_bytes > quarter.kv_bytes
+    assert half.kv_bytes / full.kv_bytes == pytest.approx((100 + 3) / (200 + 3))
+    assert (quantized.prefill_s, half.compress_s) == (full.prefill_s, None)
+    assert len(half.answer.token_ids) == 4
+
+
+def test_a_key_follows_the_librarys_version() -> None:
+    first, second = (Cell("x:y", peer=Peer("x:y", "tokens", 64, version=version)).key for version in ("1.0", "1.1"))
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("hf:quanto-int3", "unknown method 'hf:quanto-int3': did you mean hf:quanto-int"),
+        ("kvpress:snapkw", "unknown method 'kvpress:snapkw': did you mean kvpress:snapkv"),
+        ("vllm:fp8", "unknown method 'vllm:fp8': methods of others begin with hf: or kvpress:"),
+        ("kvpress:finch", "finch cannot be compared at a budget: it needs a delimiter"),
+        ("kvpress:snapkv+tova", "SnapKVPress wraps no other press"),
+        ("kvpress:chunkkv+adakv", "AdaKVPress gives tokens no score"),
+    ],
+)
+def test_wrong_names(name: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_peer(name, budget_unit="tokens", cache_size=64)
+    assert said in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("name", ["hf:hqq-int4", "kvpress:snapkv"])
+def test_what_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(peers, "DISTRIBUTIONS", dict.fromkeys(peers.DISTRIBUTIONS, "no-such-distribution"))
+    with pytest.raises(UserError, match=r"is not installed: pip install 'arkv-bench\[peers\]'"):
+        make_peer(name)
+
+
+def test_a_press_that_cannot_do_the_model_says_why(model: Any, prompt: torch.Tensor) -> None:
+    with pytest.raises(UserError, match="kvpress:lukv: kvpress cannot do a prompt of 203 tokens with this model"):
+        prefill(model, prompt, Peer("kvpress:lukv", "tokens", cache_size=50))
+
+
+def test_every_press_is_usable_or_has_a_reason() -> None:
+    names = peers.press_names()
+    assert set(EVICTING) <= names.keys()
+    assert set(peers.UNUSABLE) <= names.keys()
+    rows = dict(peers.descriptions())
+    assert "snapkv" in rows["kvpress:NAME"]
+    assert "finch" not in rows["kvpress:NAME"]

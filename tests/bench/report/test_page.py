@@ -1,0 +1,494 @@
+"""The page about runs: what it says, that nothing in a run can break out of it, and how it behaves in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.cli import main
+from bench.costs.speed import Timing, to_csv
+from bench.engine.inspect import states_map, write_maps
+from bench.errors import UserError
+from bench.report.figures import FOREGROUND, SERIES, layer_means, pareto_front, share_figure
+from bench.report.page import MAPS, Page, answer, budget_sentences, build, read_runs
+from tests.bench.browser import Browser
+from tests.bench.report.test_report import ROWS, row, write
+
+HOSTILE = "<img src=x onerror=alert(1)>&\"'$x_1^2$"
+VOID = {"meta", "img", "br", "link"}
+
+
+def sample(cell: str, document: str = "d0", **more: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "model": "tiny",
+        "task": "needle",
+        "document": document,
+        "prompt_sha256": f"hash of {document}",
+        "cell": cell,
+        "truncated": False,
+        "oq_ratios": [],
+        **more,
+    }
+    return values
+
+
+SAMPLES = [
+    *(sample("full-None", document) for document in ("d0", "d1")),
+    sample("mix-512", "d0", oq_ratios=[0.5, 1.0]),
+    sample("mix-512", "d1", oq_ratios=[0.7, 1.0], truncated=True),
+]
+RECORD = {
+    "started": "2026-01-01T00:00:00+00:00",
+    "finished": "2026-01-01T00:01:00+00:00",
+    "failures": [],
+    "fingerprint": {"models": {"tiny": "aaaa"}, "data": {"needle": "bbbb"}},
+}
+
+
+def make_run(
+    folder: Path,
+    rows: list[dict[str, Any]] | None = None,
+    samples: list[dict[str, Any]] | None = None,
+    **record: Any,
+) -> Path:
+    folder.mkdir(parents=True)
+    write(folder, ROWS if rows is None else rows)
+    lines = SAMPLES if samples is None else samples
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "record.json").write_text(json.dumps({**RECORD, **record}))
+    return folder
+
+
+def page_of(*folders: Path) -> Page:
+    return build(read_runs(folders))
+
+
+class Parsed(HTMLParser):
+    """Tables as rows of texts, tags, attributes; fails where elements do not nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & set(self._open):
+            self.tables[-1][-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """The page of one run."""
+    return page_of(make_run(tmp_path_factory.mktemp("runs") / "run"))
+
+
+def test_the_page_holds_the_figures_of_the_results(plain: Page) -> None:
+    page = plain
+    (table,) = Parsed(page.html).tables
+    headers, *lines = table
+    assert headers[:4] == ["budget", "method", "score", "minus full"]
+    assert [line[:4] for line in lines][:2] == [
+        ["", "full", "1.000[0.90, 1.10]", ""],
+        ["512", "window", "0.000[-0.10, 0.10]", "-1.000[-1.10, -0.90]"],
+    ]
+    assert len(lines) == len(ROWS)
+    assert "worse, p 0.030" in next(line for line in lines if line[1] == "origin")
+    # Score, times, ratios by layer.
+    assert [figure.name for figure in page.figures] == [
+        "01-needle-exact_match",
+        "01-needle-exact_match-time",
+        "01-needle-exact_match-oq",
+    ]
+    assert page.html.count("<svg") == 3
+    assert "1 prompts were longer than the context or --max-length and were cut: d1" in page.html
+
+
+def test_nothing_is_fetched(plain: Page) -> None:
+    html = plain.html
+    assert "://" not in html
+    links = [value for _, attrs in Parsed(html).tags for name, value in attrs.items() if name in ("src", "href")]
+    assert all(value is not None and value.startswith("#") for value in links)
+    assert len(html) < 3_000_000
+
+
+def test_ids_are_unique_and_references_lead_somewhere(plain: Page) -> None:
+    html = plain.html
+    ids = [attrs["id"] for _, attrs in Parsed(html).tags if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', html)) <= {(i, "") for i in ids} | {("", i) for i in ids}
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    model = {"model": HOSTILE, "task": HOSTILE, "metric": HOSTILE}
+    rows = [{**item, **model, "method": item["method"].replace("mix", f"mix{HOSTILE}")} for item in ROWS]
+    cut = [sample("full-None", HOSTILE, model=HOSTILE, task=HOSTILE, truncated=True)]
+    failure = {"model": HOSTILE, "task": HOSTILE, "error": f"</script>{HOSTILE}"}
+    page = page_of(make_run(tmp_path / "run", rows, cut, failures=[failure], command="</pre><script>alert(1)</script>"))
+    parsed = Parsed(page.html)
+    assert "img" not in {tag for tag, _ in parsed.tags}
+    assert [tag for tag, _ in parsed.tags].count("script") == 1
+    assert not any(name.startswith("on") for _, attrs in parsed.tags for name in attrs)
+    assert any(f"mix{HOSTILE}" in line[1] for line in parsed.tables[0])
+
+
+def test_the_answer_names_the_best_of_each_budget(tmp_path: Path) -> None:
+    rows = [
+        row("full", 1.0),
+        row("window", 0.0, leading=False),
+        row("origin", 0.5, leading=True),
+        row("mix", 0.875, leading=True),
+        row("window", 1.0, 1024),
+        row("mix", 1.0, 1024),
+        row("mix", 1.0, 4096, compressed_documents=0),
+    ]
+    text = answer(*read_runs([make_run(tmp_path / "run", rows)]))
+    assert "On needle (exact_match, tiny, n=8), the full cache scores 1.000 [0.90, 1.10]." in text
+    assert (
+        "At C=512 tokens per layer, mix int8 is best with 0.875 [0.78, 0.97], not distinguishable from full "
+        "(-0.125 [-0.23, -0.03]); not distinguishable from it: origin; behind: window." in text
+    )
+    assert "At C=1024 tokens per layer, no method can be told from the best: window and mix int8 score highest" in text
+    assert "At C=4096 tokens per layer, every prompt fits: nothing was compressed" in text
+    assert "Smallest difference to full that so many documents show in 4 of 5 cases: 0.52." in text
+
+
+def test_the_lowest_is_best_where_lower_is_better() -> None:
+    rows = [row("window", 0.9, higher_is_better=False), row("mix", 0.1, higher_is_better=False)]
+    (said,) = budget_sentences(rows)
+    assert "mix int8 scores lowest (best) with 0.100" in said
+
+
+def test_many_tasks_are_counted(tmp_path: Path) -> None:
+    tasks = [{**item, "task": f"task{number}"} for number in range(3) for item in ROWS]
+    text = answer(*read_runs([make_run(tmp_path / "run", tasks)]))
+    assert "3 comparisons" in text
+    assert "At C=512 tokens per layer: no method can be told from the best in 3 of 3" in text
+    assert "window in 3, origin in 3" in text
+
+
+def test_rows_that_were_not_exercised_are_marked(tmp_path: Path) -> None:
+    rows = [row("full", 1.0), row("window", 0.5), row("mix", 1.0, compressed_documents=0)]
+    html = page_of(make_run(tmp_path / "run", rows)).html
+    idle = re.findall(r'<tr class="[^"]*\bidle">.*?</tr>', html, re.DOTALL)
+    assert len(idle) == 1
+    assert "not exercised" in idle[0]
+
+
+@pytest.mark.slow
+def test_a_page_of_many_tasks_stays_small(tmp_path: Path) -> None:
+    tasks = [{**item, "task": f"task{number}"} for number in range(60) for item in ROWS]
+    page = page_of(make_run(tmp_path / "run", tasks, []))
+    assert len(page.html.encode()) < 3_000_000
+    assert "The last 20 tables have no figures" in page.html
+
+
+# --- Several runs ---
+
+
+def test_comparable_runs_share_a_table(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path / "a"), make_run(tmp_path / "b"))
+    (table,) = Parsed(page.html).tables
+    assert table[0][2] == "run"
+    assert {line[2] for line in table[1:]} == {"a", "b"}
+    assert len(table) == 1 + 2 * len(ROWS)
+    assert "must not be compared on" not in page.html
+    assert "nothing is tested from run to run" in page.html
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"fingerprint": {"models": {"tiny": "cccc"}, "data": {"needle": "bbbb"}}}, "another fingerprint of the model"),
+        ({"fingerprint": {"models": {"tiny": "aaaa"}, "data": {"needle": "dddd"}}}, "another hash of the data"),
+        ({"samples": [sample("full-None", "d0", prompt_sha256="other"), SAMPLES[1]]}, "other prompts for 1 of 2"),
+        ({"samples": [sample("full-None", "d9")]}, "other documents (2 and 1, 0 in both)"),
+    ],
+)
+def test_runs_that_must_not_be_compared_say_why(tmp_path: Path, changed: dict[str, Any], reason: str) -> None:
+    page = page_of(make_run(tmp_path / "a", ROWS[:1]), make_run(tmp_path / "b", ROWS[:1], **changed))
+    assert f"a and b must not be compared on needle, tiny: {reason}" in page.html
+    assert len(Parsed(page.html).tables) == 2
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", finished=None, failures=[{"model": "tiny", "task": "lcc", "error": "no data"}])
+    html = page_of(folder).html
+    assert "the run has not ended" in html
+    assert "failed: lcc, tiny: no data" in html
+    (folder / "record.json").unlink()
+    (folder / "samples.jsonl").unlink()
+    html = page_of(folder).html
+    assert "no record.json" in html
+    assert "no samples.jsonl" in html
+
+
+def test_samples_of_another_making_are_refused(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", samples=[{"model": "tiny"}])
+    with pytest.raises(UserError, match=r"samples\.jsonl: a sample has no 'task'"):
+        read_runs([folder])
+
+
+# --- What other commands leave ---
+
+
+def make_speed(folder: Path, *, size: int = 512, model: str = "aaaa", changed: str = "") -> Path:
+    folder.mkdir(parents=True)
+    timings = [
+        Timing(
+            method=method,
+            quant_format=quant_format,
+            context_length=length,
+            cache_size=None if method == "full" else size,
+            prefill_s=1.0,
+            compress_s=None if method == "full" else 0.1,
+            ttft_ms=1000.0,
+            tpot_ms=tpot * length / 1000,
+            decode_tokens_per_s=1000 / tpot,
+            kv_bytes=1000 * length,
+            peak_memory_bytes=None,
+            repetition=0,
+        )
+        for length in (1000, 2000)
+        for method, quant_format, tpot in (("full", None, 50.0), ("mix", "int8", 40.0))
+    ]
+    text = to_csv(timings)
+    (folder / "speed.csv").write_text(text.replace("40.0", changed, 1) if changed else text)
+    record = {"model": {"name": "tiny", "fingerprint": model}, "hardware": {"cpu": "one"}, "finished": "2026"}
+    (folder / "record.json").write_text(json.dumps(record))
+    return folder
+
+
+def make_maps(folder: Path, count: int = 1, **more: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    states = states_map(torch.tensor([[[2, 1, 1, 0, 2]], [[2, 0, 0, 1, 2]]], dtype=torch.int8), [0, 1])
+    where = {"model": "tiny", "task": "needle", "document": "d0", "label": "mix C=512", **more}
+    write_maps(folder, [{**where, "cell": f"mix-{number}", "map": states} for number in range(count)])
+    return folder
+
+
+def test_speed_and_maps_stand_beside_a_run(tmp_path: Path) -> None:
+    page = page_of(make_maps(make_run(tmp_path / "run")), make_speed(tmp_path / "speed"))
+    _, speed = Parsed(page.html).tables
+    assert speed[0][:5] == ["tokens", "C", "method", "format", "TPOT ms"]
+    assert [line[:6] for line in speed[1:]] == [
+        ["1000", "", "full", "", "50.0", "1.00"],
+        ["1000", "512", "mix", "int8", "40.0", "1.25"],
+        ["2000", "", "full", "", "100.0", "1.00"],
+        ["2000", "512", "mix", "int8", "80.0", "1.25"],
+    ]
+    assert [figure.name for figure in page.figures][-2:] == ["speed-1", "states-1-mix-0"]
+    assert "needle, document d0, tiny: mix C=512" in page.html
+    assert "must not be compared:" not in page.html
+
+
+def test_timings_of_one_machine_and_model_share_a_figure(tmp_path: Path) -> None:
+    same = [make_speed(tmp_path / "a"), make_speed(tmp_path / "b", size=256)]
+    page = page_of(*same)
+    assert len(page.figures) == 1
+    assert len(Parsed(page.html).tables[0]) == 9
+    page = page_of(*same, make_speed(tmp_path / "c", model="bbbb"))
+    assert len(page.figures) == 2
+    assert "Timings of a and b and c must not be compared: another model" in page.html
+
+
+def test_few_maps_are_drawn(tmp_path: Path) -> None:
+    page = page_of(make_maps(tmp_path / "look", MAPS + 2))
+    assert len(page.figures) == MAPS
+    assert "2 more states maps are in states.json" in page.html
+
+
+def test_hostile_maps_stay_text(tmp_path: Path) -> None:
+    page = page_of(make_maps(tmp_path / "look", document=HOSTILE, label=HOSTILE, model=HOSTILE))
+    assert not {tag for tag, _ in Parsed(page.html).tags} & {"img"}
+
+
+def test_a_run_that_was_killed_early_says_what_is_there(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", finished=None)
+    (folder / "results.csv").unlink()
+    html = page_of(folder).html
+    assert "no task has ended; samples.jsonl holds 4 answers: needle, full-None, in 2, needle, mix-512, in 2" in html
+    assert "the run has not ended" in html
+    assert "there is nothing to compare" in html
+
+
+@pytest.mark.parametrize(("changed", "said"), [("fast", "line 3, column 'tpot_ms'"), ("-1", "'-1' is no number")])
+def test_timings_edited_into_nonsense_are_refused(tmp_path: Path, changed: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        read_runs([make_speed(tmp_path / "speed", changed=changed)])
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run folder"):
+        read_runs([tmp_path])
+
+
+# --- Figures ---
+
+
+def test_shares_of_time_need_times() -> None:
+    rows = [
+        row("full", 1.0, prefill_s=1.0, cell="full-None"),
+        row("mix", 0.8, prefill_s=1.0, compress_s=0.5, cell="mix-512"),
+    ]
+    assert share_figure("shares", rows, SAMPLES) is None
+    figure = share_figure("shares", rows, [{**item, "decode_s": 2.5} for item in SAMPLES])
+    assert figure is not None
+    time, memory = figure.canvas.axes
+    widths = [round(bar.get_width()) for bar in time.patches]
+    # Prefill, compression, decoding: of the full cache and of the other.
+    assert widths == [29, 25, 0, 12, 71, 62]
+    assert [bar.get_width() for bar in memory.patches] == [100.0, 25.0]
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    rows = [
+        row("full", 0.9, kv_bytes_mean=100.0),
+        row("mix", 0.8, kv_bytes_mean=20.0),
+        row("window", 0.5, kv_bytes_mean=20.0),
+        row("origin", 0.7, kv_bytes_mean=50.0),
+        row("quant", 1.0, kv_bytes_mean=90.0, compressed_documents=0),
+    ]
+    assert [item["method"] for item in pareto_front(rows)] == ["mix", "full"]
+    lower = [{**item, "higher_is_better": False} for item in rows]
+    assert [item["method"] for item in pareto_front(lower)] == ["window"]
+
+
+def test_ratios_are_means_over_documents() -> None:
+    assert layer_means(SAMPLES) == {"mix-512": [pytest.approx(0.6), 1.0]}
+
+
+@pytest.mark.slow
+def test_figures_are_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(run), "--html", str(tmp_path / "page.html"), "--figures", str(tmp_path / "figures")])
+    assert ended.value.code == 0
+    assert "wrote 3 figures" in capsys.readouterr().out
+    starts = {".svg": b"<?xml", ".png": b"\x89PNG", ".pdf": b"%PDF"}
+    files = sorted((tmp_path / "figures").iterdir())
+    assert len(files) == 9
+    assert all(file.read_bytes().startswith(starts[file.suffix]) for file in files)
+    assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--html", "absent/page.html"], "cannot be written"),
+        (["--html", "page.html", "--against", "published.csv"], "leave it out"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path,
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(make_run(tmp_path / "run")), *arguments])
+    assert ended.value.code != 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+# --- Colours ---
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    channels = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(first: str, second: str) -> float:
+    high, low = sorted((luminance(first), luminance(second)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_contrast_is_aa_in_both_themes(plain: Page) -> None:
+    html = plain.html
+    themes = [dict(re.findall(r"--([\w-]+): (#\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", html, re.S)]
+    assert len(themes) == 2
+    for theme in themes:
+        for name, colour in theme.items():
+            if name in ("text", "quiet", "link") or name.startswith("series"):
+                assert contrast(colour, theme["page"]) >= 4.5, name
+        for ground in ("shade", "warn"):
+            assert contrast(theme["text"], theme[ground]) >= 4.5
+    # The files have the page's light colours.
+    assert [themes[0][f"series-{number}"] for number in range(1, 9)] == list(SERIES)
+    assert themes[0]["text"] == FOREGROUND
+
+
+# --- In a browser ---
+
+
+@pytest.mark.slow
+def test_in_a_browser(tmp_path: Path) -> None:
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    file = tmp_path / "page.html"
+    runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b"), make_speed(tmp_path / "speed")]
+    file.write_text(page_of(*runs, make_maps(tmp_path / "look")).html)
+    column = "Array.from(document.querySelector('tbody').rows, row => row.cells[3].dataset.order)"
+    press = "document.querySelectorAll('th button')[3].click()"
+    with Browser(program, tmp_path / "profile") as browser:
+        for width in (390, 1400):
+            for dark in (False, True):
+                browser.open(file, width=width, dark=dark)
+                assert browser.evaluate("document.documentElement.scrollWidth") <= width
+                assert browser.evaluate(
+                    "Array.from(document.querySelectorAll('figure svg'), svg => svg.getBoundingClientRect())"
+                    ".every(box => box.width > 250 && box.height > 100 && box.right <= innerWidth)"
+                )
+                ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
+                assert ground == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
+        before = browser.evaluate(column)
+        browser.evaluate(press)
+        rising = browser.evaluate(column)
+        assert [float(value) for value in rising] == sorted(float(value) for value in before) != before
+        browser.evaluate(press)
+        assert browser.evaluate(column) == sorted(before, key=float, reverse=True)
+        assert browser.evaluate("document.querySelector('th[aria-sort]').getAttribute('aria-sort')") == "descending"
+        browser.evaluate(press)
+        assert browser.evaluate(column) == before
+        methods = {event["method"] for event in browser.events}
+        assert not methods & {"Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled"}
+        requested = {
+            event["params"]["request"]["url"]
+            for event in browser.events
+            if event["method"] == "Network.requestWillBeSent"
+        }
+        assert requested == {file.as_uri()}

@@ -1,0 +1,373 @@
+"""Tables that a person reads, from files that a person may have edited."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bench.cli import main
+from bench.costs.speed import Timing, summarize
+from bench.errors import UserError
+from bench.report.speed import speed_table
+from bench.report.tables import (
+    EVERYTHING,
+    LEGEND,
+    compare,
+    headline,
+    print_comparison,
+    read_results,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
+from bench.runs.folder import COLUMNS, RESULTS
+
+
+def row(method: str, score: float, cache_size: int | None = 512, **more: Any) -> dict[str, Any]:
+    full = method == "full"
+    values: dict[str, Any] = {
+        "model": "tiny",
+        "task": "needle",
+        "metric": "exact_match",
+        "method": method,
+        "quant_format": "int8" if method in ("quant", "mix") else None,
+        "budget_unit": None if full else "tokens",
+        "cache_size": None if full else cache_size,
+        "window_size": None if full else 32,
+        "n": 8,
+        "score": score,
+        "score_full": 1.0,
+        "retention": score,
+        "score_low": score - 0.1,
+        "score_high": score + 0.1,
+        "difference": None if full else score - 1.0,
+        "difference_low": None if full else score - 1.1,
+        "difference_high": None if full else score - 0.9,
+        "p_value": None if full else 0.01,
+        "p_holm": None if full else 0.03 if score < 0.6 else 0.4,
+        "p_bh": None if full else 0.02,
+        "detectable_difference": None if full else 0.52,
+        "kv_bytes_mean": 46_000_000.0,
+        "kv_bytes_peak": 47_000_000,
+        "kv_share": 1.0 if full else 0.25,
+        "kv_share_of_prompt": 1.0 if full else 0.25,
+        "original_share": 1.0 if full else 0.2,
+        "quantized_share": 0.0 if full else 0.05,
+        "evicted_share": 0.0 if full else 0.75,
+        "compressed_documents": 0 if full else 8,
+        "ttft_ms": 3210.4,
+        "tpot_ms": 123.54,
+        "decode_tokens_per_s": 8.1,
+        "truncated_documents": 0,
+        "higher_is_better": True,
+        "cell": f"{method}-{cache_size}",
+        **more,
+    }
+    return {name: values.get(name) for name in COLUMNS}
+
+
+ROWS = [
+    row("window", 0.0),
+    row("origin", 0.5),
+    row("mix", 0.875),
+    row("window", 1.0, 1024),
+    row("mix", 1.0, 1024),
+    row("full", 1.0),
+]
+
+
+def printed(rows: list[dict[str, Any]], width: int, **console: Any) -> str:
+    output = Console(file=io.StringIO(), width=width, **console)
+    print_comparison([rows], output)
+    return output.file.getvalue()  # type: ignore[attr-defined]
+
+
+def timing(method: str, length: int, size: int | None, **more: Any) -> Timing:
+    values: dict[str, Any] = {
+        "method": method,
+        "quant_format": None,
+        "context_length": length,
+        "cache_size": size,
+        "prefill_s": 12.3456,
+        "compress_s": 0.123456,
+        "ttft_ms": 12345.6,
+        "tpot_ms": 123.456,
+        "decode_tokens_per_s": 8.1,
+        "kv_bytes": 123_456_789,
+        "peak_memory_bytes": None,
+        "repetition": 0,
+        **more,
+    }
+    return Timing(**values)
+
+
+def test_speed_fits_80_columns() -> None:
+    timings = [
+        timing(method, length, size, quant_format="int8" if method == "mix" else None)
+        for length in (2048, 31500)
+        for method, size in (("full", None), ("ceiling", 512), ("ceiling", 1024), ("mix", 512), ("mix", 1024))
+    ]
+    output = Console(file=io.StringIO(), width=80)
+    output.print(speed_table(summarize(timings), "tiny, bfloat16, cpu: medians of 1 repetitions", output.width))
+    lines = output.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert all(len(line) <= 80 for line in lines)
+    assert "…" not in "".join(lines)
+    for shown in ("31500", "1024", "ceiling", "int8", "123.5", "123.46", "12.35"):
+        assert any(shown in line for line in lines)
+    # By context, then by C.
+    assert [line.split()[:3] for line in lines if line.split()[:1] == ["31500"]] == [
+        ["31500", "full", "123.5"],
+        ["31500", "512", "ceiling"],
+        ["31500", "512", "mix"],
+        ["31500", "1024", "ceiling"],
+        ["31500", "1024", "mix"],
+    ]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    with open(path / RESULTS, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_full_on_top_budgets_grouped_and_most_bytes_first() -> None:
+    rows = [row("mix", 1.0, kv_bytes_mean=9e6), row("window", 0.0, kv_bytes_mean=11e6)]
+    rows += [row("mix", 1.0, 1024, kv_bytes_mean=20e6), row("full", 1.0)]
+    fixed = {"cache_size": None, "budget_unit": None, "window_size": None}
+    rows.append(row("hf:quanto-int4", 1.0, **fixed, kv_bytes_mean=13e6, kv_share_of_prompt=0.281))
+    (comparison,) = compare(rows)
+    assert [[r["method"] for r in group] for group in comparison.groups] == [
+        ["full"],
+        ["mix"],
+        ["hf:quanto-int4"],
+        ["window", "mix"],
+    ]
+    assert comparison.title == "needle, exact_match (higher is better), tiny, n=8"
+    said = "hf:quanto-int4 stands at 28.1 % of the prompt's bytes: it is of one size, whatever the budget"
+    assert said in comparison.notes
+
+
+def test_peers_without_a_window_join_their_budget() -> None:
+    peer = row("kvpress:snapkv", 0.5, window_size=None)
+    assert [len(group) for group in compare([row("mix", 1.0), peer])[0].groups] == [2]
+    # Unless the run compares windows: then nothing says to which of them it belongs.
+    other = row("mix", 1.0, window_size=8)
+    assert [len(group) for group in compare([row("mix", 1.0), other, peer])[0].groups] == [1, 1, 1]
+
+
+def test_lower_can_be_better() -> None:
+    (comparison,) = compare([row(m, s, higher_is_better=False) for m, s in (("window", 0.9), ("mix", 0.1))])
+    assert "lower is better" in comparison.title
+    # 0.1 is 0.9 below full, which is good here.
+    low = {"higher_is_better": False, "score_full": 1.0}
+    assert "| better, p 0.030 |" in to_markdown([[row("mix", 0.1, **low)]])
+
+
+def test_shares_and_units_are_budgets_of_their_own() -> None:
+    share = {"cache_size": None, "cache_ratio": 0.125, "budget_unit": "bytes"}
+    rows = [row("mix", 1.0, **share), row("origin", 0.5, **share), row("mix", 0.5, 512)]
+    (comparison,) = compare(rows)
+    assert [len(group) for group in comparison.groups] == [2, 1]
+    assert "12.5 %" in printed(rows, 120)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_nothing_is_cut_off(width: int) -> None:
+    text = printed(ROWS, width)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "…" not in text
+    assert "no room for" not in text
+    shown = (
+        "0.875",
+        "[0.78, 0.97]",
+        "-0.125",
+        "[-0.23, -0.03]",
+        "46.0 MB",
+        "25.0 %",
+        "20/5/75",
+        "123.5",
+        "int8",
+        "1024",
+    )
+    assert [item for item in shown if item not in text] == []
+    assert ("not distinguishable  " in text) == (width == 140)
+    assert ("0.400" in text) == (width == 80)
+    for line in LEGEND:
+        assert line.split()[-1] in text
+
+
+def test_long_names_leave_the_numbers_their_room() -> None:
+    text = printed([*ROWS, row("kvpress:expected_attention", 0.5, window_size=None)], 80)
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert "…" not in text
+    assert any("expected_attention" in line for line in text.splitlines())
+    assert "TTFT s, TPOT ms: see results.csv" in " ".join(text.split())
+
+
+def test_columns_without_room_are_named() -> None:
+    text = printed(ROWS, 60)
+    assert all(len(line) <= 60 for line in text.splitlines())
+    assert "no room for p, O/Q/E %, TTFT s, TPOT ms" in " ".join(text.split())
+    assert "0.875" in text
+
+
+def test_small_numbers_keep_two_digits_and_percentages_lose_decimals() -> None:
+    kl = {"score_low": 0.0012, "score_high": 0.0084, "difference": 0.0044}
+    text = printed([row("mix", 0.0044, **kl), row("window", 16.94, score_low=None, difference=-3.21)], 140)
+    for shown in ("0.0044", "[0.0012, 0.0084]", "+0.0044", "16.9", "-3.210"):
+        assert shown in text
+
+
+def test_leaders_are_bold() -> None:
+    rows = [row("full", 1.0), row("window", 0.5, leading=False), row("mix", 0.875, leading=True)]
+    text = printed(rows, 140, force_terminal=True, color_system="standard")
+    assert "\x1b[1m" in next(line for line in text.splitlines() if "0.875" in line)
+    assert "\x1b[1m" not in next(line for line in text.splitlines() if "0.500" in line)
+    markdown = to_markdown([rows])
+    assert "| **512** | **mix** | **int8** | **0.875** |" in markdown
+    assert "| 512 | window |" in markdown
+    assert "- bold: the best of a budget, and what cannot be told from it" in markdown
+    assert "bold" not in to_markdown([ROWS])
+
+
+def test_a_difference_is_never_called_more_than_it_is() -> None:
+    markdown = to_markdown([ROWS])
+    assert "| not distinguishable |" in next(line for line in markdown.splitlines() if "0.875" in line)
+    assert "| worse, p 0.030 |" in next(line for line in markdown.splitlines() if "| origin |" in line)
+    assert "- smallest difference to full that so many documents show in 4 of 5 cases: 0.52" in markdown
+    nothing = [row("mix", 0.5, detectable_difference=None)]
+    assert "- so few documents cannot show a difference to full" in to_markdown([nothing])
+
+
+def test_a_row_that_was_not_exercised_says_so() -> None:
+    rows = [row("full", 1.0), row("window", 0.5), row("mix", 1.0, compressed_documents=0, p_holm=None)]
+    assert "| not exercised |" in next(line for line in to_markdown([rows]).splitlines() if "| mix |" in line)
+    for width in (80, 140):
+        text = printed(rows, width)
+        assert "not exercised: every prompt and answer fits the budget" in text
+        assert any("not exercised " in line for line in text.splitlines() if not line.startswith("-"))
+
+
+def test_bytes_off_the_budget_have_a_footnote() -> None:
+    share = {"cache_size": None, "cache_ratio": 0.25, "budget_unit": "bytes"}
+    rows = [row("mix", 1.0, **share, kv_share=0.235, kv_share_of_prompt=0.2451)]
+    rows.append(row("kvpress:snapkv", 0.5, **share, kv_share=0.262, kv_share_of_prompt=0.2731))
+    text = to_markdown([rows])
+    assert "more than 2 % off the share of the prompt's bytes asked for: kvpress:snapkv 27.3 % of 25 %" in text
+    assert "26.2 %\\*" in text
+    assert "23.5 % |" in text
+    # A share of the tokens promises no bytes.
+    tokens = row("mix", 1.0, **{**share, "budget_unit": "tokens"}, kv_share_of_prompt=0.4)
+    assert "off the share" not in to_markdown([[tokens]])
+
+
+def test_cut_prompts_and_uneven_counts_are_noted() -> None:
+    notes = compare([row("full", 1.0, truncated_documents=3), row("mix", 1.0, n=5)])[0].notes
+    assert any("3 prompts were longer" in note for note in notes)
+    assert any("not complete" in note for note in notes)
+
+
+def test_markdown_is_a_table() -> None:
+    lines = [line for line in to_markdown([ROWS]).splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {len(EVERYTHING) + 1}
+    assert len(lines) == 2 + len(ROWS)
+
+
+def test_csv_comes_back_as_it_was(tmp_path: Path) -> None:
+    rows = read_results(write(tmp_path, ROWS))
+    assert rows == ROWS
+    (tmp_path / "all.csv").write_text(to_csv([rows, rows]))
+    assert read_results(tmp_path / "all.csv") == ROWS * 2
+
+
+def test_names_cannot_drive_the_terminal(tmp_path: Path) -> None:
+    evil = [row("full", 1.0, model="[red]x[/red]\x1b[2J", task="a|b")]
+    rows = read_results(write(tmp_path, evil))
+    text = printed(rows, 120, force_terminal=True)
+    assert "\x1b[2J" not in text
+    assert "[red]x[/red]\\x1b[2J" in text
+    assert "a\\|b" in to_markdown([rows])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("score", "high", "'high' is no number"),
+        ("score", "nan", "'nan' is no number"),
+        ("kv_share", "inf", "'inf' is no number"),
+        ("cache_size", "5.5", "'5.5' is no number"),
+        ("n", "", "empty"),
+        ("method", "", "empty"),
+        ("higher_is_better", "maybe", "neither True nor False"),
+        ("higher_is_better", "", "empty"),
+        ("leading", "1", "neither True nor False"),
+        ("budget_unit", "pages", "neither tokens nor bytes"),
+    ],
+)
+def test_nonsense_names_line_and_column(tmp_path: Path, column: str, value: str, said: str) -> None:
+    write(tmp_path, [ROWS[0], {**ROWS[1], column: value}])
+    with pytest.raises(UserError) as caught:
+        read_results(tmp_path)
+    assert f"line 3, column {column!r}" in str(caught.value)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "no column 'model'"),
+        (b"\xff\xfe\x00", "not a CSV file in UTF-8"),
+        ((",".join(COLUMNS) + "\n").encode(), "no rows"),
+        ((",".join(COLUMNS) + "\n" + "1," * 60 + "\n").encode(), "line 2: more cells than columns"),
+        ((",".join(COLUMNS) + "\nonly\n").encode(), "line 2, column 'task': empty"),
+    ],
+)
+def test_files_that_are_no_results(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / RESULTS).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        read_results(tmp_path)
+
+
+def test_no_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no run folder"):
+        read_results(tmp_path)
+
+
+def test_parts_of_a_group_with_a_score_of_its_own_are_left_out() -> None:
+    group, part = row("mix", 0.5, task="mmlu"), row("mix", 0.4, task="mmlu_law", part_of="mmlu")
+    dataset = row("mix", 40.0, task="longbench:trec", part_of="longbench")
+    assert headline([part, group, dataset]) == [group, dataset]
+
+
+def test_latex_has_every_row_and_obeys_no_name() -> None:
+    nasty = row("mix", 0.875, model=r"a_b\\input{x}%$&#~^{}|<>", leading=True)
+    text = to_latex([[nasty, *ROWS]])
+    assert text.count(r"\toprule") == text.count(r"\bottomrule") == text.count(r"\begin{table}") == 2
+    assert r"a\_b\textbackslash{}\textbackslash{}input\{x\}\%\$\&\#\textasciitilde{}\textasciicircum{}\{\}" in text
+    body = [line for line in text.splitlines() if line.endswith(r" \\")]
+    assert len(body) == 2 + 1 + len(ROWS)
+    assert len({line.replace(r"\&", "").count("&") for line in body}) == 1
+    assert r"\textbf{mix}" in text
+    assert "$-$0.125 & [$-$0.23, $-$0.03]" in text
+    assert "not distinguishable" not in text.split(r"\bottomrule")[0]
+    # Braces and environments are balanced.
+    plain = text.replace(r"\{", "").replace(r"\}", "")
+    assert plain.count("{") == plain.count("}")
+    assert text.count(r"\begin{") == text.count(r"\end{")
+
+
+def test_latex_is_written_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, ROWS)
+    for target, code in ((tmp_path / "table.tex", 0), (tmp_path / "absent" / "table.tex", 1)):
+        with pytest.raises(SystemExit) as ended:
+            main(["report", str(tmp_path), "--latex", str(target)])
+        assert ended.value.code == code
+    assert (tmp_path / "table.tex").read_text() == to_latex([read_results(tmp_path)])
+    assert "cannot be written" in capsys.readouterr().err
