@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import typer
 
+from bench import errors
 from bench.commands import check, doctor, inspect, list_, plan, report, run, score, speed, tune
 from bench.errors import UserError
 from tasks.base import TaskError
@@ -19,6 +19,11 @@ EXIT_CODES = {
     2: "what was asked for makes no sense",
     130: "stopped by Ctrl-C",
 }
+
+BUG = (
+    "this is a bug of arkv-bench, not of what you asked for: please open an issue at the project with the command and "
+    "all that follows"
+)
 
 app = typer.Typer(
     name="arkv-bench",
@@ -43,10 +48,15 @@ app.command("doctor")(doctor.doctor)
 
 
 @app.callback(invoke_without_command=True)
-def _version(
+def _of_all(
     context: typer.Context,
     version: bool = typer.Option(False, "--version", help="Print the version and exit."),
+    traceback: bool = typer.Option(
+        False, "--traceback", help="Of whatever fails, show the whole traceback too (or ARKV_TRACEBACK=1)."
+    ),
 ) -> None:
+    if traceback:
+        errors.SHOW_TRACEBACK = True
     if version:
         from importlib.metadata import version as version_of
 
@@ -65,33 +75,47 @@ def with_dashes(arguments: Sequence[str]) -> list[str]:
     return spelled
 
 
+def traceback_first(arguments: Sequence[str]) -> list[str]:
+    """``report RUN --traceback`` is ``--traceback report RUN``: it can be added to the line that failed."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options, values = arguments[:end], arguments[end:]
+    moved = [argument for argument in options if argument == "--traceback"][:1]
+    return [*moved, *(argument for argument in options if argument != "--traceback"), *values]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``arkv-bench``; exits with one of :data:`EXIT_CODES`."""
     # Progress bars of libraries would write over ours; the environment decides when it already has an opinion.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    typed = with_dashes(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(with_dashes(sys.argv[1:] if arguments is None else arguments), standalone_mode=True)
-    except (UserError, ValueError) as error:
-        _fail(*_explain(error))
+        app(traceback_first(typed), standalone_mode=True)
+    except BaseException as error:
+        if (explained := _explain(error)) is not None:
+            message, code = explained
+            if errors.SHOW_TRACEBACK:
+                typer.echo(errors.whole_traceback(error), err=True, nl=False)
+            typer.echo(f"arkv-bench: {message}", err=True)
+            sys.exit(code)
+        if isinstance(error, Exception):
+            typer.echo(f"arkv-bench: {BUG}", err=True)
+        raise
 
 
-def _explain(error: Exception) -> tuple[str, int]:
-    """Message and exit code of an error that is the user's to mend; any other one is raised again, with its trace."""
+def _explain(error: BaseException) -> tuple[str, int] | None:
+    """Message and exit code of an error that is the user's to mend; None for any other one."""
     if isinstance(error, UserError):
         return str(error), error.exit_code
     if isinstance(error, TaskError):
         return str(error), 2 if error.usage else 1
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}", 1
     # Only a command that has used the library can have raised its error.
     config = sys.modules.get("arkv.config")
     if config is not None and isinstance(error, config.ConfigError):
         return str(error), 2
-    raise error
-
-
-def _fail(message: str, code: int) -> Any:
-    typer.echo(f"arkv-bench: {message}", err=True)
-    sys.exit(code)
+    return None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,15 @@
-"""The error that ends a command with one clear line instead of a traceback."""
+"""The error that ends a command with one clear line instead of a traceback, and the traceback behind such a line."""
 
 from __future__ import annotations
+
+import os
+import traceback
+
+SHOW_TRACEBACK = os.environ.get("ARKV_TRACEBACK", "") not in ("", "0")
+"""Whatever is told in one line shows its whole traceback too: ``--traceback`` sets it, or ``ARKV_TRACEBACK=1``.
+
+Read it as ``errors.SHOW_TRACEBACK``: a name imported from here would not follow.
+"""
 
 
 class UserError(Exception):
@@ -13,3 +22,12 @@ class UserError(Exception):
     def __init__(self, message: str, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def whole_traceback(error: BaseException) -> str:
+    """The traceback of an error and of all that it came from, also where ``from None`` hides that from a reader."""
+    inner: BaseException | None = error
+    while inner is not None:
+        inner.__suppress_context__ = False
+        inner = inner.__cause__ or inner.__context__
+    return "".join(traceback.format_exception(error))

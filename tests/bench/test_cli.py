@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from bench.cli import app, main, with_dashes
+from bench import errors
+from bench.cli import app, main, traceback_first, with_dashes
 from tests.bench.conftest import quiet_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -243,6 +244,68 @@ def test_reports_of_what_is_no_run(fail: Any, tmp_path: Path) -> None:
     assert fail("report", tmp_path / "nowhere")[0] == 1
     (tmp_path / "results.csv").write_text("nonsense\n")
     assert "no column" in fail("report", tmp_path)[1]
+
+
+@pytest.fixture
+def no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --traceback sets is set back afterwards."""
+    monkeypatch.setattr(errors, "SHOW_TRACEBACK", False)
+
+
+@pytest.mark.usefixtures("no_traceback")
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_traceback_on_request(capsys: pytest.CaptureFixture[str], tmp_path: Path, place: int) -> None:
+    line = ["report", str(tmp_path / "nowhere")]
+    line.insert(place, "--traceback")
+    with pytest.raises(SystemExit) as caught:
+        main(line)
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in said
+    assert "read_results" in said
+    assert said.splitlines()[-1].startswith("arkv-bench: ")
+
+
+def test_a_traceback_by_the_environment(tmp_path: Path) -> None:
+    for value, shown in (("1", True), ("0", False)):
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.cli", "report", str(tmp_path / "nowhere")],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+            env=quiet_environment(ARKV_TRACEBACK=value),
+        )
+        assert ("Traceback" in done.stderr, done.returncode) == (shown, 1)
+
+
+def test_the_cause_that_a_line_hides_stands_in_the_traceback() -> None:
+    def fail_hiding() -> None:
+        try:
+            raise KeyError("the cause")
+        except KeyError:
+            raise errors.UserError("the line") from None
+
+    with pytest.raises(errors.UserError) as caught:
+        fail_hiding()
+    said = errors.whole_traceback(caught.value)
+    assert said.index("KeyError: 'the cause'") < said.index("UserError: the line")
+
+
+def test_a_word_behind_two_dashes_is_no_option() -> None:
+    assert traceback_first(["report", "--", "--traceback"]) == ["report", "--", "--traceback"]
+
+
+def test_a_bug_says_that_it_is_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench.report.tables
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a slip")
+
+    monkeypatch.setattr(bench.report.tables, "read_results", fail)
+    with pytest.raises(ZeroDivisionError):
+        main(["report", "anywhere"])
+    assert "this is a bug of arkv-bench" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
