@@ -93,7 +93,8 @@ def _devices() -> Iterator[Finding]:
 
 
 def _models() -> Iterator[Finding]:
-    from bench.models.loading import cache_root, list_models
+    from bench.models.embedded import list_models
+    from bench.models.storage import cache_root
 
     for row in list_models():
         found = f"in {cache_root()}" if row.present else "not fetched yet: the first run does it (PyPI)"

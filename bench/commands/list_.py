@@ -54,7 +54,7 @@ def list_things(
         ]
         rows.append(("NAME", "any other task or group of lm-eval"))
     elif what is What.MODELS:
-        from bench.models.loading import list_models
+        from bench.models.embedded import list_models
 
         rows = [
             (

@@ -1,1 +1,1 @@
-"""Models by reference."""
+"""Models by reference: an embedded name, a local folder, a GGUF file or a hub id."""
