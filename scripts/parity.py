@@ -30,7 +30,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bench.engine.engine import Engine, Failure
-from bench.harness.tasks import HarnessTask
+from bench.harness.task import HarnessTask
 from bench.methods.grid import FULL, Cell, grid
 from bench.models.loading import load
 from bench.runs import folder as records

@@ -15,7 +15,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bench.harness.tasks import DESCRIPTIONS, HarnessGroup, HarnessTask, HarnessTasks
+from bench.harness.task import HarnessTask
+from bench.harness.tasks import DESCRIPTIONS, HarnessGroup, HarnessTasks
 from tasks.base import (
     Document,
     Generate,
@@ -567,7 +568,7 @@ def test_local_rows_touch_no_cache(data: Path, tmp_path: Path) -> None:
     code = f"""
         from pathlib import Path
         from types import SimpleNamespace
-        from bench.harness.tasks import HarnessTask
+        from bench.harness.task import HarnessTask
         from tasks.base import TaskSettings
 
         class Words:
