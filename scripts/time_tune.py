@@ -19,7 +19,10 @@ from pathlib import Path
 
 from bench.models.loading import LoadedModel, load
 from bench.runs import folder as records
-from bench.search.tune import Objective, Study, TuneConfig, fingerprint, load_splits, search
+from bench.search.config import TuneConfig
+from bench.search.documents import load_splits
+from bench.search.objective import Objective
+from bench.search.study import Study, fingerprint, search
 from bench.settings.run import RunConfig
 
 

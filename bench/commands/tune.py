@@ -12,7 +12,9 @@ from bench.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bench.search.tune import Study, TuneConfig, Verdict
+    from bench.search.config import TuneConfig
+    from bench.search.study import Study
+    from bench.search.verdict import Verdict
 
 SEARCH, DATA, OUTPUT = "The search", "Models and data", "Output"
 
@@ -94,7 +96,7 @@ def tune(
 
     run, _ = resolve({name: value for name, value in given.items() if name not in own}, None)
 
-    from bench.search.tune import TuneConfig
+    from bench.search.config import TuneConfig
 
     config = TuneConfig(
         run=run,
@@ -114,19 +116,11 @@ def _tune(config: TuneConfig, folder: Path, *, fresh: bool) -> None:
 
     from bench.models.loading import load
     from bench.progress import ProgressReporter
-    from bench.search.tune import (
-        Objective,
-        Study,
-        fingerprint,
-        import_optuna,
-        judge,
-        load_splits,
-        search,
-        write_held_out,
-        write_preset,
-        write_record,
-        write_trials,
-    )
+    from bench.search.documents import load_splits
+    from bench.search.objective import Objective
+    from bench.search.output import write_held_out, write_preset, write_record, write_trials
+    from bench.search.study import Study, fingerprint, import_optuna, search
+    from bench.search.verdict import judge
 
     import_optuna()
     config.configs({})

@@ -1,1 +1,1 @@
-"""Settings of a method, searched."""
+"""Settings of a method, searched on some documents and judged on others."""

@@ -21,20 +21,13 @@ from bench.cli import main
 from bench.engine.engine import Engine, Measurement
 from bench.errors import UserError
 from bench.methods.grid import Cell
-from bench.search.tune import (
-    DEFAULTS,
-    KL,
-    PARAMETERS,
-    SCORE,
-    FidelityBench,
-    Objective,
-    Study,
-    TuneConfig,
-    load_splits,
-    overlap,
-    search,
-    write_preset,
-)
+from bench.search.config import TuneConfig
+from bench.search.documents import load_splits, overlap
+from bench.search.fidelity import FidelityBench
+from bench.search.objective import KL, SCORE, Objective
+from bench.search.output import write_preset
+from bench.search.parameters import DEFAULTS, PARAMETERS
+from bench.search.study import Study, search
 from bench.settings.run import METHOD_SETTINGS, RunConfig, resolve
 from tasks.base import Compare
 

@@ -1,0 +1,213 @@
+"""The study: trials by Optuna, kept in a folder, continued where they ended."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from bench.errors import UserError
+from bench.models.loading import LoadedModel
+from bench.runs import folder as records
+from bench.search.config import FIDELITY, TuneConfig
+from bench.search.documents import Split
+from bench.search.objective import KL, SCORE, Objective
+from bench.search.parameters import OF_MEAN_MAX, PARAMETERS
+
+if TYPE_CHECKING:
+    import optuna
+
+STUDY, RECORD, TRIALS, HELD_OUT, PRESET = "study.db", "tune.json", "trials.csv", "heldout.csv", "preset.yaml"
+"""What a search leaves in its folder."""
+ERROR = "error"
+"""Attribute of a trial whose settings make no sense together; one that was interrupted has none."""
+
+
+class Study:
+    """An Optuna study in a folder, open for one search at a time; a context manager that holds the folder's lock.
+
+    Args:
+        folder: made if absent.
+        settings: everything that makes the values of two trials comparable; a study of other settings is refused.
+        directions: of the objectives.
+        fresh: forget an earlier study in the folder.
+
+    Raises:
+        UserError: the folder cannot be used, or holds a study of other settings.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], directions: Mapping[str, str], *, seed: int, fresh: bool
+    ) -> None:
+        self.folder, self.directions, self.seed, self.fresh = folder, dict(directions), seed, fresh
+        self.settings = json.loads(json.dumps(settings))
+        self._study: optuna.Study
+
+    def __enter__(self) -> Study:
+        self._lock = records.lock_folder(self.folder, "search")
+        try:
+            self._open()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def _open(self) -> None:
+        optuna = import_optuna()
+        from sqlalchemy.exc import SQLAlchemyError
+
+        file = self.folder / STUDY
+        if self.fresh:
+            for name in (STUDY, RECORD, TRIALS, HELD_OUT, PRESET):
+                (self.folder / name).unlink(missing_ok=True)
+        broken = UserError(f"{file} is not a study of arkv-bench tune; give another --outdir, or --fresh to replace it")
+        is_new = not file.exists()
+        try:
+            study = optuna.create_study(
+                storage=f"sqlite:///{file.resolve()}",
+                study_name="tune",
+                load_if_exists=True,
+                directions=list(self.directions.values()),
+            )
+            known = study.user_attrs.get("settings")
+            if is_new:
+                study.set_user_attr("settings", self.settings)
+                known = self.settings
+            stale = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING])
+            if known == self.settings:
+                for trial in stale:
+                    study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        except (SQLAlchemyError, RuntimeError, ValueError) as error:
+            raise broken from error
+        if not isinstance(known, dict):
+            raise broken
+        if different := sorted(key for key in {*known, *self.settings} if known.get(key) != self.settings.get(key)):
+            raise UserError(
+                f"{file} is a study of other settings ({', '.join(different)}); "
+                "give another --outdir, or --fresh to start it anew"
+            )
+        # A sampler that begins anew must not draw what the same seed drew before.
+        study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
+        self._study = study
+
+    @property
+    def trials(self) -> list[optuna.trial.FrozenTrial]:
+        """Those that have ended: with values, or with settings that made no sense."""
+        return [trial for trial in self._study.trials if trial.values is not None or ERROR in trial.user_attrs]
+
+    @property
+    def complete(self) -> list[optuna.trial.FrozenTrial]:
+        """Those with values."""
+        return [trial for trial in self._study.trials if trial.values is not None]
+
+    def enqueue(self, settings: Mapping[str, Any]) -> None:
+        """Try these first."""
+        self._study.enqueue_trial(dict(settings), skip_if_exists=True)
+
+    def ask(self, names: Sequence[str]) -> optuna.Trial:
+        """A new trial with values for all of ``names``; those that depend on a choice only where they matter."""
+        trial = self._study.ask()
+        for name in names:
+            importance = trial.params.get("importance")
+            if importance is not None and name in (OF_MEAN_MAX if importance == "mean_var" else ("gamma",)):
+                continue
+            PARAMETERS[name].suggest(trial, name)
+        return trial
+
+    def tell(self, trial: optuna.Trial, result: Mapping[str, float] | str, seconds: float) -> None:
+        """Note what the trial gave: its objectives, or what is wrong with its settings."""
+        trial.set_user_attr("seconds", round(seconds, 3))
+        if isinstance(result, str):
+            trial.set_user_attr(ERROR, result)
+            self._study.tell(trial, state=import_optuna().trial.TrialState.FAIL)
+        else:
+            self._study.tell(trial, [result[name] for name in self.directions])
+
+    def value(self, trial: optuna.trial.FrozenTrial, name: str) -> float:
+        """One objective of a trial that has values."""
+        return float(trial.values[list(self.directions).index(name)])
+
+    def front(self) -> list[optuna.trial.FrozenTrial]:
+        """The trials that no other beats in every objective; with one objective, the best."""
+        best = self._study.best_trials if len(self.directions) > 1 else [self._study.best_trial]
+        unique = {json.dumps(trial.params, sort_keys=True): trial for trial in best}
+        return sorted(unique.values(), key=lambda trial: trial.values)
+
+    def chosen(self) -> optuna.trial.FrozenTrial:
+        """The best trial; of a Pareto front the one with the smallest divergence whose score is at least that of the
+        method's own settings, which are the first trial. Raises :class:`UserError` where no trial has values."""
+        if not self.complete:
+            raise UserError(f"no trial has worked: {self.trials[0].user_attrs[ERROR]}")
+        front = self.front()
+        if len(front) == 1 or len(self.directions) == 1:
+            return front[0]
+        sign = 1 if self.directions[SCORE] == "maximize" else -1
+        own = self.complete[0]
+        good = [trial for trial in front if sign * (self.value(trial, SCORE) - self.value(own, SCORE)) >= 0]
+        return min(good or front, key=lambda trial: self.value(trial, KL))
+
+
+def import_optuna() -> Any:
+    """Optuna, silenced. Raises :class:`UserError` where it is not installed."""
+    try:
+        import optuna
+    except ModuleNotFoundError:
+        raise UserError("tune needs Optuna: pip install 'arkv-bench[tune]'") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def fingerprint(config: TuneConfig, model: LoadedModel, splits: Sequence[Split]) -> dict[str, Any]:
+    """Everything that makes the values of two trials comparable."""
+    packages = records.environment()["packages"]
+    run = config.run
+    return {
+        "model": {"name": model.name, "fingerprint": model.fingerprint, "dtype": model.dtype, "device": model.device},
+        "versions": {name: packages.get(name) for name in ("arkv-bench", "torch", "transformers")},
+        "quant_type": config.method,
+        "budgets": run.budgets,
+        "budget_unit": run.budget_unit,
+        "window_size": list(run.window_size),
+        "quant_format": None if run.quant_format is None else list(run.quant_format),
+        "method_settings": run.method_settings,
+        "params": list(config.searched),
+        "documents": {item.task.name: item.digest() for item in splits},
+        "chunk": config.chunk if any(item.task.name == FIDELITY for item in splits) else None,
+        "prefill_chunk": run.prefill_chunk,
+        "seed": run.seed,
+    }
+
+
+def search(study: Study, objective: Objective, advance: Callable[[str], None]) -> None:
+    """Run the trials that the study still lacks.
+
+    Args:
+        advance: called after each trial with what it gave.
+    """
+    config = objective.config
+    base = config.base(0)
+    own = {name: getattr(base, name) for name in config.searched}
+    if all(PARAMETERS[name].holds(value) for name, value in own.items()):
+        study.enqueue(own)
+    size = config.batch if objective.scored else 1
+    while (left := config.n_trials - len(study.trials)) > 0:
+        trials = [study.ask(config.searched) for _ in range(min(size, left))]
+        begin = time.perf_counter()
+        results = objective.values([trial.params for trial in trials])
+        seconds = (time.perf_counter() - begin) / len(trials)
+        for trial, result in zip(trials, results, strict=True):
+            study.tell(trial, result, seconds)
+            advance(result if isinstance(result, str) else said(result))
+
+
+def said(values: Mapping[str, float]) -> str:
+    """Objectives for a person."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
