@@ -26,8 +26,9 @@ from rich.console import Console
 
 from bench.engine.engine import Engine, Failure
 from bench.errors import UserError
-from bench.methods.grid import FULL, Cell, grid
+from bench.methods.grid import Cell, grid
 from bench.models.loading import LoadedModel, load
+from bench.names import FULL
 from bench.runs import folder as records
 from bench.settings.run import parse_value
 from bench.telemetry import Stopwatch

@@ -31,8 +31,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bench.engine.engine import Engine, Failure
 from bench.harness.task import HarnessTask
-from bench.methods.grid import FULL, Cell, grid
+from bench.methods.grid import Cell, grid
 from bench.models.loading import load
+from bench.names import FULL
 from bench.runs import folder as records
 from tasks.base import Document, Generated, LogLikelihoods, Rolling, TaskSettings
 

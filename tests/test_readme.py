@@ -85,7 +85,7 @@ def test_the_layout_is_the_tree() -> None:
 
 
 def test_every_method_stands_in_the_table() -> None:
-    from bench.methods.grid import DESCRIPTIONS
+    from bench.names import DESCRIPTIONS
 
     assert re.findall(
         r"^\| `(\w+)` \|", README.split("## The methods")[1].split("## The tasks")[0], re.MULTILINE

@@ -78,8 +78,9 @@ def _inspect(
     from rich.console import Console
 
     from bench.engine.inspect import inspect_prompt, prompt_of, states_map, write_maps
-    from bench.methods.grid import FULL, grid
+    from bench.methods.grid import grid
     from bench.models.loading import load
+    from bench.names import FULL
     from bench.report.inspection import print_inspection, to_html
     from bench.runs import folder as records
 

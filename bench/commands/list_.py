@@ -32,7 +32,7 @@ def list_things(
     failures: list[dict[str, str]] = []
     if what is What.METHODS:
         from bench.methods import peers, plugins
-        from bench.methods.grid import DESCRIPTIONS
+        from bench.names import DESCRIPTIONS
 
         found = plugins.Plugins(_split(plugin))
         found.load_installed(plugins.METHODS)

@@ -19,8 +19,9 @@ from arkv.config import CacheConfig
 from arkv.store import row_table_bytes
 from bench.engine.engine import Engine, Failure, Measurement
 from bench.errors import UserError
-from bench.methods.grid import FULL, Cell
+from bench.methods.grid import Cell
 from bench.models.loading import DescribedModel
+from bench.names import FULL
 from bench.settings.run import RunConfig
 from tasks.base import Compare, Document, Generate, LogLikelihood, Rolling
 

@@ -19,12 +19,10 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from arkv import PrefillCache, TriStateCache, attach, storage_bytes
 from bench.errors import UserError
-from bench.methods.grid import FULL, Cell
+from bench.methods.grid import Cell
+from bench.names import CEILING, FULL
 from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
 
-CEILING = "ceiling"
-SPEED = "speed.csv"
-"""The timings of a folder, as :data:`COLUMNS`."""
 COLUMNS = [
     *["method", "quant_format", "context_length", "cache_size", "prefill_s", "compress_s", "ttft_ms", "tpot_ms"],
     *["decode_tokens_per_s", "kv_bytes", "peak_memory_bytes", "repetition"],

@@ -23,7 +23,8 @@ from arkv import CacheBatch, ConfigError, PrefillCache, TriStateCache, attach, s
 from arkv.models import copy_layer
 from bench.errors import UserError
 from bench.methods import peers
-from bench.methods.grid import FULL, Cell
+from bench.methods.grid import Cell
+from bench.names import FULL
 from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
 from tasks.base import (
     Answer,

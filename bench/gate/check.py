@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.errors import UserError
 from bench.judge.stats import LEAST_DOCUMENTS, Interval, difference_interval, pseudomedian
-from bench.methods.grid import FULL
+from bench.names import FULL
 from bench.report.page import Run, difference
 from bench.report.tables import Row, bytes_text, headline, in_markdown, percent_text, read_results, score_text
 from bench.runs.folder import RECORD, RESULTS, SAMPLES, read_record, read_samples, write_atomic

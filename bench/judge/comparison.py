@@ -21,7 +21,7 @@ from bench.judge.stats import (
     mean_interval,
     p_value,
 )
-from bench.methods.grid import FULL
+from bench.names import FULL
 from bench.runs.folder import STATISTICS
 from tasks.base import Metric
 

@@ -11,27 +11,8 @@ from typing import Any
 from arkv import FORMATS, METHODS, CacheConfig
 from bench.errors import UserError
 from bench.methods import peers
+from bench.names import FULL, budget_text
 from tasks.base import nearest
-
-FULL = "full"
-
-DESCRIPTIONS = {
-    FULL: "everything at model precision, a stock transformers cache: the baseline",
-    "window": "attention sinks and the newest tokens within the budget (StreamingLLM)",
-    "origin": "heavy hitters and the window, all at model precision: eviction only",
-    "quant": "heavy hitters quantized, the window at model precision",
-    "mix": "ARKV: Original and Quantized by each layer's OQ ratio, the rest evicted",
-}
-
-
-def budget_text(unit: str | None, cache_size: int | None, cache_ratio: float | None) -> str:
-    """A budget for a person; empty where there is none."""
-    if cache_ratio is not None:
-        return f"{100 * cache_ratio:g} % of each prompt's {unit}"
-    if cache_size is None:
-        return ""
-    counted = "tokens per layer" if unit == "tokens" else "tokens' worth of bytes per layer"
-    return f"C={cache_size} {counted}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@
 
 A method of the user's own (:class:`bench.extend.Method`) is a peer too, by its plain name.
 
-What cannot be met is in :data:`LIMITS`. Neither leaves a trace in transformers or in the model.
+What cannot be met is in :data:`bench.names.LIMITS`. Neither leaves a trace in transformers or in the model.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from arkv import PrefillCache, attach
 from bench.errors import UserError
 from bench.extend import Budget, KeptLayer, Method, OthersCode, Prompt
+from bench.names import HF, KVPRESS, LIMITS
 from bench.telemetry import Stopwatch
 from tasks.base import nearest
 
-HF, KVPRESS = "hf", "kvpress"
 EXTRA = "pip install 'arkv-bench[peers]'"
 
 BACKENDS: Mapping[str, tuple[str, int]] = {
@@ -55,13 +55,6 @@ GROUP_SIZE = 64
 """Values that share a scale and a zero point, transformers' default."""
 RESIDUAL_LENGTH = 128
 """Newest tokens that an ``hf:`` method gathers at model precision before it quantizes again, transformers' default."""
-
-LIMITS = {
-    HF: "one size, whatever the budget; quantizes the newest prompt tokens too, and everything again every 128 tokens",
-    f"{HF}:fp8": "one size, whatever the budget; a scale for all keys and one for all values of a layer, of the prompt",
-    KVPRESS: "compresses at prefill only, the answer's tokens come on top; some presses mask tokens and free no bytes",
-}
-"""What the methods of a library, or one of them, cannot meet."""
 
 UNUSABLE = {
     "base": "it is the base class of all presses",

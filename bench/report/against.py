@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.errors import UserError
-from bench.methods.grid import FULL
+from bench.names import FULL
 from bench.report.tables import Row, printable
 from tasks.longbench.datasets import DATASETS
 

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from bench.engine.inspect import StatesMap
 from bench.errors import UserError
 from bench.judge.comparison import not_exercised
-from bench.methods.grid import FULL
+from bench.names import FULL
 from bench.report.tables import BUDGET, Row
 from bench.runs.curve import curve_rows
 

@@ -14,11 +14,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from bench.costs.speed import SPEED, Timing, summarize
+from bench.costs.speed import Timing, summarize
 from bench.engine.inspect import read_maps
 from bench.errors import UserError
 from bench.judge.comparison import by_budget, not_exercised
-from bench.methods.grid import FULL, budget_text
+from bench.names import FULL, SPEED, budget_text
 from bench.report import averages
 from bench.report.figures import (
     Figure,

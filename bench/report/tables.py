@@ -17,12 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from arkv import METHODS
 from bench.errors import UserError
 from bench.judge.comparison import by_budget, not_exercised
 from bench.judge.stats import ALPHA, p_text, verdict
-from bench.methods import peers
-from bench.methods.grid import FULL
+from bench.names import BUDGET_UNITS, FULL, KVPRESS, LIMITS, TRISTATE
 from bench.runs.folder import COLUMNS, RESULTS
 
 Row = dict[str, Any]
@@ -234,12 +232,6 @@ STACKED = (
 )
 """The same within 80 columns: intervals below their numbers, the format below the method, p in the place of words."""
 
-BUDGET_UNITS = {
-    "tokens": "tokens in every layer, however many bytes each takes",
-    "bytes": "bytes of so many tokens at model precision, into which more quantized tokens fit",
-}
-"""What a budget counts."""
-
 LEGEND = (
     "[ , ]: 95 % interval over documents. minus full: paired difference to the full cache on the same documents; its p "
     f"is adjusted over all rows (Holm), and from {ALPHA:.2f} on the two are not distinguishable.",
@@ -324,9 +316,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 def _why_off(row: Row) -> str:
     """Why a method does not stand at the bytes asked for; empty where nothing here knows."""
-    if row["method"].startswith(peers.KVPRESS):
-        return f"{peers.KVPRESS} {peers.LIMITS[peers.KVPRESS]}"
-    if row["method"] not in METHODS:
+    if row["method"].startswith(KVPRESS):
+        return f"{KVPRESS} {LIMITS[KVPRESS]}"
+    if row["method"] not in TRISTATE:
         return ""
     if row["kv_share_of_prompt"] > row["cache_ratio"]:
         return f"{row['method']}: the window and the sinks of prompts so short take more"

@@ -10,7 +10,8 @@ from typing import Any
 
 from bench.engine.engine import Measurement
 from bench.judge.comparison import add_statistics
-from bench.methods.grid import FULL, Cell
+from bench.methods.grid import Cell
+from bench.names import FULL
 from tasks.base import (
     Answer,
     Compared,

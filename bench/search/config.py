@@ -9,7 +9,8 @@ from typing import Any
 from arkv import METHODS, CacheConfig
 from bench.errors import UserError
 from bench.judge import stats
-from bench.methods.grid import budget_text, grid
+from bench.methods.grid import grid
+from bench.names import budget_text
 from bench.search.parameters import DEFAULTS, PARAMETERS, idle
 from bench.settings.run import RunConfig
 from tasks.base import nearest

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from bench.methods.grid import FULL
 from bench.models.loading import LoadedModel
+from bench.names import FULL
 from bench.runs import folder as records
 from bench.search.config import TuneConfig
 from bench.search.objective import Objective

@@ -9,7 +9,8 @@ from typing import Any
 
 from bench.errors import UserError
 from bench.judge import stats
-from bench.methods.grid import FULL, Cell
+from bench.methods.grid import Cell
+from bench.names import FULL
 from bench.search.objective import Objective, answer_all
 
 

@@ -6,7 +6,8 @@ import pytest
 
 from arkv import METHODS, CacheConfig, ConfigError
 from bench.errors import UserError
-from bench.methods.grid import DESCRIPTIONS, FULL, grid
+from bench.methods.grid import grid
+from bench.names import DESCRIPTIONS, FULL
 
 C64 = {"cache_size": 64}
 ALL = [FULL, *METHODS]

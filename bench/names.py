@@ -1,0 +1,53 @@
+"""Names and words that everything else uses: methods, budgets, the files of a folder. Needs no library at all.
+
+What reads and shows finished runs knows methods by these names and never loads the code of one.
+"""
+
+from __future__ import annotations
+
+FULL = "full"
+"""The stock full cache, which every method is compared with."""
+
+DESCRIPTIONS = {
+    FULL: "everything at model precision, a stock transformers cache: the baseline",
+    "window": "attention sinks and the newest tokens within the budget (StreamingLLM)",
+    "origin": "heavy hitters and the window, all at model precision: eviction only",
+    "quant": "heavy hitters quantized, the window at model precision",
+    "mix": "ARKV: Original and Quantized by each layer's OQ ratio, the rest evicted",
+}
+"""The suite's own methods in a line each."""
+TRISTATE = tuple(name for name in DESCRIPTIONS if name != FULL)
+"""Those of :data:`arkv.METHODS`."""
+
+HF, KVPRESS = "hf", "kvpress"
+"""What precedes the colon in the names of methods of other libraries."""
+LIMITS = {
+    HF: "one size, whatever the budget; quantizes the newest prompt tokens too, and everything again every 128 tokens",
+    f"{HF}:fp8": "one size, whatever the budget; a scale for all keys and one for all values of a layer, of the prompt",
+    KVPRESS: "compresses at prefill only, the answer's tokens come on top; some presses mask tokens and free no bytes",
+}
+"""What the methods of a library, or one of them, cannot meet."""
+
+CEILING = "ceiling"
+"""A stock cache that holds only C tokens: the fastest that any cache of that budget could be."""
+
+BUDGET_UNITS = {
+    "tokens": "tokens in every layer, however many bytes each takes",
+    "bytes": "bytes of so many tokens at model precision, into which more quantized tokens fit",
+}
+"""What a budget counts."""
+
+SAMPLES, RECORD, RESULTS, CURVE, STATES = "samples.jsonl", "record.json", "results.csv", "curve.csv", "states.json"
+"""The files of a run's folder."""
+SPEED = "speed.csv"
+"""The timings of a folder of ``arkv-bench speed``."""
+
+
+def budget_text(unit: str | None, cache_size: int | None, cache_ratio: float | None) -> str:
+    """A budget for a person; empty where there is none."""
+    if cache_ratio is not None:
+        return f"{100 * cache_ratio:g} % of each prompt's {unit}"
+    if cache_size is None:
+        return ""
+    counted = "tokens per layer" if unit == "tokens" else "tokens' worth of bytes per layer"
+    return f"C={cache_size} {counted}"
