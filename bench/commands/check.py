@@ -59,7 +59,7 @@ def check(
     [bold]arkv-bench check runs/ci --against results/ci --update[/bold]
     """
     from bench.gate import check as gate
-    from bench.report.tables import bytes_text
+    from bench.report.wording import bytes_text
     from bench.runs.folder import write_atomic
 
     tolerances = gate.Tolerances(

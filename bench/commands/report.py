@@ -64,7 +64,9 @@ def report(
             return
     from bench.report import against as published
     from bench.report import averages
-    from bench.report.tables import headline, print_comparison, read_results, to_csv, to_markdown
+    from bench.report.rows import headline, read_results
+    from bench.report.terminal import print_comparison
+    from bench.report.writing import to_csv, to_markdown
     from bench.runs.folder import write_atomic
 
     tables = [read_results(path) for path in runs]
@@ -97,7 +99,8 @@ def report(
 
 
 def _write_latex(runs: list[Path], latex: Path) -> None:
-    from bench.report.tables import headline, read_results, to_latex
+    from bench.report.rows import headline, read_results
+    from bench.report.writing import to_latex
     from bench.runs.folder import write_atomic
 
     text = to_latex([headline(read_results(path)) for path in runs])
@@ -109,7 +112,8 @@ def _write_latex(runs: list[Path], latex: Path) -> None:
 
 
 def _write_page(runs: list[Path], html: Path | None, figures: Path | None) -> None:
-    from bench.report.page import build, read_runs
+    from bench.report.page import build
+    from bench.report.runs import read_runs
     from bench.runs.folder import write_atomic
 
     page = build(read_runs(runs))

@@ -258,7 +258,8 @@ def run(
     from rich.console import Console
 
     from bench.report.averages import print_averages
-    from bench.report.tables import headline, print_comparison
+    from bench.report.rows import headline
+    from bench.report.terminal import print_comparison
     from bench.runs.folder import DISK_FULL
     from bench.runs.run import execute, failure_lines
 

@@ -26,8 +26,10 @@ from typing import Any
 from bench.errors import UserError
 from bench.judge.stats import LEAST_DOCUMENTS, Interval, difference_interval, pseudomedian
 from bench.names import FULL
-from bench.report.page import Run, difference
-from bench.report.tables import Row, bytes_text, headline, in_markdown, percent_text, read_results, score_text
+from bench.report.rows import Row, headline, read_results
+from bench.report.runs import Run, difference
+from bench.report.wording import bytes_text, percent_text, score_text
+from bench.report.writing import in_markdown
 from bench.runs.folder import RECORD, RESULTS, SAMPLES, read_record, read_samples, write_atomic
 
 Sample = Mapping[str, Any]

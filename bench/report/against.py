@@ -20,7 +20,8 @@ from rich.text import Text
 
 from bench.errors import UserError
 from bench.names import FULL
-from bench.report.tables import Row, printable
+from bench.report.rows import Row
+from bench.report.wording import printable
 from tasks.longbench.datasets import DATASETS
 
 NEEDED = ("model", "method", "budget", "task", "performance")

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.report.tables import BUDGET, Row
+from bench.report.columns import BUDGET
+from bench.report.rows import Row
 from tasks.longbench.averages import averages
 from tasks.longbench.datasets import DATASETS, EXTENDED
 

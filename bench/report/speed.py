@@ -17,7 +17,7 @@ from rich.text import Text
 from bench.costs.speed import COLUMNS as TIMED
 from bench.costs.speed import Timing
 from bench.errors import UserError
-from bench.report.tables import printable
+from bench.report.wording import printable
 
 Row = dict[str, Any]
 

@@ -297,12 +297,12 @@ def test_a_word_behind_two_dashes_is_no_option() -> None:
 
 
 def test_a_bug_says_that_it_is_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import bench.report.tables
+    import bench.report.rows
 
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a slip")
 
-    monkeypatch.setattr(bench.report.tables, "read_results", fail)
+    monkeypatch.setattr(bench.report.rows, "read_results", fail)
     with pytest.raises(ZeroDivisionError):
         main(["report", "anywhere"])
     assert "this is a bug of arkv-bench" in capsys.readouterr().err

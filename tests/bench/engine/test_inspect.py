@@ -26,7 +26,8 @@ from bench.engine.inspect import (
 )
 from bench.errors import UserError
 from bench.report.inspection import to_html
-from bench.report.page import build, read_runs
+from bench.report.page import build
+from bench.report.runs import read_runs
 from tests.bench.report.test_page import Parsed
 
 CONFIG = CacheConfig.for_method("mix", cache_size=64, window_size=8, quant_format="int8")

@@ -16,8 +16,13 @@ from bench.cli import main
 from bench.costs.speed import Timing, to_csv
 from bench.engine.inspect import states_map, write_maps
 from bench.errors import UserError
-from bench.report.figures import FOREGROUND, SERIES, layer_means, pareto_front, share_figure
-from bench.report.page import MAPS, Page, answer, budget_sentences, build, read_runs
+from bench.report.figures.canvas import FOREGROUND, SERIES
+from bench.report.figures.layers import layer_means
+from bench.report.figures.scores import pareto_front
+from bench.report.figures.times import share_figure
+from bench.report.page import MAPS, Page, build
+from bench.report.paragraphs import answer, budget_sentences
+from bench.report.runs import read_runs
 from tests.bench.browser import Browser
 from tests.bench.report.test_report import ROWS, row, write
 

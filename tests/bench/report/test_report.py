@@ -13,18 +13,12 @@ from rich.console import Console
 from bench.cli import main
 from bench.costs.speed import Timing, summarize
 from bench.errors import UserError
+from bench.report.columns import EVERYTHING, LEGEND
+from bench.report.comparison import compare
+from bench.report.rows import headline, read_results
 from bench.report.speed import speed_table
-from bench.report.tables import (
-    EVERYTHING,
-    LEGEND,
-    compare,
-    headline,
-    print_comparison,
-    read_results,
-    to_csv,
-    to_latex,
-    to_markdown,
-)
+from bench.report.terminal import print_comparison
+from bench.report.writing import to_csv, to_latex, to_markdown
 from bench.runs.folder import COLUMNS, RESULTS
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.report.figures import curve_figure
+from bench.report.figures.curve import curve_figure
 from bench.runs.curve import curve_rows
 from tests.bench.report.test_report import row
 

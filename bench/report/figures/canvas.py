@@ -1,0 +1,135 @@
+"""What all figures share: colours and letters, labels of series, legends, and the formats they are written in."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogLocator
+
+from bench.errors import UserError
+from bench.report.rows import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+FOREGROUND = "#16191d"
+SERIES = ("#0059b3", "#a84300", "#00704a", "#a1007f", "#6544b8", "#5a6300", "#a3262a", "#00707c")
+"""Colours on white, told apart by most eyes; the page has a brighter set of its own on black."""
+MARKERS = "osD^vPX"
+FORMATS = ("svg", "png", "pdf")
+WIDTH, HEIGHT = 5.0, 3.9
+"""Inches. Small, so that 72 units per inch are about the pixels of a phone and letters keep their size."""
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.parse_math": False,  # names come from files
+    "text.color": FOREGROUND,
+    "axes.edgecolor": FOREGROUND,
+    "axes.labelcolor": FOREGROUND,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": FOREGROUND,
+    "ytick.color": FOREGROUND,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "arkv-bench",
+    "pdf.fonttype": 42,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A drawing that can be written in several formats."""
+
+    name: str
+    """Of its files, without an ending."""
+    caption: str
+    canvas: Canvas
+
+    def inline_svg(self) -> str:
+        """An ``<svg>`` element for a page: text and axes in the page's text colour, series in its ``--series-N``."""
+        text = self._bytes("svg").decode()
+        text = text[text.index("<svg") :]
+        # Names of XML namespaces mean nothing within HTML.
+        text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+        text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+        text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+        # Several drawings on one page must not share ids.
+        text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", text)
+        # A hundredth of a point is less than anyone sees, and the page is half as large.
+        text = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), text)
+        text = text.replace(FOREGROUND, "currentColor")
+        for number, colour in enumerate(SERIES, start=1):
+            text = text.replace(colour, f"var(--series-{number})")
+        return text.replace("<svg", '<svg aria-hidden="true"', 1)
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write it in every one of :data:`FORMATS`.
+
+        Raises:
+            UserError: the folder cannot be written to.
+        """
+        paths = [folder / f"{self.name}.{ending}" for ending in FORMATS]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path, ending in zip(paths, FORMATS, strict=True):
+                path.write_bytes(self._bytes(ending))
+        except OSError as error:
+            raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
+        return paths
+
+    def _bytes(self, ending: str) -> bytes:
+        buffer = io.BytesIO()
+        # No date and no maker: equal figures are equal files.
+        nothing = {"svg": ("Creator", "Date", "Format", "Type"), "pdf": ("Creator", "Producer", "CreationDate")}
+        metadata = dict.fromkeys(nothing.get(ending, ("Software",)))
+        with matplotlib.rc_context(STYLE):
+            self.canvas.savefig(buffer, format=ending, transparent=ending == "svg", dpi=200, metadata=metadata)
+        return buffer.getvalue()
+
+
+@contextmanager
+def drawing(width: float, height: float) -> Iterator[Canvas]:
+    """An empty drawing of so many inches, under the style of all of them."""
+    with matplotlib.rc_context(STYLE):
+        yield Canvas(figsize=(width, height), layout="constrained")
+
+
+def file_name(*parts: str) -> str:
+    """A name that is one on every system, and an id in HTML."""
+    return "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", part).strip("-.") or "x" for part in parts)[:100]
+
+
+def series(row: Row) -> str:
+    """What a row's points are labelled with: rows that differ in nothing but the budget are one series."""
+    return " ".join(filter(None, (row["method"], row["quant_format"], row.get("run"))))
+
+
+def looks_of(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each series: no two share both among the first 56."""
+    return {
+        label: {"color": SERIES[place % len(SERIES)], "marker": MARKERS[place % len(MARKERS)]}
+        for place, label in enumerate(labels)
+    }
+
+
+def legend(canvas: Canvas, axes: Axes) -> None:
+    """Names of the series below the drawing, in as many columns as there is room for."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 3 if max(map(len, labels)) <= 16 else 2 if max(map(len, labels)) <= 26 else 1
+    canvas.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=1.6, columnspacing=1.2)
+
+
+def few_ticks(values: Sequence[float]) -> Any:
+    """Ticks on a logarithmic axis that have room: 1, 2, 5 within a few decades, else powers of ten."""
+    return LogLocator(subs=(1.0, 2.0, 5.0) if max(values) / min(values) < 300 else (1.0,))

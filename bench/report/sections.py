@@ -1,0 +1,194 @@
+"""The sections of the page: a comparison or timings, as a sortable table with notes and figures."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.costs.speed import summarize
+from bench.judge.comparison import not_exercised
+from bench.report.columns import AGAINST_FULL, BUDGET, DIFFERENCE, METHOD, SCORE, SHARE, STATES, TPOT, TTFT, Column
+from bench.report.comparison import compare
+from bench.report.figures.canvas import Figure, file_name
+from bench.report.figures.curve import curve_figure
+from bench.report.figures.layers import oq_figure
+from bench.report.figures.scores import score_figure
+from bench.report.figures.times import share_figure, speed_figure, time_figure
+from bench.report.paragraphs import in_words, named
+from bench.report.rows import Row, headline
+from bench.report.runs import Run, comparable
+from bench.report.speed import COLUMNS as SPEED_COLUMNS
+from bench.report.speed import LEGEND as SPEED_LEGEND
+from bench.report.wording import printable
+
+FIGURED = 40
+"""Comparisons that get figures: more would make the page too large for a phone, and nobody looks at more."""
+SHARED = 12
+"""Comparisons that get a figure of time and memory shares, for the same reason."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table on the page: lines, and what its column is sorted by."""
+
+    lines: list[str]
+    order: str | float | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of a table on the page."""
+
+    cells: list[Cell]
+    leading: bool
+    exercised: bool
+    first: bool
+    """Of its budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A comparison on the page."""
+
+    title: str
+    anchor: str
+    headers: list[tuple[str, bool]]
+    """With whether the column stands on the left."""
+    lines: list[Line]
+    notes: list[str]
+    figures: list[Figure] = field(default_factory=list)
+
+
+def _value(name: str) -> Callable[[Row], Any]:
+    return lambda row: row[name]
+
+
+ORDERED: tuple[tuple[Column, Callable[[Row], Any]], ...] = (
+    (BUDGET, lambda row: row["cache_ratio"] if row["cache_ratio"] is not None else row["cache_size"]),
+    (METHOD, lambda row: named(row).casefold()),
+    (SCORE, _value("score")),
+    (DIFFERENCE, _value("difference")),
+    (AGAINST_FULL, _value("p_holm")),
+    (SHARE, _value("kv_bytes_mean")),
+    (STATES, _value("original_share")),
+    (TTFT, _value("ttft_ms")),
+    (TPOT, _value("tpot_ms")),
+)
+"""The columns of the page, and by what each is sorted."""
+RUN = Column("run", lambda row: row["run"], left=True)
+
+
+def run_sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
+    """The comparisons, and why some of the runs must not be compared."""
+    sections: list[Section] = []
+    warnings: list[str] = []
+    keys = dict.fromkeys((row["model"], row["task"]) for run in runs for row in headline(run.rows))
+    for model, task in keys:
+        sets, reasons = comparable(runs, model, task)
+        warnings += reasons
+        for together in sets:
+            several = len(together) > 1
+            rows = [
+                {**row, "run": run.name if several else None}
+                for run in together
+                for row in run.rows
+                if (row["model"], row["task"]) == (model, task)
+            ]
+            suffix = f", {together[0].name}" if len(sets) > 1 else ""
+            samples = [
+                sample
+                for run in together
+                for sample in run.samples
+                if sample["model"] == model and sample["task"] == task
+            ]
+            sections += _of_task(rows, samples, suffix, several, len(sections))
+    return sections, warnings
+
+
+def _of_task(
+    rows: Sequence[Row], samples: Sequence[Mapping[str, Any]], suffix: str, several: bool, done: int
+) -> list[Section]:
+    """One section per metric of a model's task; times and ratios stand with the first."""
+    sections: list[Section] = []
+    columns = [*ORDERED[:2], (RUN, _value("run")), *ORDERED[2:]] if several else list(ORDERED)
+    columns = [item for item in columns if any(item[0].cell(row) for row in rows)]
+    for comparison in compare(rows):
+        mine = list(itertools.chain.from_iterable(comparison.groups))
+        name = f"{done + len(sections) + 1:02d}-{file_name(mine[0]['task'], mine[0]['metric'])}"
+        notes = list(comparison.notes)
+        if several:
+            notes.append("differences, p-values and bold are within each run; nothing is tested from run to run")
+        figures: list[Figure | None] = []
+        if done + len(sections) < FIGURED:
+            figures.append(score_figure(name, mine))
+            if not sections:
+                figures.append(time_figure(f"{name}-time", mine))
+                if done < SHARED:
+                    figures.append(share_figure(f"{name}-shares", mine, samples))
+                figures.append(oq_figure(f"{name}-oq", mine, samples))
+                figures.append(curve_figure(f"{name}-curve", mine, samples))
+        sections.append(
+            Section(
+                title=comparison.title + suffix,
+                anchor=f"table-{name}",
+                headers=[(column.header.replace("\n", " "), column.left) for column, _ in columns],
+                lines=[
+                    Line(
+                        cells=[Cell(column.cell(row).split("\n"), order(row)) for column, order in columns],
+                        leading=bool(row["leading"]),
+                        exercised=not not_exercised(row),
+                        first=place == 0,
+                    )
+                    for group in comparison.groups
+                    for place, row in enumerate(group)
+                ],
+                notes=notes,
+                figures=[figure for figure in figures if figure is not None],
+            )
+        )
+    return sections
+
+
+def speed_sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
+    """A section for each model and machine that was timed, and why timings must not be compared."""
+    sets: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.timings:
+            record = run.record or {}
+            where = {"model": record.get("model"), "hardware": record.get("hardware")}
+            # Timings without a record may be of anything.
+            sets.setdefault(json.dumps(where, sort_keys=True) if run.record else run.name, []).append(run)
+    sections = []
+    for number, together in enumerate(sets.values(), start=1):
+        names = ", ".join(run.name for run in together)
+        model = ((together[0].record or {}).get("model") or {}).get("name", "unknown model")
+        rows = [row for run in together for row in summarize(run.timings)]
+        rows.sort(key=lambda row: (row["context_length"], row["cache_size"] or 0))
+        lengths = [row["context_length"] for row in rows]
+        sections.append(
+            Section(
+                title=f"Speed over context lengths, {printable(str(model))} ({names})",
+                anchor=f"speed-{number}",
+                headers=[(header.replace("\n", " "), header in ("method", "format")) for header, _ in SPEED_COLUMNS],
+                lines=[
+                    Line(
+                        cells=[Cell([cell(row)], cell(row)) for _, cell in SPEED_COLUMNS],
+                        leading=False,
+                        exercised=True,
+                        first=place == 0 or lengths[place - 1] != lengths[place],
+                    )
+                    for place, row in enumerate(rows)
+                ],
+                notes=list(SPEED_LEGEND),
+                figures=[speed_figure(f"speed-{number}", rows)],
+            )
+        )
+    named = [in_words([run.name for run in together]) for together in sets.values()]
+    warnings = [
+        f"Timings of {first} and {second} must not be compared: another model, precision or machine, or none known."
+        for first, second in itertools.combinations(named, 2)
+    ]
+    return sections, warnings

@@ -1,0 +1,50 @@
+"""How single values are written: scores, intervals, shares, bytes, names from files."""
+
+from __future__ import annotations
+
+import math
+
+
+def printable(text: str) -> str:
+    """``text`` with everything that a terminal would obey written out: a name must not move the cursor."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def number_text(value: float | None, digits: int) -> str:
+    """With so many decimals; empty for what is unknown."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def score_text(value: float | None, digits: int = 3, sign: str = "") -> str:
+    """So many decimals; more for a small number, which else would lose its second digit, fewer for percentages."""
+    if value is None:
+        return ""
+    if value and abs(value) < 10.0 ** (1 - digits):
+        digits = min(1 - math.floor(math.log10(abs(value))), 6)
+    elif abs(value) >= 10:
+        digits -= 2
+    return f"{value:{sign}.{digits}f}"
+
+
+def interval_text(low: float | None, high: float | None) -> str:
+    """Both ends with the decimals that the larger one needs."""
+    if low is None or high is None:
+        return ""
+    digits = len(score_text(max(abs(low), abs(high)), 2).partition(".")[2])
+    return f"[{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def percent_text(value: float | None, sign: str = "") -> str:
+    """A share in percent."""
+    return "" if value is None else f"{100 * value:{sign}.1f} %"
+
+
+def bytes_text(value: float | None) -> str:
+    """Bytes with their unit, in powers of 1,000."""
+    if value is None:
+        return ""
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError("unreachable")
