@@ -20,8 +20,10 @@ from bench.search.parameters import OF_MEAN_MAX, PARAMETERS
 if TYPE_CHECKING:
     import optuna
 
-STUDY, RECORD, TRIALS, HELD_OUT, PRESET = "study.db", "tune.json", "trials.csv", "heldout.csv", "preset.yaml"
+STUDY, RECORD, TRIALS, HELD_OUT, PRESET = "study.jsonl", "tune.json", "trials.csv", "heldout.csv", "preset.yaml"
 """What a search leaves in its folder."""
+OLDER_STUDY = "study.db"
+"""The study where there was a data base in the place of the journal."""
 ERROR = "error"
 """Attribute of a trial whose settings make no sense together; one that was interrupted has none."""
 
@@ -62,30 +64,39 @@ class Study:
 
     def _open(self) -> None:
         optuna = import_optuna()
-        from sqlalchemy.exc import SQLAlchemyError
+        from optuna.storages import journal
 
-        file = self.folder / STUDY
+        file, lock_file = self.folder / STUDY, self.folder / f"{STUDY}.lock"
         if self.fresh:
-            for name in (STUDY, RECORD, TRIALS, HELD_OUT, PRESET):
+            for name in (STUDY, OLDER_STUDY, RECORD, TRIALS, HELD_OUT, PRESET):
                 (self.folder / name).unlink(missing_ok=True)
-        broken = UserError(f"{file} is not a study of arkv-bench tune; give another --outdir, or --fresh to replace it")
-        is_new = not file.exists()
-        try:
-            study = optuna.create_study(
-                storage=f"sqlite:///{file.resolve()}",
-                study_name="tune",
-                load_if_exists=True,
-                directions=list(self.directions.values()),
+        elif (self.folder / OLDER_STUDY).exists():
+            raise UserError(
+                f"{self.folder / OLDER_STUDY} is a study of an older arkv-bench, which cannot be continued; "
+                "give another --outdir, or --fresh to replace it"
             )
-            known = study.user_attrs.get("settings")
-            if is_new:
+        broken = UserError(f"{file} is not a study of arkv-bench tune; give another --outdir, or --fresh to replace it")
+        lock_file.unlink(missing_ok=True)  # of a search that was killed: this one holds the folder's own lock
+        if not _cut_unfinished_line(file):
+            raise broken
+        try:
+            backend = journal.JournalFileBackend(str(file), journal.JournalFileOpenLock(str(file)))
+            named: dict[str, Any] = {"study_name": "tune", "storage": journal.JournalStorage(backend)}
+            if file.stat().st_size:  # to create a study that is there would write into another one's journal
+                study = optuna.load_study(**named)
+            else:
+                study = optuna.create_study(**named, directions=list(self.directions.values()))
+            if not study.trials and "settings" not in study.user_attrs:
                 study.set_user_attr("settings", self.settings)
-                known = self.settings
+            known = study.user_attrs.get("settings")
             stale = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.RUNNING])
             if known == self.settings:
                 for trial in stale:
                     study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-        except (SQLAlchemyError, RuntimeError, ValueError) as error:
+        except OSError as error:
+            raise UserError(f"{file} cannot be used: {error.strerror}") from error
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+            # Optuna takes every line for one of its own.
             raise broken from error
         if not isinstance(known, dict):
             raise broken
@@ -153,6 +164,22 @@ class Study:
         own = self.complete[0]
         good = [trial for trial in front if sign * (self.value(trial, SCORE) - self.value(own, SCORE)) >= 0]
         return min(good or front, key=lambda trial: self.value(trial, KL))
+
+
+def _cut_unfinished_line(journal: Path) -> bool:
+    """Remove the end of a journal whose writer was killed within a line; False where that is no line of a journal."""
+    try:
+        content = journal.read_bytes()
+        rest = content[content.rfind(b"\n") + 1 :]
+        if rest.startswith(b"{"):
+            with journal.open("r+b") as file:
+                file.truncate(len(content) - len(rest))
+            return True
+        return not rest
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise UserError(f"{journal} cannot be used: {error.strerror}") from error
 
 
 def import_optuna() -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import sqlite3
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -325,22 +324,53 @@ def test_a_search_goes_on(done: Path, tiny_folder: Path, go: Any) -> None:
 def test_a_study_of_other_settings_is_refused(
     done: Path, tiny_folder: Path, go: Any, other: list[str], named: str
 ) -> None:
-    before = (done / "study.db").read_bytes()
+    before = (done / "study.jsonl").read_bytes()
     code, _, err = go(commanded(tiny_folder, done, *other))
     assert code == 1
     assert "is a study of other settings" in err
     assert named in err
-    assert (done / "study.db").read_bytes() == before
+    assert (done / "study.jsonl").read_bytes() == before
 
 
-def test_what_is_no_study_is_refused(tiny_folder: Path, tmp_path: Path, go: Any) -> None:
-    (tmp_path / "study.db").write_text("nonsense")
+@pytest.mark.parametrize("content", ["nonsense", "nonsense\n", "5\n", "{}\n", '{"op_code": 99}\n', "\0\n{}\n"])
+def test_what_is_no_study_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "study.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"is not a study of arkv-bench tune; .* or --fresh to replace it$"):
+        opened(tmp_path).__enter__()
+    assert (tmp_path / "study.jsonl").read_text() == content
+
+
+def test_a_study_of_an_older_kind_is_refused_by_name(tiny_folder: Path, tmp_path: Path, go: Any) -> None:
+    (tmp_path / "study.db").write_text("SQLite format 3")
     code, _, err = go(commanded(tiny_folder, tmp_path))
     assert (code, len(err.splitlines())) == (1, 1)
-    assert "is not a study of arkv-bench tune" in err
-    (tmp_path / "study.db").unlink()
-    sqlite3.connect(tmp_path / "study.db").execute("create table t (x)").connection.commit()
-    assert "is not a study of arkv-bench tune" in go(commanded(tiny_folder, tmp_path))[2]
+    assert f"{tmp_path / 'study.db'} is a study of an older arkv-bench, which cannot be continued" in err
+    assert "--fresh" in err
+    with opened(tmp_path, fresh=True) as study:
+        assert study.trials == []
+    assert not (tmp_path / "study.db").exists()
+
+
+def opened(folder: Path, *, fresh: bool = False) -> Study:
+    return Study(folder, {"model": "tiny"}, {KL: "minimize"}, seed=0, fresh=fresh)
+
+
+def test_a_study_whose_writer_was_killed_goes_on(tmp_path: Path) -> None:
+    """It may have died within a line, between asking and telling, and with Optuna's own lock held."""
+    with opened(tmp_path) as study:
+        study.tell(study.ask(["tau1"]), {KL: 0.5}, 1.0)
+        study.ask(["tau1"])
+    file = tmp_path / "study.jsonl"
+    whole = file.read_bytes()
+    (tmp_path / "study.jsonl.lock").touch()
+    for cut in (0, 1, len(whole.splitlines()[-1]), len(whole) - 1):
+        file.write_bytes(whole[: len(whole) - cut])
+        with opened(tmp_path) as study:
+            complete = len(study.complete)
+            assert complete == (1 if cut < len(whole) - 1 else 0)
+            study.tell(study.ask(["tau1"]), {KL: 0.25}, 1.0)
+        with opened(tmp_path) as study:
+            assert [trial.values for trial in study.complete] == [[0.5]] * complete + [[0.25]]
 
 
 @pytest.mark.slow
