@@ -1,0 +1,1 @@
+"""What the files of a folder hold, as typed models: read and checked here, written from here, used everywhere."""

@@ -1,0 +1,123 @@
+"""``record.json``: what a run was asked for, what it ran on, and what became of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from bench.errors import UserError
+from bench.files.json_ import json_text, read_json
+from bench.names import RECORD
+from bench.records.version import FORMAT_VERSION, Versioned
+
+_OPEN = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+class Fingerprint(BaseModel):
+    """Everything that changes an answer and is not part of a sample's key; further settings by their names."""
+
+    model_config = _OPEN
+
+    models: dict[str, str] = Field(default_factory=dict)
+    versions: dict[str, str | None] = Field(default_factory=dict)
+    data: dict[str, str] = Field(default_factory=dict)
+    """Hash of each task's rows; may grow, task by task."""
+    plugins: dict[str, str] = Field(default_factory=dict)
+    """Hash of each plugin file; may grow."""
+
+
+class Start(BaseModel):
+    """One time that the run's command was started, and what it ran on."""
+
+    model_config = _OPEN
+
+    started: str
+    command: str = ""
+    commit: str | None = None
+    dirty: bool | None = None
+    packages: dict[str, str] = Field(default_factory=dict)
+    hardware: dict[str, Any] = Field(default_factory=dict)
+
+
+class ModelRecord(BaseModel):
+    """A model of a run."""
+
+    model_config = _OPEN
+
+    source: str | None = None
+    fingerprint: str | None = None
+    context_length: int | None = None
+    dtype: str | None = None
+    """Unknown before the model is loaded, as is the device."""
+    device: str | None = None
+
+
+class TaskRecord(BaseModel):
+    """A task of a run."""
+
+    model_config = _OPEN
+
+    documents: int = 0
+    truncated: int = 0
+    data_sha256: str | None = None
+
+
+class FailureRecord(BaseModel):
+    """What failed: a plugin, a task of a model, or one cell in one document."""
+
+    model_config = _OPEN
+
+    plugin: str | None = None
+    model: str | None = None
+    task: str | None = None
+    cell: str | None = None
+    document: str | None = None
+    error: str
+
+
+class Record(Versioned):
+    """The record of ``arkv-bench run``."""
+
+    started: str | None = None
+    finished: str | None = None
+    """None as long as the run has not ended."""
+    command: str = ""
+    continued: list[Start] = Field(default_factory=list)
+    """Of format 1: when the command was given again."""
+    starts: list[Start] = Field(default_factory=list)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    origin: dict[str, Any] = Field(default_factory=dict)
+    """Where each setting came from."""
+    cells: dict[str, str] = Field(default_factory=dict)
+    """Label of each cell, by its key."""
+    models: dict[str, ModelRecord] = Field(default_factory=dict)
+    tasks: dict[str, TaskRecord] = Field(default_factory=dict)
+    failures: list[FailureRecord] = Field(default_factory=list)
+    python: str | None = None
+    platform: str | None = None
+    packages: dict[str, str] = Field(default_factory=dict)
+    hardware: dict[str, Any] = Field(default_factory=dict)
+    commit: str | None = None
+    dirty: bool | None = None
+    executor: dict[str, Any] = Field(default_factory=dict)
+    fingerprint: Fingerprint
+
+
+_RECORD = TypeAdapter(Record)
+
+
+def read_record(path: Path) -> Record:
+    """``record.json`` of a run folder. Raises :class:`UserError` when it is missing or damaged."""
+    file = path / RECORD
+    if not file.is_file():
+        raise UserError(f"{path} is no run folder: it has no {RECORD}")
+    return read_json(file, _RECORD, "the record of a run")
+
+
+def record_text(record: Record) -> str:
+    """What ``record.json`` holds: everything that was given, of the format of now."""
+    content = record.model_dump(exclude_unset=True)
+    content.pop("format_version", None)
+    return json_text({"format_version": FORMAT_VERSION, **content})

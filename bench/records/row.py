@@ -1,0 +1,116 @@
+"""A row of ``results.csv``: one model, task, metric and cell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bench.errors import UserError
+from bench.files.csv_ import csv_text, read_models
+from bench.names import FULL, RESULTS
+
+Share = Annotated[float, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Row(BaseModel):
+    """One row; what is unknown is None."""
+
+    model_config = ConfigDict(allow_inf_nan=False, extra="forbid")
+
+    model: str
+    task: str
+    metric: str
+    method: str
+    quant_format: str | None = None
+    budget_unit: Literal["tokens", "bytes"] | None = None
+    cache_size: Count | None = None
+    window_size: Count | None = None
+    cache_ratio: Amount | None = None
+    n: Annotated[int, Field(ge=1)]
+    """Documents."""
+    score: float
+    score_full: float | None = None
+    """Of ``full`` on the same documents."""
+    retention: float | None = None
+    """``score / score_full``."""
+    score_low: float | None = None
+    """Ends of the 95 % interval over documents; likewise of the difference."""
+    score_high: float | None = None
+    difference: float | None = None
+    """Paired, to ``full`` on the same documents."""
+    difference_low: float | None = None
+    difference_high: float | None = None
+    p_value: Share | None = None
+    p_holm: Share | None = None
+    """Adjusted over the rows of one task and metric."""
+    p_bh: Share | None = None
+    detectable_difference: Amount | None = None
+    """The smallest that so many documents would have shown."""
+    leading: bool | None = None
+    """The best of its budget, or not to be told from it; None where nobody is."""
+    kv_bytes_mean: Amount | None = None
+    kv_bytes_peak: Count | None = None
+    kv_share: Share | None = None
+    """Of the full cache's bytes."""
+    kv_share_of_prompt: Share | None = None
+    """Of the bytes of the prompt alone, which a budget is meant of."""
+    original_share: Share | None = None
+    """Of the tokens seen; likewise the next two."""
+    quantized_share: Share | None = None
+    evicted_share: Share | None = None
+    compressed_documents: Count | None = None
+    prefill_s: Amount | None = None
+    compress_s: Amount | None = None
+    ttft_ms: Amount | None = None
+    decode_tokens_per_s: Amount | None = None
+    tpot_ms: Amount | None = None
+    peak_memory_bytes: Count | None = None
+    prompt_tokens: Amount | None = None
+    """Means over documents, as are the tokens generated."""
+    generated_tokens: Amount | None = None
+    truncated_documents: Count | None = None
+    higher_is_better: bool
+    cell: str
+    part_of: str | None = None
+    """The group of tasks that the row was asked for through."""
+    run: str | None = None
+    """Which run it is of, where several stand together; no column of a run's own file."""
+
+    @property
+    def not_exercised(self) -> bool:
+        """Nothing was compressed: the row says nothing about its method."""
+        return self.method != FULL and self.compressed_documents == 0
+
+
+RUN = "run"
+COLUMNS = [name for name in Row.model_fields if name != RUN]
+"""Columns of ``results.csv``; unknown is empty."""
+STATISTICS = COLUMNS[COLUMNS.index("score_low") : COLUMNS.index("leading") + 1]
+"""Columns about how sure a score is: 95 % intervals over documents, the paired difference to ``full`` with its p-value,
+plain and adjusted over the table, the smallest difference that so many documents would have shown, and whether the row
+is the best of its budget or cannot be told from it."""
+
+
+def rows_csv(rows: Iterable[Row], *, of_runs: bool = False) -> str:
+    """The rows as CSV, with a column for the run if they are ``of_runs``."""
+    return csv_text([RUN, *COLUMNS] if of_runs else COLUMNS, rows)
+
+
+def read_results(path: Path) -> list[Row]:
+    """Rows of a run's ``results.csv``, of the folder or of the file itself.
+
+    Raises:
+        UserError: no such file, no rows, a missing column, or a cell that makes no sense (line and column are named).
+    """
+    file = path / RESULTS if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{path} is no run folder: it has no {RESULTS}")
+    rows = read_models(file, Row, COLUMNS, "the run's own command writes the file anew")
+    if not rows:
+        raise UserError(f"{file} has no rows: no task of the run has ended yet, or all have failed")
+    return rows

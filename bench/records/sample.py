@@ -1,0 +1,190 @@
+"""A line of ``samples.jsonl``: what one cell answered to one document, and what that cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from bench.files.json_ import read_lines
+from tasks.base import Answer, Compared, Generated, LogLikelihoods, Scored
+
+Key = tuple[str, str, str, str, str]
+"""Model, task, document, hash of what was asked, cell: what a sample answers."""
+Kind = Literal["generated", "scored", "compared", "none"]
+
+Count = Annotated[int, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0)]
+
+REMEDY = "remove the line to have it measured again"
+_CONFIG = ConfigDict(allow_inf_nan=False)
+
+
+@dataclass(kw_only=True, slots=True, config=_CONFIG)
+class Measured:
+    """What a run keeps of a sample in memory: everything but the answer itself, which is read from the file.
+
+    Quantities are explained where they are measured, in :class:`bench.engine.engine.Measurement`.
+    """
+
+    model: str
+    task: str
+    document: str
+    prompt_sha256: str
+    """Of everything that was asked, shortened."""
+    cell: str
+    method: str
+    quant_format: str | None
+    budget_unit: str | None
+    cache_size: int | None
+    cache_ratio: float | None
+    window_size: int | None
+    score: float | None
+    """By the task's first metric; None for a score that one document cannot have."""
+    scores: dict[str, float | None]
+    truncated: bool
+    prompt_tokens: Count
+    generated_tokens: Count
+    scored_tokens: Count
+    prefills: Count
+    tokens_seen: Count
+    tokens_original: Amount
+    tokens_quantized: Amount
+    tokens_evicted: Amount
+    kv_bytes: Count
+    kv_bytes_peak: Count
+    full_kv_bytes: Count
+    prefill_s: Amount
+    compress_s: Amount | None
+    ttft_ms: Amount | None
+    decode_s: Amount
+    tpot_ms: Amount | None
+    decode_tokens_per_s: Amount | None
+    peak_memory_bytes: Count | None
+    start: int | None = None
+    """Which of the record's starts it was measured in; None before format 2."""
+    kind: Kind = field(init=False, default="none")
+    """Of the answer; a baseline has none. Not a part of the line."""
+    place: int = field(init=False, default=-1, repr=False, compare=False)
+    """Byte of the file that the line begins at; -1 where it is in none. Not a part of the line."""
+
+    @property
+    def key(self) -> Key:
+        """What it answers."""
+        return self.model, self.task, self.document, self.prompt_sha256, self.cell
+
+
+@dataclass(kw_only=True, slots=True, config=_CONFIG)
+class Sample(Measured):
+    """The whole line."""
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    """Of what was generated, as is ``text``."""
+    log_likelihoods: tuple[Scored, ...] | None = None
+    """Of the continuations or windows that were scored."""
+    compared: Compared | None = None
+    """With the full cache, token by token."""
+    reference: Any = None
+    info: dict[str, Any] = field(default_factory=dict)
+    """Of the document, as its task made it."""
+    oq_ratios: list[float] = field(default_factory=list)
+    """Per compressible layer, where the method uses them."""
+
+    def __post_init__(self) -> None:
+        if (self.text is None) != (self.token_ids is None):
+            raise ValueError("text and token_ids belong together")
+        if self.text is not None:
+            self.kind = "generated"
+        elif self.compared is not None:
+            self.kind = "compared"
+        elif self.log_likelihoods is not None:
+            self.kind = "scored"
+
+    @property
+    def answer(self) -> Answer:
+        """The answer. Raises :class:`ValueError` for a line of a baseline, which holds none."""
+        if self.text is not None and self.token_ids is not None:
+            return Generated(text=self.text, token_ids=self.token_ids)
+        if self.compared is not None:
+            return self.compared
+        if self.log_likelihoods is not None:
+            return LogLikelihoods(scored=self.log_likelihoods)
+        raise ValueError("a sample without an answer")
+
+    def measured(self) -> Measured:
+        """Without its answer."""
+        small = object.__new__(Measured)
+        for name in _KEPT:
+            setattr(small, name, getattr(self, name))
+        return small
+
+
+def _has_answer(sample: Sample) -> Sample:
+    if sample.kind == "none":
+        raise ValueError("holds no answer")
+    return sample
+
+
+_KEPT = tuple(item.name for item in fields(Measured))
+LINE = tuple(item.name for item in fields(Sample) if item.init)
+"""The fields of a line, in their order."""
+_SAMPLE: TypeAdapter[Sample] = TypeAdapter(Sample)
+_ANSWERED: TypeAdapter[Sample] = TypeAdapter(Annotated[Sample, AfterValidator(_has_answer)])
+
+
+def sample_line(sample: Sample) -> str:
+    """The line of a sample, without its end.
+
+    Raises:
+        ValueError, TypeError: it holds what JSON cannot, such as a number that is not finite.
+    """
+    content = {name: getattr(sample, name) for name in LINE}
+    content["compared"] = None if sample.compared is None else asdict(sample.compared)
+    return json.dumps(content, ensure_ascii=False, allow_nan=False)
+
+
+class Samples(Mapping[Key, Measured]):
+    """The samples of a file by what they answer, without their answers, which are read when they are asked for.
+
+    Args:
+        path: the file; may be absent.
+        answered: refuse lines without an answer, which only a baseline may have.
+
+    Raises:
+        UserError: a line makes no sense (file, line and field are named).
+    """
+
+    def __init__(self, path: Path, *, answered: bool = False) -> None:
+        self.path = path
+        self._samples: dict[Key, Measured] = {}
+        adapter = _ANSWERED if answered else _SAMPLE
+        for place, sample in read_lines(path, lambda line: adapter.validate_json(line, strict=True), REMEDY):
+            self.add(sample, place)
+
+    def add(self, sample: Sample, place: int) -> None:
+        """One more, whose line begins at byte ``place``."""
+        small = sample.measured()
+        small.place = place
+        self._samples[small.key] = small
+
+    def whole(self, wanted: Iterable[Measured]) -> Iterator[Sample]:
+        """These with their answers, read one by one. Raises as the class, where the file has been changed."""
+        with open(self.path, "rb") as file:
+            for item in wanted:
+                file.seek(item.place)
+                yield _SAMPLE.validate_json(file.readline(), strict=True)
+
+    def __getitem__(self, key: Key) -> Measured:
+        return self._samples[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
