@@ -8,16 +8,20 @@ from typing import Annotated
 
 import typer
 
+from bench.commands.output import named_or_newest, write
 from bench.errors import UserError
 
 TOLERANCES = "Tolerances: how much worse passes although it is beyond noise"
 
 
 def check(
-    run: Annotated[Path, typer.Argument(help="A run folder.", show_default=False)],
+    run: Annotated[
+        Path | None, typer.Argument(help="A run folder. Default: the newest under runs.", show_default=False)
+    ] = None,
     against: Annotated[
-        Path, typer.Option(help="The baseline: a folder that --update wrote, or another run.", show_default=False)
-    ],
+        Path | None,
+        typer.Option(help="The baseline: a folder that --update wrote, or another run. Needed.", show_default=False),
+    ] = None,
     update: Annotated[bool, typer.Option("--update", help="Make RUN the new baseline instead of checking it.")] = False,
     markdown: Annotated[
         Path | None, typer.Option(help="Write the findings as Markdown.", metavar="FILE", show_default=False)
@@ -58,9 +62,12 @@ def check(
     [bold]arkv-bench check runs/ci --against results/ci --markdown check.md[/bold]
     [bold]arkv-bench check runs/ci --against results/ci --update[/bold]
     """
+    if against is None:
+        raise UserError("give --against FOLDER, the baseline: a folder that --update wrote, or another run", 2)
+    (folder,) = named_or_newest([run] if run is not None else None)
+
     from bench.gate import check as gate
     from bench.report.wording import bytes_text
-    from bench.runs.folder import write_atomic
 
     tolerances = gate.Tolerances(
         score=score_tolerance,
@@ -70,21 +77,21 @@ def check(
         judge_speed=not no_speed,
     )
     if update:
-        size = gate.write_baseline(run, against)
+        size = gate.write_baseline(folder, against)
         typer.echo(f"wrote {against}, {bytes_text(size)}")
         return
-    report = gate.check(gate.read(run), gate.read(against), tolerances, partial=partial)
+    report = gate.check(gate.read(folder), gate.read(against), tolerances, partial=partial)
     for line in gate.lines(report):
         typer.echo(line)
     typer.echo(gate.summary(report))
     text = gate.to_markdown(report)
-    try:
-        if markdown is not None:
-            write_atomic(markdown, text)
-        if summary_file := os.environ.get("GITHUB_STEP_SUMMARY"):
+    if markdown is not None:
+        write(markdown, text, quiet=True)
+    if summary_file := os.environ.get("GITHUB_STEP_SUMMARY"):
+        try:
             with open(summary_file, "a", encoding="utf-8") as file:
                 file.write(text)
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
+        except OSError as error:
+            raise UserError(f"{summary_file}: cannot be written ({error.strerror})") from None
     if report.failed:
         raise typer.Exit(1)

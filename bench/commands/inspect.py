@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bench.commands.output import write
 from bench.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,7 +84,10 @@ def _inspect(
     from bench.names import FULL
     from bench.report.inspection import print_inspection, to_html
     from bench.runs import folder as records
+    from bench.runs.kinds import INSPECTION, claim
 
+    if outdir is not None:
+        claim(outdir, INSPECTION)
     methods = [name for name in run.quant_type if name != FULL]
     cells = grid(methods, run.budgets, run.window_size, run.quant_format, run.method_settings)
     if len(cells) != 1 or cells[0].config is None:
@@ -115,7 +119,7 @@ def _inspect(
     console = Console()
     print_inspection(found, console)
     if html is not None:
-        _write(html, to_html(found))
+        write(html, to_html(found))
     if outdir is not None:
         try:
             outdir.mkdir(parents=True, exist_ok=True)
@@ -132,17 +136,7 @@ def _inspect(
             "layers": [vars(item) for item in found.statistics],
             "steps": [vars(step) for step in found.steps],
         }
-        _write(outdir / "inspect.json", json.dumps(details, ensure_ascii=False, indent=1) + "\n")
-
-
-def _write(path: Path, content: str) -> None:
-    from bench.runs.folder import write_atomic
-
-    try:
-        write_atomic(path, content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-    typer.echo(f"wrote {path}")
+        write(outdir / "inspect.json", json.dumps(details, ensure_ascii=False, indent=1) + "\n")
 
 
 def _read(path: Path, tokens: int | None, loaded: LoadedModel, steps: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from bench.commands.output import named_or_newest, write
 from bench.errors import UserError
 
 
@@ -20,7 +21,10 @@ class Format(str, Enum):
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.", metavar="RUN...", show_default=False)],
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Run folders. Default: the newest under runs.", metavar="[RUN...]", show_default=False),
+    ] = None,
     format: Annotated[Format, typer.Option(help="terminal, markdown or csv.")] = Format.TERMINAL,
     against: Annotated[
         Path | None,
@@ -47,19 +51,21 @@ def report(
 
     Tasks that were asked for through a group with a score of its own stand in the CSV format only.
 
+    [bold]arkv-bench report[/bold]
     [bold]arkv-bench report runs/demo[/bold]
     [bold]arkv-bench report runs/a runs/b --format markdown -o table.md[/bold]
     [bold]arkv-bench report runs/a --against published.csv[/bold]
     [bold]arkv-bench report runs/a runs/b --html page.html --figures figures --latex table.tex[/bold]
     """
+    if against is not None and (html is not None or figures is not None or latex is not None):
+        message = "--against is a table of its own: leave it out, or leave out --html, --figures and --latex"
+        raise UserError(message, 2)
+    folders = named_or_newest(runs)
     if html is not None or figures is not None or latex is not None:
-        if against is not None:
-            message = "--against is a table of its own: leave it out, or leave out --html, --figures and --latex"
-            raise UserError(message, 2)
         if latex is not None:
-            _write_latex(runs, latex)
+            _write_latex(folders, latex)
         if html is not None or figures is not None:
-            _write_page(runs, html, figures)
+            _write_page(folders, html, figures)
         if output is None:
             return
     from bench.report import against as published
@@ -67,9 +73,8 @@ def report(
     from bench.report.rows import headline, read_results
     from bench.report.terminal import print_comparison
     from bench.report.writing import to_csv, to_markdown
-    from bench.runs.folder import write_atomic
 
-    tables = [read_results(path) for path in runs]
+    tables = [read_results(path) for path in folders]
     rows = [row for table in tables for row in table]
     pairs = published.pair(rows, published.read_published(against)) if against is not None else None
     if format is Format.TERMINAL and output is None:
@@ -94,35 +99,23 @@ def report(
     if output is None:
         typer.echo(text, nl=False)
     else:
-        write_atomic(output, text)
-        typer.echo(f"wrote {output}")
+        write(output, text)
 
 
 def _write_latex(runs: list[Path], latex: Path) -> None:
     from bench.report.rows import headline, read_results
     from bench.report.writing import to_latex
-    from bench.runs.folder import write_atomic
 
-    text = to_latex([headline(read_results(path)) for path in runs])
-    try:
-        write_atomic(latex, text)
-    except OSError as error:
-        raise UserError(f"--latex {latex}: cannot be written ({error.strerror})") from None
-    typer.echo(f"wrote {latex}")
+    write(latex, to_latex([headline(read_results(path)) for path in runs]))
 
 
 def _write_page(runs: list[Path], html: Path | None, figures: Path | None) -> None:
     from bench.report.page import build
     from bench.report.runs import read_runs
-    from bench.runs.folder import write_atomic
 
     page = build(read_runs(runs))
     if html is not None:
-        try:
-            write_atomic(html, page.html)
-        except OSError as error:
-            raise UserError(f"--html {html}: cannot be written ({error.strerror})") from None
-        typer.echo(f"wrote {html}")
+        write(html, page.html)
     if figures is not None:
         for figure in page.figures:
             figure.save(figures)

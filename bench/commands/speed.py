@@ -42,8 +42,11 @@ def speed(
     from bench.progress import ProgressReporter
     from bench.report.speed import LEGEND, speed_table
     from bench.runs import folder as records
+    from bench.runs.kinds import TIMINGS, claim
     from bench.settings.run import parse_value
 
+    if outdir is not None:
+        claim(outdir, TIMINGS)
     lengths = parse_value("lengths", context_lengths)
     cells = grid(
         [name for name in parse_value("quant_type", quant_type) if name != "full"],

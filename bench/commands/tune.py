@@ -92,6 +92,7 @@ def tune(
     """
     given = locals()
     own = ("n_trials", "params", "held_out", "chunk", "batch", "keep_gib", "fresh")
+    from bench.runs.kinds import SEARCH, claim
     from bench.settings.run import parse_value, resolve
 
     run, _ = resolve({name: value for name, value in given.items() if name not in own}, None)
@@ -107,6 +108,8 @@ def tune(
         batch=batch,
         keep_gib=keep_gib,
     )
+    if run.outdir is not None:
+        claim(run.outdir, SEARCH)
     _tune(config, run.outdir or _new_folder(), fresh=fresh)
 
 

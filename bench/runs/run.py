@@ -25,6 +25,7 @@ from bench.models.loading import DescribedModel, describe
 from bench.progress import ProgressReporter, progress_bars
 from bench.runs import folder as records
 from bench.runs.curve import curve_rows
+from bench.runs.kinds import RUN, claim
 from bench.runs.predictions import clear_predictions, write_predictions
 from bench.runs.results import TaskResults, group_rows, rows, to_sample
 from bench.settings.run import RunConfig
@@ -198,6 +199,7 @@ def execute(
     Raises:
         UserError, arkv.ConfigError, TaskError: what was asked for makes no sense; nothing has been measured.
     """
+    claim(path, RUN)
     plugins = Plugins(config.plugin or ())
     cells, asked, failures = _asked_for(config, plugins)
     tasks = tasks_of(asked)

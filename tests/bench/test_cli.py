@@ -226,6 +226,50 @@ def test_a_whole_run_and_its_report(tiny_run: list[object], tmp_path: Path, caps
     assert "| budget | method |" in (tmp_path / "table.md").read_text()
 
 
+def test_the_newest_run_is_taken_where_none_is_named(
+    tiny_run: list[object],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    fail: Any,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for line in (["report"], ["check", "--against", "anywhere"]):
+        code, text = fail(*line)
+        assert (code, len(text.splitlines())) == (2, 1)
+        assert "arkv-bench run --preset demo" in text
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in tiny_run[:-2]])
+    assert caught.value.code == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(["report"])
+    assert caught.value.code == 0
+    said = capsys.readouterr()
+    assert said.err == f"arkv-bench: no run named, so this is the newest one, runs/{folder.name}\n"
+    assert "needle, exact_match" in said.out
+    with pytest.raises(SystemExit) as caught:
+        main(["check", "--against", str(folder), "--no-speed"])
+    assert caught.value.code == 0
+    assert f"runs/{folder.name}" in capsys.readouterr().err
+
+
+def test_check_needs_something_to_compare_with(fail: Any, tmp_path: Path) -> None:
+    code, text = fail("check", tmp_path)
+    assert (code, len(text.splitlines())) == (2, 1)
+    assert "give --against FOLDER" in text
+
+
+@pytest.mark.parametrize("option", ["-o", "--html", "--latex"])
+def test_a_file_in_a_folder_that_is_not_there(fail: Any, tiny_run: list[object], tmp_path: Path, option: str) -> None:
+    with pytest.raises(SystemExit):
+        main([str(argument) for argument in tiny_run])
+    code, text = fail("report", tmp_path / "run", option, tmp_path / "missing" / "x.csv")
+    assert code == 1
+    assert f"cannot be written (there is no folder {tmp_path / 'missing'})" in text.splitlines()[-1]
+
+
 def test_ctrl_c_says_how_to_go_on(fail: Any, tiny_run: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.engine.engine import Engine
 
