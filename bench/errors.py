@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 import traceback
+from pathlib import Path
 
 SHOW_TRACEBACK = os.environ.get("ARKV_TRACEBACK", "") not in ("", "0")
 """Whatever is told in one line shows its whole traceback too: ``--traceback`` sets it, or ``ARKV_TRACEBACK=1``.
@@ -31,3 +33,21 @@ def whole_traceback(error: BaseException) -> str:
         inner.__suppress_context__ = False
         inner = inner.__cause__ or inner.__context__
     return "".join(traceback.format_exception(error))
+
+
+def show_traceback(error: BaseException) -> None:
+    """Of an error that is recorded while a command goes on: its whole traceback to stderr, where that is asked for."""
+    if SHOW_TRACEBACK:
+        sys.stderr.write(whole_traceback(error))
+
+
+def place(file: str, line: int | None) -> str:
+    """A line of a file for a person; the file alone where the line is unknown."""
+    return Path(file).name if line is None else f"{Path(file).name}, line {line}"
+
+
+def place_of(error: BaseException, file: str | None = None) -> str:
+    """Where an error was raised: the innermost line of ``file`` on the way there, or else the innermost of all."""
+    frames = traceback.extract_tb(error.__traceback__)
+    mine = [frame for frame in frames if frame.filename == file] or frames
+    return place(mine[-1].filename, mine[-1].lineno)

@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from arkv import PrefillCache, TriStateCache, attach
 from arkv.prefill import PrefillLayer
-from bench.errors import UserError
+from bench.errors import UserError, place_of
 from tasks.base import TaskError
 
 
@@ -166,15 +166,20 @@ def keep_tokens(prompt: Prompt, kept: Sequence[torch.Tensor]) -> Cache:
 class OthersCode:
     """Whatever the code of a user's own under this raises becomes one line that names it; nothing is swallowed.
 
+    Args:
+        name: whose code it is.
+        placed: say where the error was raised.
+        file: the user's own file, whose innermost line is said; without, it is the innermost of all.
+
     Raises:
-        UserError: ``name``, the kind of the error and what it said.
+        UserError: ``name``, the kind of the error, what it said, and where.
     """
 
     passing = (UserError, TaskError)
     """These say what they mean themselves."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, *, placed: bool = False, file: str | None = None) -> None:
+        self.name, self.placed, self.file = name, placed, file
 
     def __enter__(self) -> None:
         pass
@@ -185,4 +190,5 @@ class OthersCode:
         # A plugin is often a script, and a script ends itself.
         if isinstance(error, SystemExit) or (isinstance(error, Exception) and not isinstance(error, self.passing)):
             said = " ".join(str(error).split())
-            raise UserError(f"{self.name}: {type(error).__name__}" + (f": {said}" if said else "")) from error
+            where = f" ({place_of(error, self.file)})" if self.placed else ""
+            raise UserError(f"{self.name}: {type(error).__name__}" + (f": {said}" if said else "") + where) from error

@@ -20,11 +20,20 @@ class TaskError(ValueError):
     """A task cannot be set up: what is wrong and what to change, in one line.
 
     ``usage`` marks an error in what was asked for (an unknown name), as opposed to one met on the way (missing data).
+    ``reason`` is the same of other tasks that fail for it, such as a folder with the rows of none of them.
     """
 
-    def __init__(self, message: str, *, usage: bool = False) -> None:
+    def __init__(self, message: str, *, usage: bool = False, reason: str = "") -> None:
         super().__init__(message)
         self.usage = usage
+        self.reason = reason
+
+
+def missing_rows(data_dir: Path | None) -> str:
+    """The reason of every task whose rows are not there."""
+    if data_dir is None:
+        return "their rows cannot be fetched from the hub: without a connection, give --data-dir"
+    return f"no rows in --data-dir {data_dir}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

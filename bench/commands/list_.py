@@ -44,7 +44,7 @@ def list_things(
         from bench.methods import plugins
         from tasks.registry import TASKS
 
-        found = plugins.Plugins(_split(plugin))
+        found = plugins.Plugins(_split(plugin), harness.HarnessTasks())
         found.load_installed(plugins.TASKS)
         failures = found.failures
         rows = [(name, entry.description) for name, entry in TASKS.items()]

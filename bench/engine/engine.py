@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from arkv import CacheBatch, ConfigError, PrefillCache, TriStateCache, attach, storage_bytes
 from arkv.models import copy_layer
-from bench.errors import UserError
+from bench.errors import UserError, show_traceback
 from bench.methods import peers
 from bench.methods.grid import Cell
 from bench.names import FULL
@@ -885,6 +885,7 @@ def _noting(jobs: Sequence[_Job], cells: Sequence[Cell]) -> Iterator[None]:
     try:
         yield
     except FAILURES as error:
+        show_traceback(error)
         for job in jobs:
             for cell in filter(job.waits_for, cells):
                 job.failed[cell.key] = Failure(cell=cell, error=_said(error))

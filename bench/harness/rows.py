@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.base import TaskError, nearest
+from tasks.base import TaskError, missing_rows, nearest
 
 
 def local_rows(task: str, config: Mapping[str, Any], data_dir: Path, shots: int) -> tuple[dict[str, Any], list[Path]]:
@@ -29,7 +29,7 @@ def local_rows(task: str, config: Mapping[str, Any], data_dir: Path, shots: int)
     for split in dict.fromkeys((evaluation, fewshot)):
         if split is None:
             continue
-        path = _split_file(task, folder, split)
+        path = _split_file(task, folder, split, data_dir)
         files.append(path)
         rows = _read_rows(path, config, subset)
         # Where examples come from the evaluated rows, the row in question is set aside.
@@ -56,14 +56,15 @@ def _fewshot_split(config: Mapping[str, Any]) -> str | None:
     return config.get("training_split") or config.get("validation_split") or config.get("test_split")
 
 
-def _split_file(task: str, folder: Path, split: str) -> Path:
+def _split_file(task: str, folder: Path, split: str, data_dir: Path) -> Path:
     """``<split>.jsonl``, or else the one ``<split>_*.jsonl``. Raises :class:`TaskError`."""
     if (exact := folder / f"{split}.jsonl").is_file():
         return exact
     files = sorted(folder.glob(f"{split}_*.jsonl"))
     if not files:
         raise TaskError(
-            f"{task}: no local rows for its split {split!r}: looked for {exact} and {split}_*.jsonl beside it"
+            f"{task}: no local rows for its split {split!r}: looked for {exact} and {split}_*.jsonl beside it",
+            reason=missing_rows(data_dir),
         )
     if len(files) > 1:
         raise TaskError(f"{task}: {len(files)} files for the split {split!r}: keep one of {', '.join(map(str, files))}")

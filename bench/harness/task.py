@@ -22,7 +22,19 @@ from bench.harness.quiet import quiet
 from bench.harness.replay import replay, selection, to_evaluation, to_responses
 from bench.harness.requests import apply_chat_template, to_generate, to_log_likelihood, to_rolling
 from bench.harness.rows import hash_rows, local_rows
-from tasks.base import Answer, Document, Evaluation, Metric, Request, Task, TaskError, TaskSettings, draw, nearest
+from tasks.base import (
+    Answer,
+    Document,
+    Evaluation,
+    Metric,
+    Request,
+    Task,
+    TaskError,
+    TaskSettings,
+    draw,
+    missing_rows,
+    nearest,
+)
 
 _FEWSHOT_SEED = 1234
 """lm-eval's default; with any other seed the prompts would not be the official ones."""
@@ -203,12 +215,13 @@ class HarnessTask(Task):
         except TaskError:
             raise
         except expected as error:
-            reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+            said, reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0], ""
             if self._files:
-                reason += f" in rows of {' and '.join(map(str, self._files))}"
+                said += f" in rows of {' and '.join(map(str, self._files))}"
             elif isinstance(error, OSError):
-                reason += f"; without a connection, give --data-dir with a folder that holds {self.name}/<split>.jsonl"
-            raise TaskError(f"{what}: {reason}") from error
+                said += f"; without a connection, give --data-dir with a folder that holds {self.name}/<split>.jsonl"
+                reason = missing_rows(None)
+            raise TaskError(f"{what}: {said}", reason=reason) from error
 
     def _build(self, settings: TaskSettings, options: Options) -> Any:
         """lm-eval's task object, its rows loaded. Raises :class:`TaskError`."""

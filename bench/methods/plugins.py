@@ -16,7 +16,7 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
@@ -24,12 +24,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench.errors import UserError
+from bench.errors import UserError, show_traceback
 from bench.extend import Method, OthersCode
 from bench.methods.grid import is_known
 from bench.methods.peers import OwnMethod
 from tasks.base import Answer, Document, Evaluation, Metric, Task, TaskGroup, TaskSettings
 from tasks.registry import TASKS as BUILT_IN_TASKS
+from tasks.registry import TaskSource
 
 METHODS, TASKS = "arkv_bench.methods", "arkv_bench.tasks"
 """Groups of entry points."""
@@ -42,12 +43,15 @@ class Plugins:
 
     Args:
         files: plugin files, run in this order.
+        others: where tasks come from that are no plugin's. A plugin's task with the name of one of them is refused:
+            a result would not say whose it is.
 
     Raises:
         UserError: no such file.
     """
 
-    def __init__(self, files: Iterable[str | Path] = ()) -> None:
+    def __init__(self, files: Iterable[str | Path] = (), others: TaskSource | None = None) -> None:
+        self._others = others
         self.methods: dict[str, OwnMethod] = {}
         self.tasks: dict[str, Task | TaskGroup] = {}
         self.failures: list[dict[str, str]] = []
@@ -72,6 +76,7 @@ class Plugins:
             with OthersCode(plugin):
                 yield
         except UserError as error:
+            show_traceback(error)
             self.failures.append({"plugin": plugin, "error": str(error).removeprefix(f"{plugin}: ")})
 
     def _add_file(self, path: Path, source: bytes, sha256: str) -> None:
@@ -109,7 +114,13 @@ class Plugins:
         else:
             if name in BUILT_IN_TASKS or name in self.tasks:
                 raise UserError(f"there is another task named {name!r}")
+            self._check_free(name)
             self.tasks[name] = _OwnTask(item()) if issubclass(item, Task) else item()
+
+    def _check_free(self, task: str) -> None:
+        """Raises :class:`UserError` for the name of a task that is there without plugins."""
+        if self._others is not None and task in self._others.names():
+            raise UserError(f"its task {task!r} has the name of one of lm-eval, and is not used: give it another name")
 
     # --- Entry points ---
 
@@ -117,6 +128,8 @@ class Plugins:
         """Import what installed packages offer under a name, if anything."""
         for entry in entry_points(group=group, name=name):
             with self._trying(_package(entry)):
+                if group == TASKS:
+                    self._check_free(name)
                 self._add(entry.load(), name, _version(entry))
 
     def load_installed(self, group: str) -> None:
@@ -127,8 +140,17 @@ class Plugins:
 
     # --- What a run asks for ---
 
+    def refuse_taken(self, group: str, names: Iterable[str], known: Callable[[str], bool]) -> None:
+        """Note the installed packages that offer something under those of ``names`` that are the suite's own."""
+        for name in names:
+            for entry in entry_points(group=group, name=name) if known(name) else ():
+                what = "method" if group == METHODS else "task"
+                said = f"its {what} {name!r} has the name of one of this suite, and is not used: give it another name"
+                self.failures.append({"plugin": _package(entry), "error": said})
+
     def usable_methods(self, names: Sequence[str]) -> list[str]:
         """``names`` without those that a plugin which has failed may have had."""
+        self.refuse_taken(METHODS, names, is_known)
         for name in names:
             if not is_known(name) and name not in self.methods:
                 self._load(METHODS, name)
@@ -144,7 +166,7 @@ class Plugins:
 
     def get(self, name: str) -> Task | TaskGroup | None:
         """The task or group of that name, or None."""
-        if name not in self.tasks:
+        if name not in self.tasks and name not in BUILT_IN_TASKS:
             self._load(TASKS, name)
         return self.tasks.get(name)
 
@@ -153,32 +175,45 @@ class Plugins:
         return {*self.tasks, *entry_points(group=TASKS).names}
 
 
+def own_task(task: Task) -> Task:
+    """The task as its author wrote it."""
+    return task.inner if isinstance(task, _OwnTask) else task
+
+
+def file_of(task: Task) -> str:
+    """The file that defines a task."""
+    module = type(task).__module__
+    return str(getattr(sys.modules[module], "__file__", None) or module)
+
+
 class _OwnTask(Task):
     """A task of the user's own, whose failures are told in one line."""
 
     def __init__(self, task: Task) -> None:
-        self._task = task
+        self.inner = task
+        self._theirs = OthersCode(task.name, placed=True, file=file_of(task))
         self.name, self.option_names = task.name, task.option_names
 
     @property
     def metrics(self) -> tuple[Metric, ...]:  # type: ignore[override]
-        return self._task.metrics
+        """Theirs, as they are now: a task may know them once it has been loaded."""
+        return self.inner.metrics
 
     def load(self, settings: TaskSettings) -> Sequence[Document]:
-        with OthersCode(self.name):
-            return self._task.load(settings)
+        with self._theirs:
+            return self.inner.load(settings)
 
     def score(self, document: Document, answer: Answer) -> dict[str, float]:
-        with OthersCode(self.name):
-            return self._task.score(document, answer)
+        with self._theirs:
+            return self.inner.score(document, answer)
 
     def evaluate(self, documents: Sequence[Document], answers: Mapping[str, Answer]) -> Evaluation:
-        with OthersCode(self.name):
-            return self._task.evaluate(documents, answers)
+        with self._theirs:
+            return self.inner.evaluate(documents, answers)
 
     def data_hash(self) -> str:
-        with OthersCode(self.name):
-            return self._task.data_hash()
+        with self._theirs:
+            return self.inner.data_hash()
 
 
 def _reduce(file: str, source: bytes, method: Method) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from bench.engine.engine import Measurement
 from bench.judge.comparison import add_statistics
 from bench.methods.grid import Cell
 from bench.names import FULL
+from bench.runs.documents import evaluation_of, group_evaluation, group_metrics, scores_of
 from tasks.base import (
     Answer,
     Compared,
@@ -35,7 +36,7 @@ def to_sample(model: str, task: Task, document: Document, prompt_hash: str, meas
     generated = answer if isinstance(answer, Generated) else None
     scored = answer.scored if isinstance(answer, LogLikelihoods) else None
     compared = answer if isinstance(answer, Compared) else None
-    scores = {name: value if math.isfinite(value) else None for name, value in task.score(document, answer).items()}
+    scores = {n: value if math.isfinite(value) else None for n, value in scores_of(task, document, answer).items()}
     seen = measured.tokens_original + measured.tokens_quantized + measured.tokens_evicted
     return {
         "model": model,
@@ -132,7 +133,7 @@ class TaskResults:
         }
         """By cell key and document id; a cell may have none."""
         self.evaluations: dict[str, Evaluation] = {
-            key: task.evaluate(documents, {name: to_answer(sample) for name, sample in taken.items()})
+            key: evaluation_of(task, documents, {name: to_answer(sample) for name, sample in taken.items()})
             for key, taken in self.samples.items()
             if taken
         }
@@ -150,7 +151,7 @@ class TaskResults:
             return None
         if full.keys() == taken.keys():
             return self.evaluations[FULL]
-        return self.task.evaluate(self._documents, {name: to_answer(full[name]) for name in taken})
+        return evaluation_of(self.task, self._documents, {name: to_answer(full[name]) for name in taken})
 
     def all_samples(self) -> list[Sample]:
         """Those of all cells."""
@@ -193,16 +194,18 @@ def group_rows(
         if not all(mine.values()):
             continue
         counts = {name: len(samples) for name, samples in mine.items()}
-        evaluation = group.evaluate({name: results[name].evaluations[cell.key] for name in names}, counts)
+        evaluation = group_evaluation(group, {name: results[name].evaluations[cell.key] for name in names}, counts)
         baseline = {name: found for name in names if (found := results[name].full(cell)) is not None}
-        full = group.evaluate(baseline, counts) if len(baseline) == len(names) else None
-        for metric in group.metrics():
+        full = group_evaluation(group, baseline, counts) if len(baseline) == len(names) else None
+        for metric in group_metrics(group):
             # Tasks of other metrics do not count for this one.
             having = [name for name in names if metric.name in results[name].evaluations[cell.key].values]
             taken = [sample for name in having for sample in mine[name].values()]
             table += _cell_rows(model, group.name, [metric], cell, taken, evaluation, full)
     if table:
-        add_statistics(table, [sample for name in names for sample in results[name].all_samples()], group.metrics())
+        add_statistics(
+            table, [sample for name in names for sample in results[name].all_samples()], group_metrics(group)
+        )
     table = [{**row, "part_of": part_of} for row in table]
     for member in group.members:
         if isinstance(member, TaskGroup):

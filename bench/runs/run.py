@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,24 @@ from rich.progress import Progress
 
 from bench.engine.engine import AUTO_DOCUMENTS, Failure, Measurement
 from bench.engine.inspect import cells_to_map, write_maps
-from bench.errors import UserError
+from bench.errors import UserError, show_traceback
 from bench.executors import Answered, Executor, Unit, make_executor
 from bench.harness.tasks import HarnessTasks
 from bench.methods.grid import Cell, grid
-from bench.methods.plugins import Plugins
+from bench.methods.plugins import TASKS, Plugins
 from bench.models.loading import DescribedModel, describe
 from bench.progress import ProgressReporter, progress_bars
 from bench.runs import folder as records
 from bench.runs.curve import curve_rows
+from bench.runs.documents import load_documents
+from bench.runs.failures import failure_lines
 from bench.runs.kinds import RUN, claim
 from bench.runs.predictions import clear_predictions, write_predictions
 from bench.runs.results import TaskResults, group_rows, rows, to_sample
 from bench.settings.run import RunConfig
 from tasks.base import Document, Task, TaskError, TaskGroup, TaskSettings
-from tasks.registry import TaskSources, get_task
+from tasks.registry import TASKS as BUILT_IN_TASKS
+from tasks.registry import TaskSources, get_task, split_spec
 
 
 @dataclass
@@ -114,10 +117,19 @@ def make_task(name: str, include_path: Sequence[Path] = ()) -> Task | TaskGroup:
 
     Raises :class:`TaskError` for an unknown name, with the nearest ones.
     """
-    return get_task(name, fallback=TaskSources(Plugins(), HarnessTasks(include_path=include_path)))
+    others = HarnessTasks(include_path=include_path)
+    return get_task(name, fallback=TaskSources(Plugins(others=others), others))
 
 
-def _asked_for(config: RunConfig, plugins: Plugins) -> tuple[list[Cell], list[Task | TaskGroup], list[dict[str, str]]]:
+def _plugins(config: RunConfig) -> tuple[Plugins, HarnessTasks]:
+    """What plugins bring, and what lm-eval does. Raises :class:`UserError`, :class:`TaskError` for a missing file."""
+    others = HarnessTasks(include_path=[Path(folder) for folder in config.include_path or ()])
+    return Plugins(config.plugin or (), others), others
+
+
+def _asked_for(
+    config: RunConfig, plugins: Plugins, others: HarnessTasks
+) -> tuple[list[Cell], list[Task | TaskGroup], list[dict[str, str]]]:
     """The grid, the tasks, and what failed: plugins with what they may have had, and tasks that cannot be found.
 
     Raises:
@@ -126,7 +138,8 @@ def _asked_for(config: RunConfig, plugins: Plugins) -> tuple[list[Cell], list[Ta
     methods = plugins.usable_methods(config.quant_type)
     budgets, formats = config.budgets, config.quant_format
     cells = grid(methods, budgets, config.window_size, formats, config.method_settings, plugins.methods)
-    sources = TaskSources(plugins, HarnessTasks(include_path=[Path(folder) for folder in config.include_path or ()]))
+    sources = TaskSources(plugins, others)
+    plugins.refuse_taken(TASKS, [split_spec(name)[0] for name in config.tasks], BUILT_IN_TASKS.__contains__)
     asked = []
     errors: dict[str, TaskError] = {}
     for name in config.tasks:
@@ -170,13 +183,14 @@ def tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]
 
 def planned(config: RunConfig) -> tuple[list[Cell], list[Task], list[dict[str, str]]]:
     """The grid of a run, what it would measure, and what cannot be found. Raises as :func:`execute`."""
-    cells, asked, failures = _asked_for(config, Plugins(config.plugin or ()))
+    cells, asked, failures = _asked_for(config, *_plugins(config))
     return cells, [task for task, _ in tasks_of(asked)], failures
 
 
 def documents_of(config: RunConfig, model: DescribedModel, task: Task) -> list[Document]:
     """The documents of a task for a model. Raises :class:`TaskError`, :class:`UserError`."""
-    return list(task.load(task_settings(config, model, task)))
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    return load_documents(task, task_settings(config, model, task), vocabulary)
 
 
 def execute(
@@ -200,8 +214,8 @@ def execute(
         UserError, arkv.ConfigError, TaskError: what was asked for makes no sense; nothing has been measured.
     """
     claim(path, RUN)
-    plugins = Plugins(config.plugin or ())
-    cells, asked, failures = _asked_for(config, plugins)
+    plugins, others = _plugins(config)
+    cells, asked, failures = _asked_for(config, plugins, others)
     tasks = tasks_of(asked)
     outcome = Outcome(path, failures=failures)
     for line in failure_lines(outcome.failures):
@@ -421,9 +435,16 @@ class _Run:
         """A task that cannot be measured. Raises ``error`` where it makes no sense at all."""
         if isinstance(error, TaskError) and error.usage:
             raise error
-        self.outcome.failures.append({"model": name, "task": task.name, "error": str(error)})
-        self.console.print(f"[red]{escape(task.name)}: {escape(str(error))}[/red]", highlight=False)
+        self._note(name, task.name, error)
         self._close_task(name, task)
+
+    def _note(self, name: str, task: str, error: TaskError | UserError) -> None:
+        """Record why a task, or a group of them, has no results."""
+        show_traceback(error)
+        reason = error.reason if isinstance(error, TaskError) else ""
+        failure = {"model": name, "task": task, "error": str(error)}
+        self.outcome.failures.append(failure | ({"reason": reason} if reason else {}))
+        self.console.print(f"[red]{escape(task)}: {escape(reason or str(error))}[/red]", highlight=False)
 
     def _close_task(self, name: str, task: Task) -> None:
         """The last task of a model makes the rows of its groups."""
@@ -432,7 +453,10 @@ class _Run:
             results = self._results.pop(name)
             for group in self.asked:
                 if isinstance(group, TaskGroup):
-                    self._rows[name, group.name] = group_rows(name, group, results, self.cells)
+                    try:
+                        self._rows[name, group.name] = group_rows(name, group, results, self.cells)
+                    except (TaskError, UserError) as error:
+                        self._note(name, group.name, error)
         order = [*(task.name for task, _ in self.tasks), *(item.name for item in self.asked)]
         found = dict.fromkeys((name, item) for name in self.models for item in order)
         self.outcome.rows = [row for key in found for row in self._rows.get(key, ())]
@@ -465,23 +489,3 @@ def _found(
         and sample["task"] == task.name
         and wanted.get(sample["document"]) == sample["prompt_sha256"]
     }
-
-
-def failure_lines(failures: Iterable[Mapping[str, str]]) -> list[str]:
-    """What failed, for a person: a line per plugin, per task, and per cell of a task with its first error."""
-    failures = list(failures)
-    lines = [f"plugin {failure['plugin']}: {failure['error']}" for failure in failures if "plugin" in failure]
-    groups: dict[tuple[str, str | None], list[Mapping[str, str]]] = {}
-    for failure in failures:
-        if "plugin" in failure:
-            continue
-        what = failure["task"] if "model" not in failure else f"{failure['task']} ({failure['model']})"
-        groups.setdefault((what, failure.get("cell")), []).append(failure)
-    for (what, cell), mine in groups.items():
-        first = mine[0]
-        if cell is None:
-            lines.append(f"{what}: {first['error']}")
-        else:
-            more = f" and {len(mine) - 1} more documents" if len(mine) > 1 else ""
-            lines.append(f"{what}, {cell}, {first['document']}{more}: {first['error']}")
-    return lines

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.base import TaskError
+from tasks.base import TaskError, missing_rows
 from tasks.longbench.datasets import Dataset
 from tasks.longbench.metrics import check_row
 
@@ -82,7 +82,8 @@ def _from_disk(data_dir: Path, name: str) -> tuple[str, bytes]:
     except OSError as error:
         raise TaskError(f"longbench: {path} cannot be read: {error.strerror}") from error
     raise TaskError(
-        f"longbench: no {name}: looked for {', '.join(map(str, files))}, and for the official {ARCHIVE} in {data_dir}"
+        f"longbench: no {name}: looked for {', '.join(map(str, files))}, and for the official {ARCHIVE} in {data_dir}",
+        reason=missing_rows(data_dir),
     )
 
 
@@ -115,7 +116,8 @@ def _fetch() -> Path:
         reason = str(error).strip().partition("\n")[0]
         raise TaskError(
             f"longbench: cannot fetch {ARCHIVE} of {REPOSITORY} from the hub ({type(error).__name__}: {reason}); "
-            f"without a connection, give --data-dir with one <dataset>.jsonl each, or with the official {ARCHIVE}"
+            f"without a connection, give --data-dir with one <dataset>.jsonl each, or with the official {ARCHIVE}",
+            reason=missing_rows(None),
         ) from error
     # The hub's cache calls a large file by the SHA-256 that the hub gives for it.
     expected = path.resolve().name

@@ -270,7 +270,9 @@ def test_what_fails_in_a_prompt_is_recorded_and_the_rest_goes_on(long_folder: Pa
     assert said["late"].startswith("late: TypeError: ")
     assert "a prompt of 199 tokens says that it has seen 49" in said["forgetful"]
     assert said["infinite"] == "the answer holds numbers that are not finite"
-    assert "pedantic: IndexError: nothing is good enough" in {failure["error"] for failure in outcome.failures}
+    line = FAILING[: FAILING.index("raise IndexError")].count("\n") + 1
+    where = f"failing.py, line {line}"
+    assert f"pedantic: IndexError: nothing is good enough ({where})" in {item["error"] for item in outcome.failures}
     assert len(read_lines(tmp_path / "run" / SAMPLES)) == 2 * 2
 
 
@@ -306,6 +308,25 @@ def test_installed_entry_points_load_when_asked_for(monkeypatch: pytest.MonkeyPa
     assert set(found.methods) == {"attended"}
     assert "leads to a class with the name 'attended'" in found.failures[1]["error"]
     sys.modules.pop("my_installed")
+
+
+def test_an_entry_point_with_a_name_that_is_taken(
+    long_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused by name and never imported; the name means what it means without the package."""
+    names = (("gsm8k", plugins.TASKS), ("needle", plugins.TASKS), ("mix", plugins.METHODS))
+    points = EntryPoints([EntryPoint(name, "my_missing:Evil", group) for name, group in names])
+    monkeypatch.setattr(plugins, "entry_points", lambda **wanted: points.select(**wanted))
+    asked = {"tasks": ("needle", "gsm8k"), "quant_type": ("full", "mix"), "samples": 1}
+    outcome, _ = go(long_folder, tmp_path / "run", data_dir=tmp_path, **asked)
+    refused = [item["error"] for item in outcome.failures if item.get("plugin") == "my_missing:Evil"]
+    assert [error.partition(", and is not used")[0] for error in refused] == [
+        "its method 'mix' has the name of one of this suite",
+        "its task 'needle' has the name of one of this suite",
+        "its task 'gsm8k' has the name of one of lm-eval",
+    ]
+    assert {(row["task"], row["method"]) for row in outcome.rows} == {("needle", "full"), ("needle", "mix")}
+    assert "no local rows" in outcome.failures[-1]["error"]
 
 
 class Same(Method):

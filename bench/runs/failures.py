@@ -1,0 +1,35 @@
+"""What failed in a run, for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+
+def failure_lines(failures: Iterable[Mapping[str, str]]) -> list[str]:
+    """A line per plugin, per reason for which tasks failed, and per cell of a task with its first error.
+
+    Tasks that failed for one ``reason`` share a line: what each of them said is in the run's record.
+    """
+    failures = list(failures)
+    lines = [f"plugin {failure['plugin']}: {failure['error']}" for failure in failures if "plugin" in failure]
+    tasks: dict[str, list[Mapping[str, str]]] = {}
+    cells: dict[tuple[str, str], list[Mapping[str, str]]] = {}
+    for failure in failures:
+        if "cell" in failure:
+            cells.setdefault((_task(failure), failure["cell"]), []).append(failure)
+        elif "plugin" not in failure:
+            tasks.setdefault(failure.get("reason") or failure["error"], []).append(failure)
+    for reason, mine in tasks.items():
+        if len(mine) == 1:
+            lines.append(f"{_task(mine[0])}: {mine[0]['error']}")
+        else:
+            lines.append(f"{len(mine)} tasks: {reason}: {', '.join(map(_task, mine))} (each in record.json)")
+    for (what, cell), mine in cells.items():
+        first = mine[0]
+        more = f" and {len(mine) - 1} more documents" if len(mine) > 1 else ""
+        lines.append(f"{what}, {cell}, {first['document']}{more}: {first['error']}")
+    return lines
+
+
+def _task(failure: Mapping[str, str]) -> str:
+    return failure["task"] if "model" not in failure else f"{failure['task']} ({failure['model']})"
