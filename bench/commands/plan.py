@@ -63,7 +63,8 @@ def plan(
     from bench.costs.plan import Load, ModelPlan, fit, model_size, parse_bytes
     from bench.errors import UserError
     from bench.models.loading import describe
-    from bench.runs.run import documents_of, failure_lines, planned
+    from bench.runs.failures import failure_lines
+    from bench.runs.run import documents_of, planned
     from bench.settings.run import resolve
     from tasks.base import TaskError
 

@@ -260,8 +260,9 @@ def run(
     from bench.report.averages import print_averages
     from bench.report.rows import headline
     from bench.report.terminal import print_comparison
+    from bench.runs.failures import failure_lines
     from bench.runs.folder import DISK_FULL
-    from bench.runs.run import execute, failure_lines
+    from bench.runs.run import execute
 
     console = Console()
     path = config.outdir or _new_folder(preset)
