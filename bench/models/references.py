@@ -36,7 +36,7 @@ class ModelSource:
         """Where the weights come from, as a record keeps it: a path, a hub id or a pinned requirement."""
         if self.path is not None:
             return str(self.path)
-        return embedded.EMBEDDED[self.name].requirement if self.kind == "embedded" else self.name
+        return embedded.EMBEDDED[self.name].origin if self.kind == "embedded" else self.name
 
 
 def resolve(reference: str, *, weights: bool = True) -> ModelSource:

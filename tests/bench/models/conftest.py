@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from bench.errors import UserError
 from bench.models.loading import fetch, load
 from bench.models.references import resolve
+from tests.bench.models.serving import Served, serve
 
 BOS, EOS, PAD, THINK = "<|start|>", "<|end|>", "<|pad|>", "<think>"
 MERGES = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("1", "2"), ("Ġ", "Ġ")]
@@ -123,3 +126,22 @@ def fail(*_: object, **__: object) -> None:
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that this machine's owner has set about package indexes counts, and no proxy."""
+    for name in list(os.environ):
+        if name.startswith(("PIP_", "UV_")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+
+
+@pytest.fixture(params=["json", "html"])
+def served(request: pytest.FixtureRequest, no_index: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """An index in either form, the only one that is set up."""
+    with serve(request.param) as found:
+        monkeypatch.delenv("PIP_NO_INDEX")
+        monkeypatch.setenv("PIP_INDEX_URL", found.url)
+        yield found

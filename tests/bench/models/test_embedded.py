@@ -14,9 +14,10 @@ import pytest
 from bench.errors import UserError
 from bench.models import embedded as embedding
 from bench.models import gguf as conversion
-from bench.models.embedded import EmbeddedModel, is_present, list_models
+from bench.models.embedded import EmbeddedModel, Wheel, is_present, list_models
 from bench.models.loading import LoadedModel, load
 from tests.bench.models.conftest import CONTEXT, fail, refused, sha256
+from tests.bench.models.serving import Served
 
 
 def test_list_of_models(cache: Path) -> None:
@@ -28,68 +29,129 @@ def test_list_of_models(cache: Path) -> None:
 
 
 @pytest.fixture
-def embedded(cache: Path, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmbeddedModel:
-    """A tiny embedded model in a wheel that pip finds in a folder, with no index to ask."""
-    links = tmp_path / "links"
-    links.mkdir()
-    wheel = links / "tiny_model-1.0-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(gguf_file, "tiny_model/tiny.gguf")
-        archive.writestr("tiny_model/__init__.py", "raise SystemExit('imported')")
-        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
-        archive.writestr(
-            "tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+def embedded(
+    served: Served, cache: Path, gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> EmbeddedModel:
+    """A tiny embedded model in two wheels that an index on this machine has."""
+    content = gguf_file.read_bytes()
+    wheels = []
+    for number, part in enumerate((content[:1000], content[1000:]), start=1):
+        path = tmp_path / f"tiny_model_{number}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr(f"tiny_model_{number}/data.bin", part)
+            archive.writestr(f"tiny_model_{number}/__init__.py", "raise SystemExit('imported')")
+        served.files[path.name] = path.read_bytes()
+        wheels.append(
+            Wheel(
+                requirement=f"tiny-model-{number}==1.0",
+                name=path.name,
+                size=path.stat().st_size,
+                sha256=sha256(path),
+                file=f"tiny_model_{number}/data.bin",
+            )
         )
-        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
     model = EmbeddedModel(
         name="tiny-model",
         description="tiny",
         licence="MIT",
         context_length=CONTEXT,
-        requirement="tiny-model==1.0",
-        wheel=wheel.name,
-        wheel_sha256=sha256(wheel),
-        gguf="tiny_model/tiny.gguf",
+        wheels=tuple(wheels),
+        gguf="tiny.gguf",
         gguf_sha256=sha256(gguf_file),
+        unpacked=0,
     )
     monkeypatch.setattr(embedding, "EMBEDDED", {model.name: model})
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(links))
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     return model
 
 
-def test_embedded_model_is_fetched_once(embedded: EmbeddedModel, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def left_in(cache: Path) -> list[str]:
+    """What lies in the cache folder beside converted models and checksums."""
+    return [path.name for path in (cache / "downloads").iterdir()]
+
+
+def test_embedded_model_is_fetched_once(
+    embedded: EmbeddedModel, served: Served, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert not is_present(embedded.name)
     loaded = load(embedded.name)
-    assert (loaded.name, loaded.source, loaded.context_length) == ("tiny-model", "tiny-model==1.0", CONTEXT)
+    assert (loaded.name, loaded.source, loaded.context_length) == (
+        "tiny-model",
+        "tiny-model-1==1.0 and 1 more",
+        CONTEXT,
+    )
     assert is_present(embedded.name)
     assert [row.present for row in list_models()] == [True]
+    assert left_in(cache) == []
     assert not [path for path in cache.rglob("*") if path.suffix in (".whl", ".gguf", ".partial")]
-    monkeypatch.setattr(subprocess, "run", fail)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "Fetching tiny-model" in said.err
+    assert "1/1 MB" in said.err
+    asked = len(served.asked)
     assert load(embedded.name).fingerprint == loaded.fingerprint
+    assert len(served.asked) == asked
 
 
-@pytest.mark.parametrize(("field", "opened"), [("wheel_sha256", False), ("gguf_sha256", True)])
-def test_wrong_checksum_is_refused(
-    embedded: EmbeddedModel, cache: Path, monkeypatch: pytest.MonkeyPatch, field: str, opened: bool
+def test_a_model_of_several_wheels_goes_on_where_it_ended(
+    embedded: EmbeddedModel, served: Served, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = replace(embedded, **{field: "0" * 64})
-    monkeypatch.setattr(embedding, "EMBEDDED", {wrong.name: wrong})
-    monkeypatch.setattr(conversion, "convert_gguf", fail)
-    if not opened:
+    """Whole wheels and the beginning of one stay, in whatever process the next attempt is made."""
+    from bench.models import download
+
+    first, second = (wheel.name for wheel in embedded.wheels)
+    monkeypatch.setattr(download, "ATTEMPTS", 1)
+    served.ends_after = [embedded.wheels[0].size, 300]
+    error = refused(embedded.name)
+    assert "tiny-model could not be fetched: " in str(error)
+    assert "what has come is kept" in str(error)
+    assert sorted(left_in(cache)) == [first, f"{second}.part"]
+    served.asked.clear()
+    load(embedded.name)
+    assert [asked for asked in served.asked if asked[0].startswith("/files")] == [(f"/files/{second}", "bytes=300-")]
+    assert left_in(cache) == []
+
+
+@pytest.mark.parametrize("field", ["wheel", "gguf"])
+def test_wrong_checksum_is_refused(
+    embedded: EmbeddedModel, served: Served, cache: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    if field == "wheel":
+        name = embedded.wheels[1].name
+        served.says[name] = embedded.wheels[1].sha256
+        served.files[name] = served.files[name][:-1] + b"?"
         monkeypatch.setattr(zipfile, "ZipFile", fail)
-    assert "is not the file that was pinned: SHA-256" in str(refused(wrong.name))
+    else:
+        wrong = replace(embedded, gguf_sha256="0" * 64)
+        monkeypatch.setattr(embedding, "EMBEDDED", {wrong.name: wrong})
+    monkeypatch.setattr(conversion, "convert_gguf", fail)
+    assert "is not the file that was pinned: SHA-256" in str(refused(embedded.name))
     assert [path.suffix for path in (cache / "models").iterdir()] == [".lock"]
 
 
-def test_failed_download_says_what_pip_said(
-    embedded: EmbeddedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_file_of_that_name_is_not_even_fetched(embedded: EmbeddedModel, served: Served) -> None:
+    served.says[embedded.wheels[0].name] = "0" * 64
+    assert f"the index says SHA-256 {'0' * 64}" in str(refused(embedded.name))
+    assert not any(path.startswith("/files") for path, _ in served.asked)
+
+
+def test_a_disk_without_room_is_said_before_anything_is_fetched(
+    embedded: EmbeddedModel, served: Served, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "cache"))
+    large = replace(embedded, unpacked=10**18)
+    monkeypatch.setattr(embedding, "EMBEDDED", {large.name: large})
+    said = str(refused(embedded.name))
+    assert f"tiny-model takes 1,000,000,000,000 MB more in {cache}" in said
+    assert "ARKV_CACHE" in said
+    assert served.asked == []
+
+
+def test_no_index_within_reach(embedded: EmbeddedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://user:secret@127.0.0.1:9/simple")
     error = refused(embedded.name)
-    assert "tiny-model could not be fetched: pip did not get tiny-model==1.0" in str(error)
-    assert "No matching distribution found" in str(error)
+    assert f"tiny-model could not be fetched: {embedded.wheels[0].name} is nowhere to be had" in str(error)
+    assert "http://127.0.0.1:9/simple: Connection refused" in str(error)
+    assert "PIP_INDEX_URL" in str(error)
+    assert "secret" not in str(error)
     assert error.exit_code == 1
 
 
