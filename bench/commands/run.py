@@ -262,10 +262,11 @@ def run(
     from bench.report.terminal import print_comparison
     from bench.runs.failures import failure_lines
     from bench.runs.folder import DISK_FULL
+    from bench.runs.kinds import new_folder
     from bench.runs.run import execute
 
     console = Console()
-    path = config.outdir or _new_folder(preset)
+    path = config.outdir or new_folder(Path(preset).stem if preset else None)
     try:
         outcome = execute(config, path, console, fresh=fresh, origin=origin)
     except KeyboardInterrupt:
@@ -295,10 +296,3 @@ def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in options.items() if not (key == "trust_remote_code" and value is False)}
     plugins = options.get("plugin")
     return {**given, "plugin": ",".join(plugins) if plugins else None}
-
-
-def _new_folder(preset: str | None) -> Path:
-    from datetime import datetime
-
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / (f"{stamp}-{Path(preset).stem}" if preset else stamp)

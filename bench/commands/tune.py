@@ -92,7 +92,7 @@ def tune(
     """
     given = locals()
     own = ("n_trials", "params", "held_out", "chunk", "batch", "keep_gib", "fresh")
-    from bench.runs.kinds import SEARCH, claim
+    from bench.runs.kinds import SEARCH, claim, new_folder
     from bench.settings.run import parse_value, resolve
 
     run, _ = resolve({name: value for name, value in given.items() if name not in own}, None)
@@ -110,7 +110,7 @@ def tune(
     )
     if run.outdir is not None:
         claim(run.outdir, SEARCH)
-    _tune(config, run.outdir or _new_folder(), fresh=fresh)
+    _tune(config, run.outdir or new_folder("tune"), fresh=fresh)
 
 
 def _tune(config: TuneConfig, folder: Path, *, fresh: bool) -> None:
@@ -208,9 +208,3 @@ def _shown(value: Any) -> str:
 
 def _say(console: Console, line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _new_folder() -> Path:
-    from datetime import datetime
-
-    return Path("runs") / f"{datetime.now().strftime('%Y%m%d-%H%M%S')}-tune"

@@ -77,6 +77,8 @@ class Setup:
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int | None = 1
     prefill_chunk: int | None = None
+    loaded: Mapping[str, LoadedModel] = field(default_factory=dict)
+    """Models that are there already, by name."""
 
     @classmethod
     def of(cls, config: RunConfig, models: Mapping[str, DescribedModel], cells: Sequence[Cell]) -> Setup:
@@ -89,6 +91,7 @@ class Setup:
             model_kwargs=config.loading_kwargs,
             batch_size=config.batch,
             prefill_chunk=config.prefill_chunk,
+            loaded={name: model for name, model in models.items() if isinstance(model, LoadedModel)},
         )
 
 
@@ -109,7 +112,7 @@ class Answerer:
             # Two models need not fit on the device.
             self._engine = self._model = None
             setup = self.setup
-            loaded = load(
+            loaded = setup.loaded.get(name) or load(
                 setup.models[name],
                 dtype=setup.dtype,
                 device=setup.device,

@@ -45,12 +45,18 @@ class Plugins:
         files: plugin files, run in this order.
         others: where tasks come from that are no plugin's. A plugin's task with the name of one of them is refused:
             a result would not say whose it is.
+        tasks: tasks that were given as objects.
 
     Raises:
-        UserError: no such file.
+        UserError: no such file, or a task has a name that it cannot have.
     """
 
-    def __init__(self, files: Iterable[str | Path] = (), others: TaskSource | None = None) -> None:
+    def __init__(
+        self,
+        files: Iterable[str | Path] = (),
+        others: TaskSource | None = None,
+        tasks: Iterable[Task | TaskGroup] = (),
+    ) -> None:
         self._others = others
         self.methods: dict[str, OwnMethod] = {}
         self.tasks: dict[str, Task | TaskGroup] = {}
@@ -68,6 +74,9 @@ class Plugins:
                 raise UserError(f"--plugin={file}: another plugin has the name {path.name!r}; rename one", exit_code=2)
             with self._trying(path.name):
                 self._add_file(path, source, sha256)
+        for task in tasks:
+            self._add_task(task, task.name)
+            self.hashes[f"task {task.name}"] = _source_hash(type(task))
 
     @contextmanager
     def _trying(self, plugin: str) -> Iterator[None]:
@@ -112,10 +121,13 @@ class Plugins:
                 raise UserError(f"there is another method named {name!r}")
             self.methods[name] = OwnMethod(item(), version)
         else:
-            if name in BUILT_IN_TASKS or name in self.tasks:
-                raise UserError(f"there is another task named {name!r}")
-            self._check_free(name)
-            self.tasks[name] = _OwnTask(item()) if issubclass(item, Task) else item()
+            self._add_task(item(), name)
+
+    def _add_task(self, task: Task | TaskGroup, name: str) -> None:
+        if name in BUILT_IN_TASKS or name in self.tasks:
+            raise UserError(f"there is another task named {name!r}")
+        self._check_free(name)
+        self.tasks[name] = _OwnTask(task) if isinstance(task, Task) else task
 
     def _check_free(self, task: str) -> None:
         """Raises :class:`UserError` for the name of a task that is there without plugins."""
@@ -252,6 +264,15 @@ def _run(path: Path, source: bytes, sha256: str) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _source_hash(kind: type) -> str:
+    """SHA-256 of the text of a class, of its name where Python does not have the text."""
+    try:
+        text = inspect.getsource(kind)
+    except (OSError, TypeError):
+        text = f"{kind.__module__}.{kind.__qualname__}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _package(entry: EntryPoint) -> str:

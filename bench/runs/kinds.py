@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 from bench.errors import UserError
@@ -29,6 +30,12 @@ def claim(folder: Path, kind: str) -> None:
     held = kind_of(folder)
     if held not in (None, kind):
         raise UserError(f"{folder} holds {held}: give another --outdir", exit_code=2)
+
+
+def new_folder(suffix: str | None = None) -> Path:
+    """A folder for what is made now: named after the time, and ``suffix``."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return RUNS / (f"{stamp}-{suffix}" if suffix else stamp)
 
 
 def newest_run() -> Path:

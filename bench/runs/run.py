@@ -21,7 +21,7 @@ from bench.executors import Answered, Executor, Unit, make_executor
 from bench.harness.tasks import HarnessTasks
 from bench.methods.grid import Cell, grid
 from bench.methods.plugins import TASKS, Plugins
-from bench.models.loading import DescribedModel, describe
+from bench.models.loading import DescribedModel, LoadedModel, describe
 from bench.progress import ProgressReporter, progress_bars
 from bench.runs import folder as records
 from bench.runs.curve import curve_rows
@@ -121,10 +121,14 @@ def make_task(name: str, include_path: Sequence[Path] = ()) -> Task | TaskGroup:
     return get_task(name, fallback=TaskSources(Plugins(others=others), others))
 
 
-def _plugins(config: RunConfig) -> tuple[Plugins, HarnessTasks]:
-    """What plugins bring, and what lm-eval does. Raises :class:`UserError`, :class:`TaskError` for a missing file."""
+def _plugins(config: RunConfig, own: Sequence[Task | TaskGroup] = ()) -> tuple[Plugins, HarnessTasks]:
+    """What plugins and tasks given as objects bring, and what lm-eval does.
+
+    Raises:
+        UserError, TaskError: a file is missing, or a task has a name that it cannot have.
+    """
     others = HarnessTasks(include_path=[Path(folder) for folder in config.include_path or ()])
-    return Plugins(config.plugin or (), others), others
+    return Plugins(config.plugin or (), others, own), others
 
 
 def _asked_for(
@@ -200,6 +204,8 @@ def execute(
     *,
     fresh: bool = False,
     origin: dict[str, str] | None = None,
+    own_tasks: Sequence[Task | TaskGroup] = (),
+    own_models: Sequence[LoadedModel] = (),
 ) -> Outcome:
     """Do the run, or what is left of it, and write its folder.
 
@@ -209,20 +215,24 @@ def execute(
         console: where progress goes.
         fresh: forget what an earlier run left in the folder.
         origin: where each setting came from, for the record.
+        own_tasks: tasks given as objects, which ``config`` names.
+        own_models: models given as objects, which ``config`` names.
 
     Raises:
         UserError, arkv.ConfigError, TaskError: what was asked for makes no sense; nothing has been measured.
     """
     claim(path, RUN)
-    plugins, others = _plugins(config)
+    plugins, others = _plugins(config, own_tasks)
     cells, asked, failures = _asked_for(config, plugins, others)
     tasks = tasks_of(asked)
     outcome = Outcome(path, failures=failures)
     for line in failure_lines(outcome.failures):
         console.print(f"[red]{escape(line)}[/red]", highlight=False)
     started = records.now()
-    models: dict[str, DescribedModel] = {}
+    models: dict[str, DescribedModel] = {model.name: model for model in own_models}
     for reference in config.model:
+        if reference in models:
+            continue
         console.print(f"Loading {escape(reference)} ...", highlight=False)
         # On a cluster, workers fetch the weights that this process has no use for.
         weights = config.executor == "local"

@@ -1,0 +1,73 @@
+"""A model that was loaded by somebody else, with what a run needs to know of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bench.errors import UserError
+from bench.models.loading import LoadedModel
+
+
+def given(model: Any, tokenizer: Any) -> LoadedModel:
+    """A transformers model and its tokenizer as :func:`bench.models.loading.load` would have returned them.
+
+    Raises:
+        UserError: they are something else, or the weights are not there.
+    """
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    if not isinstance(model, PreTrainedModel) or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        kinds = f"{type(model).__name__}, {type(tokenizer).__name__}"
+        raise UserError(f"({kinds}): give a transformers model and its tokenizer, in this order", exit_code=2)
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise UserError("the model has weights that are not loaded (device meta)", exit_code=2)
+    origin = str(model.config.name_or_path or type(model).__name__)
+    with torch.no_grad():
+        fingerprint = _fingerprint(model)
+    return LoadedModel(
+        config=model.config,
+        tokenizer=tokenizer,
+        name=Path(origin).name,
+        source=f"given as an object, of {origin}",
+        reference=origin,
+        folder=Path(origin),
+        revision=None,
+        fingerprint=fingerprint,
+        context_length=getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        is_chat=bool(tokenizer.chat_template),
+        model=model,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(model.device),
+    )
+
+
+def _fingerprint(model: Any) -> str:
+    """SHA-256 over the config and every weight as it is now, whatever file it came from."""
+    import torch
+
+    config = model.config.to_dict()
+    for name in ("transformers_version", "_name_or_path"):
+        config.pop(name, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the one that it was in."""
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True
