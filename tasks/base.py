@@ -306,3 +306,8 @@ class Task(ABC):
     def data_hash(self) -> str:
         """SHA-256 over the documents' source, known after :meth:`load`; empty when generated from the seed alone."""
         return ""
+
+    def definition_hash(self) -> str:
+        """SHA-256 over what defines prompts and scores beside the project's code, known after :meth:`load`; empty where
+        nothing does."""
+        return ""

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from bench.executors.base import Answered, Executor, Setup, Unit
 from bench.methods.grid import Cell
+from bench.models.inputs import identity
 from bench.models.loading import DescribedModel
 from bench.settings.run import RunConfig
 
@@ -26,7 +27,7 @@ def make_executor(
     if config.executor == "ray":
         from bench.executors.ray import RayExecutor
 
-        fingerprints = {name: model.fingerprint for name, model in models.items()}
+        fingerprints = {name: identity(model) for name, model in models.items()}
         return RayExecutor(config, setup, fingerprints, console)
     from bench.executors.local import LocalExecutor
 

@@ -29,6 +29,7 @@ from bench.errors import UserError
 from bench.executors.base import Answered, Answerer, Executor, Setup, Unit
 from bench.executors.scheduler import Scheduler, Ticket
 from bench.methods.grid import Cell
+from bench.models.inputs import identity
 from bench.models.loading import describe
 from bench.progress import LOG_INTERVAL_S
 from bench.runs import folder as records
@@ -117,10 +118,9 @@ class Worker:
                 found = describe(reference, trust_remote_code=setup.trust_remote_code)
             except UserError as error:
                 return str(error)
-            if found.fingerprint != fingerprints[name]:
+            if (mine := identity(found)) != fingerprints[name]:
                 return (
-                    f"{reference} holds another model there (fingerprint {found.fingerprint[:12]}, "
-                    f"here {fingerprints[name][:12]})"
+                    f"{reference} holds another model there (fingerprint {mine[:12]}, here {fingerprints[name][:12]})"
                 )
         return None
 
@@ -186,7 +186,7 @@ class RayExecutor(Executor):
     Args:
         config: which cluster, and what a worker gets of it.
         setup: what a worker needs to answer.
-        fingerprints: of the models, by name; workers must find the same ones.
+        fingerprints: identities of the models, by name; workers must find the same ones.
         console: where it says that a worker has died.
 
     Raises:

@@ -16,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from bench.harness.definition import definition_sha256
 from bench.harness.index import find_all, task_manager
 from bench.harness.options import Options
 from bench.harness.quiet import quiet
@@ -186,6 +187,10 @@ class HarnessTask(Task):
 
     def data_hash(self) -> str:
         return self._data_hash
+
+    def definition_hash(self) -> str:
+        """Of the settings that its YAML files come to, and of the files of the functions that these name."""
+        return definition_sha256(self._task)
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:

@@ -227,6 +227,11 @@ class _OwnTask(Task):
         with self._theirs:
             return self.inner.data_hash()
 
+    def definition_hash(self) -> str:
+        """Of the file that the task stands in: an installed one may change while its version stays."""
+        path = Path(file_of(self.inner))
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
 
 def _reduce(file: str, source: bytes, method: Method) -> tuple[Any, ...]:
     """How a method is pickled: with the text of its file, since a worker has neither the file nor the module."""

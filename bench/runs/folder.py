@@ -36,8 +36,19 @@ from bench.errors import UserError
 SAMPLES, RECORD, RESULTS, STATES = "samples.jsonl", "record.json", "results.csv", "states.json"
 FORMAT_VERSION = 1
 CURVE = "curve.csv"
-DATA, PLUGINS = "data", "plugins"
-"""Parts of the fingerprint that may grow: the hash of each task's rows, known task by task, and of each plugin file."""
+DATA, PLUGINS, DEFINITIONS, LIBRARIES, LOADED = "data", "plugins", "definitions", "libraries", "loaded"
+GROWING = (DATA, PLUGINS, DEFINITIONS, LIBRARIES, LOADED)
+"""Parts of the fingerprint that may grow: hashes of each task's rows and of its definition, of each plugin file,
+versions of the libraries whose methods are asked for, and dtype and kind of device of each model."""
+CODE, INPUTS = "code", "inputs"
+MEANING = {
+    CODE: "the source code that answers are made by",
+    INPUTS: "the file",
+    LIBRARIES: "the version of",
+    "versions": "the version of",
+}
+"""What parts of the fingerprint are for a person."""
+REMEDY = "give another --outdir, or --fresh to start it anew"
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a file that cannot grow any more is reported with."""
 
@@ -178,13 +189,11 @@ class RunFolder:
             clear(self.path)
         old = read_record(self.path) if (self.path / RECORD).is_file() else None
         known = {} if old is None else dict(old["fingerprint"])
-        self.fingerprint.setdefault(DATA, {})
+        for part in (DATA, DEFINITIONS, LOADED):
+            self.fingerprint.setdefault(part, {})
         if old is not None and (different := _differences(known, self.fingerprint)):
-            raise UserError(
-                f"{self.path} holds a run with other settings: {', '.join(different)}; "
-                "give another --outdir, or --fresh to start it anew"
-            )
-        for part in (DATA, PLUGINS):
+            raise UserError(f"{self.path} holds a run with other settings: {', '.join(different)}; {REMEDY}")
+        for part in GROWING:
             self.fingerprint[part] = {**known.get(part, {}), **self.fingerprint.get(part, {})}
         self.previous = old
         # What a run that was killed while it replaced a file has left.
@@ -231,18 +240,21 @@ class RunFolder:
             line = line[self._file.write(line) :]
         self.samples[sample_key(sample)] = sample
 
-    def claim_data(self, task: str, sha256: str) -> None:
-        """Note what the task's rows are; :meth:`write_record` keeps it.
+    def claim(self, part: str, name: str, value: str, said: str) -> None:
+        """Note a fact that the folder's samples depend on; :meth:`write_record` keeps it.
+
+        Args:
+            part: of the fingerprint, such as :data:`DATA`.
+            name: of the task or model.
+            said: how samples differ under another value, for a person.
 
         Raises:
-            UserError: the folder's samples of the task are of other rows.
+            UserError: the folder's samples are under another value.
         """
-        known = self.fingerprint[DATA].setdefault(task, sha256)
-        if known != sha256:
-            raise UserError(
-                f"{self.path} holds samples of {task} over other data (SHA-256 {known[:12]}..., now {sha256[:12]}...); "
-                "give another --outdir, or --fresh to start it anew"
-            )
+        known = self.fingerprint[part].setdefault(name, value)
+        if known != value:
+            was, now = (f"SHA-256 {_shown(item)}" if len(item) == 64 else item for item in (known, value))
+            raise UserError(f"{self.path} holds samples of {name} {said} ({was}, now {now}); {REMEDY}")
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replace ``record.json``."""
@@ -273,15 +285,15 @@ def _differences(known: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]
     that may grow."""
     said = []
     for name in sorted({*known, *mine}):
-        there, here = known.get(name), mine.get(name)
+        there, here, meant = known.get(name), mine.get(name), MEANING.get(name, name)
         if not isinstance(there, dict) and not isinstance(here, dict):
             if there != here:
-                said.append(f"{name} is {_shown(there)} there and {_shown(here)} here")
+                said.append(f"{meant} is {_shown(there)} there and {_shown(here)} here")
             continue
         there, here = there or {}, here or {}
-        for key in sorted(there.keys() & here.keys() if name in (DATA, PLUGINS) else there.keys() | here.keys()):
+        for key in sorted(there.keys() & here.keys() if name in GROWING else there.keys() | here.keys()):
             if there.get(key) != here.get(key):
-                said.append(f"{name} {key} is {_shown(there.get(key))} there and {_shown(here.get(key))} here")
+                said.append(f"{meant} {key} is {_shown(there.get(key))} there and {_shown(here.get(key))} here")
     return said
 
 
@@ -360,8 +372,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def source_sha256() -> str:
-    """Of the project's own source files: two processes with the same hash run the same code."""
+def source_sha256(parts: Sequence[str] = ("",)) -> str:
+    """Of the project's own source files: two processes with the same hash run the same code.
+
+    Args:
+        parts: only of the files whose names, such as ``arkv/cache.py``, begin so.
+    """
     digest = hashlib.sha256()
     for package in ("arkv", "bench", "tasks"):
         spec = find_spec(package)
@@ -371,7 +387,8 @@ def source_sha256() -> str:
         root = Path(spec.origin).resolve().parent
         for path in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".c", ".h")):
             name = f"{package}/{path.relative_to(root).as_posix()}"
-            digest.update(name.encode() + b"\0" + path.read_bytes())
+            if name.startswith(tuple(parts)):
+                digest.update(name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

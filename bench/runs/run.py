@@ -30,6 +30,7 @@ from bench.runs.failures import failure_lines
 from bench.runs.kinds import RUN, claim
 from bench.runs.predictions import clear_predictions, write_predictions
 from bench.runs.results import TaskResults, group_rows, rows, to_sample
+from bench.runs.starts import ENVIRONMENT, VERSIONS, earlier_starts, loaded_as, made_by, new_start
 from bench.settings.run import RunConfig
 from tasks.base import Document, Task, TaskError, TaskGroup, TaskSettings
 from tasks.registry import TASKS as BUILT_IN_TASKS
@@ -70,7 +71,7 @@ def fingerprint(config: RunConfig, models: dict[str, str], plugins: Mapping[str,
     packages = records.environment()["packages"]
     return {
         "models": models,
-        "versions": {name: packages.get(name) for name in ("arkv-bench", "torch", "transformers", "lm-eval")},
+        "versions": {name: packages.get(name) for name in VERSIONS},
         "device": config.device,
         "dtype": config.dtype,
         "model_kwargs": config.loading_kwargs or None,
@@ -243,7 +244,9 @@ def execute(
     fingerprints = {name: model.fingerprint for name, model in models.items()}
     with (
         make_executor(config, models, cells, console) as executor,
-        records.RunFolder(path, fingerprint(config, fingerprints, plugins.hashes), fresh=fresh) as folder,
+        records.RunFolder(
+            path, fingerprint(config, fingerprints, plugins.hashes) | made_by(models, cells), fresh=fresh
+        ) as folder,
         progress_bars(console) as bars,
     ):
         if fresh:
@@ -301,13 +304,18 @@ class _Run:
         self._results: dict[str, dict[str, TaskResults]] = {name: {} for name in models}
         """By model and task, as long as tasks of the model are to be measured."""
         self._open = {name: {task.name for task, _ in tasks} for name in models}
-        begun = folder.previous or {"started": started, "command": records.command_line(), "continued": []}
-        again = [{"started": started, "command": records.command_line()}] if folder.previous else []
+        self._claim_loaded()
+        start = new_start(config, started)
+        begun: Mapping[str, Any] = folder.previous or {}
+        self._starts = [*(earlier_starts(begun) if begun else ()), start]
+        """This one is the last."""
+        first, *again = self._starts
         self._record = {
-            "started": begun["started"],
+            "started": first["started"],
             "finished": None,
-            "command": begun["command"],
-            "continued": [*begun.get("continued", []), *again],
+            "command": first["command"],
+            "continued": [{name: item[name] for name in ("started", "command")} for item in again],
+            "starts": self._starts,
             "settings": config.to_json(),
             "origin": dict(origin),
             "cells": {cell.key: cell.label for cell in cells},
@@ -322,9 +330,15 @@ class _Run:
             },
             "tasks": dict(begun.get("tasks", {})),
             "failures": self.outcome.failures,
-            **records.environment(),
+            **{name: start[name] for name in ENVIRONMENT},
         }
         self._write_record()
+
+    def _claim_loaded(self) -> None:
+        """Raises :class:`UserError` where a model has been loaded in another precision, or on another kind of device,
+        than the folder's answers are of."""
+        for name, facts in self.executor.loaded().items():
+            self.folder.claim(records.LOADED, name, loaded_as(facts), "in another precision or on another device")
 
     def _write_record(self, **more: Any) -> None:
         for name, facts in self.executor.loaded().items():
@@ -343,7 +357,8 @@ class _Run:
     def _begin(self, name: str, task: Task, part_of: str | None) -> Iterator[Unit]:
         folder = self.folder
         documents = documents_of(self.config, self.models[name], task)
-        folder.claim_data(task.name, task.data_hash())
+        folder.claim(records.DATA, task.name, task.data_hash(), "over other data")
+        folder.claim(records.DEFINITIONS, task.name, task.definition_hash(), "by another definition of the task")
         self._record["tasks"][task.name] = {
             "documents": len(documents),
             "truncated": sum(document.truncated for document in documents),
@@ -385,6 +400,7 @@ class _Run:
         if under_way is None:
             # The task has failed while this was on its way.
             return
+        self._claim_loaded()
         try:
             error = (
                 result.error if isinstance(result, Failure) else self._append(unit, under_way.task, document, result)
@@ -413,7 +429,8 @@ class _Run:
     def _append(self, unit: Unit, task: Task, document: Document, result: Measurement) -> str | None:
         """Keep a sample. Returns why it cannot be kept, or None."""
         try:
-            self.folder.append(to_sample(unit.model, task, document, _prompt_hash(document), result))
+            sample = to_sample(unit.model, task, document, _prompt_hash(document), result)
+            self.folder.append({**sample, "start": len(self._starts) - 1})
         except records.NotFinite as error:
             return str(error)
         self.outcome.measured += 1
@@ -478,7 +495,8 @@ class _Run:
     def close(self) -> None:
         """Everything has been done."""
         self.folder.write_results(self.outcome.rows)
-        self._write_record(finished=records.now())
+        self._starts[-1]["finished"] = finished = records.now()
+        self._write_record(finished=finished)
 
 
 def _loaded_facts(name: str, previous: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""A hash of everything that defines a task of lm-eval, as far as its rows do not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+ELSEWHERE = (
+    *("custom_dataset", "dataset_path", "dataset_name", "dataset_kwargs", "num_fewshot", "fewshot_config"),
+    *("training_split", "validation_split", "test_split", "fewshot_split"),
+)
+"""Settings of a task that its rows or its prompts have a hash of."""
+
+
+def definition_sha256(task: Any) -> str:
+    """Of the settings that YAML files and overrides come to, and of the files of the functions that they name."""
+    config = task.config
+    settings = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    settings = {name: value for name, value in settings.items() if name not in ELSEWHERE and value is not None}
+    described = json.dumps([_plain(type(task)), settings], sort_keys=True, default=_plain)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """What stands for something that is no JSON: of code, its name and a hash of its file."""
+    if isinstance(value, functools.partial):
+        return [_plain(value.func), list(value.args), value.keywords]
+    if callable(value):
+        code = inspect.unwrap(value)
+        try:
+            file = inspect.getsourcefile(code)
+        except TypeError:
+            file = None
+        path = None if file is None else Path(file)
+        found = hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else ""
+        return [getattr(code, "__qualname__", type(code).__qualname__), found]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}
+    # Not its text, which may hold an address.
+    return type(value).__qualname__
