@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bench.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bench.runs.run import Outcome
 
 GRID, SETTINGS, DATA, OUTPUT = "The grid", "Settings of the methods", "Models and data", "Output"
 WHERE = "Where it runs"
@@ -257,10 +262,6 @@ def run(
 
     from rich.console import Console
 
-    from bench.report.averages import print_averages
-    from bench.report.rows import headline
-    from bench.report.terminal import print_comparison
-    from bench.runs.failures import failure_lines
     from bench.runs.folder import DISK_FULL
     from bench.runs.kinds import new_folder
     from bench.runs.run import execute
@@ -277,17 +278,37 @@ def run(
             raise
         message = f"stopped: {error.strerror}; free some: the same command with --outdir {path} continues"
         raise UserError(message) from None
+    _summarize(outcome, console)
+    if outcome.failures:
+        raise typer.Exit(1)
+
+
+def _summarize(outcome: Outcome, console: Console) -> None:
+    """The tables, what failed, where everything is, and what to type next."""
+    import shlex
+
+    from bench.report.averages import print_averages
+    from bench.report.rows import headline
+    from bench.report.terminal import print_comparison
+    from bench.runs.failures import failure_lines
+
     if asked_for := headline(outcome.rows):
         print_comparison([asked_for], console)
         print_averages(outcome.rows, console)
     if parts := len({row["task"] for row in outcome.rows} - {row["task"] for row in asked_for}):
         console.print(f"{parts} tasks and groups that these consist of have rows of their own in results.csv.")
-    console.print(f"Run folder: {path}", markup=False, highlight=False, soft_wrap=True)
     if outcome.failures:
         typer.echo("arkv-bench: not everything could be measured:", err=True)
         for line in failure_lines(outcome.failures):
             typer.echo(f"  {line}", err=True)
-        raise typer.Exit(1)
+    folder = shlex.quote(str(outcome.path))
+    after = [f"Run folder: {outcome.path}"]
+    if outcome.failures:
+        after.append(f"What failed is tried again by the same command with --outdir {folder}")
+    if outcome.rows:
+        after.append(f"Next, a page to look at: arkv-bench report {folder} --html page.html")
+    for line in after:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def settings_of(options: Mapping[str, Any]) -> dict[str, Any]:

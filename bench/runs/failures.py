@@ -23,7 +23,10 @@ def failure_lines(failures: Iterable[Mapping[str, str]]) -> list[str]:
         if len(mine) == 1:
             lines.append(f"{_task(mine[0])}: {mine[0]['error']}")
         else:
-            lines.append(f"{len(mine)} tasks: {reason}: {', '.join(map(_task, mine))} (each in record.json)")
+            models = list(dict.fromkeys(failure.get("model", "") for failure in mine))
+            names = [failure["task"] for failure in mine] if len(models) == 1 else list(map(_task, mine))
+            of = f" of {models[0]}" if len(models) == 1 and models[0] else ""
+            lines.append(f"{len(mine)} tasks{of}: {reason}: {', '.join(names)} (each in record.json)")
     for (what, cell), mine in cells.items():
         first = mine[0]
         more = f" and {len(mine) - 1} more documents" if len(mine) > 1 else ""

@@ -470,8 +470,11 @@ class _Run:
         show_traceback(error)
         reason = error.reason if isinstance(error, TaskError) else ""
         failure = {"model": name, "task": task, "error": str(error)}
+        said = reason and any(earlier.get("reason") == reason for earlier in self.outcome.failures)
         self.outcome.failures.append(failure | ({"reason": reason} if reason else {}))
-        self.console.print(f"[red]{escape(task)}: {escape(reason or str(error))}[/red]", highlight=False)
+        if not said:
+            # One of many that lack the same is told now, all of them at the end.
+            self.console.print(f"[red]{escape(task)}: {escape(reason or str(error))}[/red]", highlight=False)
 
     def _close_task(self, name: str, task: Task) -> None:
         """The last task of a model makes the rows of its groups."""

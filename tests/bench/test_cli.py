@@ -226,6 +226,24 @@ def test_a_whole_run_and_its_report(tiny_run: list[object], tmp_path: Path, caps
     assert "| budget | method |" in (tmp_path / "table.md").read_text()
 
 
+def test_a_run_ends_with_where_it_is_and_what_to_type_next(
+    tiny_run: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*map(str, tiny_run), "--tasks", "needle,mmlu", "--data-dir", str(tmp_path)])
+    assert caught.value.code == 1
+    said = capsys.readouterr()
+    first, missing = said.err.splitlines()
+    assert first == "arkv-bench: not everything could be measured:"
+    assert missing.startswith(f"  57 tasks of tiny: no rows in --data-dir {tmp_path}: mmlu_")
+    assert said.out.count("no rows in") == 1
+    assert said.out.splitlines()[-3:] == [
+        f"Run folder: {tmp_path / 'run'}",
+        f"What failed is tried again by the same command with --outdir {tmp_path / 'run'}",
+        f"Next, a page to look at: arkv-bench report {tmp_path / 'run'} --html page.html",
+    ]
+
+
 def test_the_newest_run_is_taken_where_none_is_named(
     tiny_run: list[object],
     tmp_path: Path,

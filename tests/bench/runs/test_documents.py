@@ -206,9 +206,9 @@ def test_tasks_that_fail_for_one_reason_share_a_line(tiny_folder: Path, tmp_path
     outcome, said = go(tiny_folder, tmp_path / "run", plugin, tasks=tasks, data_dir=nowhere, quant_type=("full",))
     assert len(outcome.failures) == 22
     (line,) = failure_lines(outcome.failures)
-    assert line.startswith(f"22 tasks: no rows in --data-dir {nowhere}: longbench:narrativeqa (tiny), ")
-    assert line.endswith("gsm8k (tiny) (each in record.json)")
-    assert f"longbench:trec: no rows in --data-dir {nowhere}\n" in said
+    assert line.startswith(f"22 tasks of tiny: no rows in --data-dir {nowhere}: longbench:narrativeqa, ")
+    assert line.endswith("gsm8k (each in record.json)")
+    assert said.count(f": no rows in --data-dir {nowhere}\n") == 1
     assert "looked for" in read_record(tmp_path / "run")["failures"][0]["error"]
 
 
@@ -218,7 +218,9 @@ def test_failures_of_cells_stay_apart() -> None:
     found = [{"task": "a", **missing}, {"plugin": "p", "error": "no"}, cell, {"task": "b", **missing}, cell]
     assert failure_lines(found) == [
         "plugin p: no",
-        "2 tasks: no rows: a (m), b (m) (each in record.json)",
+        "2 tasks of m: no rows: a, b (each in record.json)",
         "c (m), mix, 1 and 1 more documents: why",
     ]
     assert failure_lines(found[:1]) == ["a (m): long"]
+    others = [found[0], {"task": "a", **missing, "model": "other"}]
+    assert failure_lines(others) == ["2 tasks: no rows: a (m), a (other) (each in record.json)"]
