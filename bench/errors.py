@@ -6,6 +6,9 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from types import TracebackType
+
+from tasks.base import TaskError
 
 SHOW_TRACEBACK = os.environ.get("ARKV_TRACEBACK", "") not in ("", "0")
 """Whatever is told in one line shows its whole traceback too: ``--traceback`` sets it, or ``ARKV_TRACEBACK=1``.
@@ -51,3 +54,33 @@ def place_of(error: BaseException, file: str | None = None) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     mine = [frame for frame in frames if frame.filename == file] or frames
     return place(mine[-1].filename, mine[-1].lineno)
+
+
+class OthersCode:
+    """Whatever the code of a user's own under this raises becomes one line that names it; nothing is swallowed.
+
+    Args:
+        name: whose code it is.
+        passing: kinds of errors that say what they mean themselves, beside the two that always do.
+        placed: say where the error was raised.
+        file: the user's own file, whose innermost line is said; without, it is the innermost of all.
+
+    Raises:
+        UserError: ``name``, the kind of the error, what it said, and where.
+    """
+
+    def __init__(self, name: str, *passing: type[Exception], placed: bool = False, file: str | None = None) -> None:
+        self.passing: tuple[type[Exception], ...] = (UserError, TaskError, *passing)
+        self.name, self.placed, self.file = name, placed, file
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A plugin is often a script, and a script ends itself.
+        if isinstance(error, SystemExit) or (isinstance(error, Exception) and not isinstance(error, self.passing)):
+            said = " ".join(str(error).split())
+            where = f" ({place_of(error, self.file)})" if self.placed else ""
+            raise UserError(f"{self.name}: {type(error).__name__}" + (f": {said}" if said else "") + where) from error

@@ -31,7 +31,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bench.engine.engine import Engine, Failure
 from bench.harness.task import HarnessTask
-from bench.methods.grid import Cell, grid
+from bench.methods.grid import full_cell, grid
 from bench.models.loading import load
 from bench.names import FULL
 from bench.runs import folder as records
@@ -141,7 +141,7 @@ def compare(model: Any, tokenizer: Any, label: str, name: str, data: Path, limit
             options={"num_fewshot": SHOTS[name]},
         )
     )
-    cells = [Cell(FULL)]
+    cells = [full_cell()]
     if name.startswith("mmlu"):
         cells += grid(["origin"], [{"cache_ratio": 0.25}, {"cache_size": 2 * longest}], [32], None, {})
     engine = Engine(model, tokenizer, cells, batch_size=8)

@@ -80,6 +80,7 @@ def _inspect(
 
     from bench.engine.inspect import inspect_prompt, prompt_of, states_map, write_maps
     from bench.methods.grid import grid
+    from bench.methods.plugins import Plugins
     from bench.models.loading import load
     from bench.names import FULL
     from bench.report.inspection import print_inspection, to_html
@@ -88,13 +89,13 @@ def _inspect(
 
     if outdir is not None:
         claim(outdir, INSPECTION)
-    methods = [name for name in run.quant_type if name != FULL]
-    cells = grid(methods, run.budgets, run.window_size, run.quant_format, run.method_settings)
-    if len(cells) != 1 or cells[0].config is None:
+    plugins = Plugins(run.plugin or ())
+    methods = plugins.needed_methods([name for name in run.quant_type if name != FULL])
+    cells = grid(methods, run.budgets, run.window_size, run.quant_format, run.method_settings, plugins.methods)
+    if len(cells) != 1:
         asked = f"--quant-type={','.join(run.quant_type)}"
-        raise UserError(f"{asked}: give one method of window, origin, quant, mix at one budget", exit_code=2)
+        raise UserError(f"{asked}: give one method at one budget, such as mix", exit_code=2)
     (cell,) = cells
-    assert cell.config is not None
     loaded = load(run.model[0], device=run.device, dtype=run.dtype)
     continuation: tuple[int, ...] | None = None
     if text is not None:
@@ -109,7 +110,7 @@ def _inspect(
     found = inspect_prompt(
         loaded.model,
         loaded.tokenizer,
-        cell.config,
+        cell,
         ids,
         steps=steps,
         continuation=continuation,

@@ -31,13 +31,13 @@ def list_things(
     rows: list[tuple[str, ...]]
     failures: list[dict[str, str]] = []
     if what is What.METHODS:
-        from bench.methods import peers, plugins
-        from bench.names import DESCRIPTIONS
+        from bench.methods import plugins
+        from bench.methods.names import descriptions
 
         found = plugins.Plugins(_split(plugin))
         found.load_installed(plugins.METHODS)
         failures = found.failures
-        rows = [*DESCRIPTIONS.items(), *peers.descriptions()]
+        rows = list(descriptions())
         rows += [(name, own.method.description or "a method of a plugin") for name, own in found.methods.items()]
     elif what is What.TASKS:
         from bench.harness import tasks as harness

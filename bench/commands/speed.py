@@ -38,6 +38,7 @@ def speed(
     from bench.costs.speed import SpeedBench, summarize, to_csv
     from bench.errors import UserError
     from bench.methods.grid import grid
+    from bench.methods.plugins import Plugins
     from bench.models.loading import load
     from bench.progress import ProgressReporter
     from bench.report.speed import LEGEND, speed_table
@@ -48,16 +49,15 @@ def speed(
     if outdir is not None:
         claim(outdir, TIMINGS)
     lengths = parse_value("lengths", context_lengths)
+    plugins = Plugins()
     cells = grid(
-        [name for name in parse_value("quant_type", quant_type) if name != "full"],
+        plugins.needed_methods([name for name in parse_value("quant_type", quant_type) if name != "full"]),
         [{"cache_size": size} for size in parse_value("cache_size", cache_size)],
         parse_value("window_size", window_size),
         parse_value("quant_format", quant_format),
         {"budget_unit": budget_unit},
+        plugins.methods,
     )
-    others = [cell.method for cell in cells if cell.peer is not None]
-    if others:
-        raise UserError(f"--quant-type={others[0]}: methods of others are timed by arkv-bench run only", exit_code=2)
     small = [cell.cache_size for cell in cells if cell.cache_size is not None and cell.cache_size <= new_tokens]
     if small:
         raise UserError(f"--cache-size={small[0]}: give more than --new-tokens={new_tokens}", exit_code=2)

@@ -14,14 +14,10 @@ from typing import Any
 
 import torch
 
-from arkv.budget import Geometry, minimal_bytes, token_limit
-from arkv.config import CacheConfig
-from arkv.store import row_table_bytes
 from bench.engine.engine import Engine, Failure, Measurement
 from bench.errors import UserError
-from bench.methods.grid import Cell
+from bench.methods.cell import Cell
 from bench.models.loading import DescribedModel
-from bench.names import FULL
 from bench.settings.run import RunConfig
 from tasks.base import Compare, Document, Generate, LogLikelihood, Rolling
 
@@ -80,31 +76,7 @@ class ModelSize:
 
     def kv_bytes(self, cell: Cell, tokens: int) -> int | None:
         """What a cell's cache of a prompt takes at most, once compressed; None for a method that does not say."""
-        if cell.method == FULL:
-            return self.full_bytes(tokens)
-        if cell.config is None:
-            peer = cell.peer
-            assert peer is not None
-            return None if peer.quant_format else self.full_bytes(peer.kept(tokens))
-        sliding = self.full_bytes(tokens) - self.layer_bytes * self.layers * tokens
-        return sliding + self.layers * self.kv_heads * self._head_bytes(cell.config, tokens)
-
-    def _head_bytes(self, config: CacheConfig, tokens: int) -> int:
-        """One KV head of one layer: of the tokens held, as many Original as the budget allows."""
-        position = 2 if self.context is not None and self.context <= torch.iinfo(torch.int16).max else 4
-        slot = position + torch.float32.itemsize
-        dtype = torch.float32 if self.itemsize == 4 else torch.bfloat16
-        geometry = Geometry(self.head_dim, self.head_dim, dtype, slot, row_table_bytes(2 if config.quantizes else 1))
-        if config.budget_unit == "bytes":
-            worth = config.tokens_worth(tokens) * geometry.full_bytes
-            return min(max(worth, minimal_bytes(config, geometry)), tokens * geometry.original_bytes)
-        held = min(token_limit(config, tokens), tokens)
-        if config.original_share is None:
-            return held * geometry.original_bytes
-        past = max(held - config.window_size, 0)
-        original = max(round(config.original_share * past), min(config.n_sink, past))
-        quantized = geometry.quantized_bytes(config.number_format)
-        return round((held - past + original) * geometry.original_bytes + (past - original) * quantized)
+        return cell.planned_bytes(self, tokens)
 
 
 def model_size(model: DescribedModel, dtype: str) -> ModelSize:

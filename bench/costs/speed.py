@@ -17,9 +17,12 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from arkv import PrefillCache, TriStateCache, attach, storage_bytes
+from arkv import storage_bytes
 from bench.errors import UserError
-from bench.methods.grid import Cell
+from bench.methods.cell import Cell
+from bench.methods.grid import full_cell
+from bench.methods.prompt import Prompt
+from bench.methods.reading import record
 from bench.names import CEILING, FULL
 from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
 
@@ -67,10 +70,10 @@ class SpeedBench:
         self.device = model.device
         self.prompt_ids = prompt_ids
         self.new_tokens = new_tokens
-        compressing = [cell for cell in cells if cell.config is not None]
+        compressing = [cell for cell in cells if cell.method != FULL]
         sizes = dict.fromkeys(cell.cache_size for cell in compressing if cell.cache_size is not None)
-        self.cells: list[tuple[str, int | None, Cell]] = [(FULL, None, Cell(FULL))]
-        self.cells += [(CEILING, size, Cell(FULL)) for size in sizes]
+        self.cells: list[tuple[str, int | None, Cell]] = [(FULL, None, full_cell())]
+        self.cells += [(CEILING, size, full_cell()) for size in sizes]
         self.cells += [(cell.method, cell.cache_size, cell) for cell in compressing]
 
     @torch.inference_mode()
@@ -82,45 +85,32 @@ class SpeedBench:
         """
         if len(self.prompt_ids) < context_length:
             raise UserError(f"the text has {len(self.prompt_ids)} tokens, fewer than the context of {context_length}")
-        prompt = torch.tensor([self.prompt_ids[:context_length]], device=self.device)
-        recorded = PrefillCache(self.model, max(cell.recorded_queries for _, _, cell in self.cells))
-        with attach(self.model):
-            self.model(prompt, past_key_values=recorded, logits_to_keep=1)
+        queries = max(cell.recorded_queries for _, _, cell in self.cells)
+        (prompt,) = record(self.model, [self.prompt_ids[:context_length]], queries)
         for name, size, cell in self.cells:
             if size is not None and name == CEILING and size > context_length:
                 continue
-            yield self._measure(name, size, cell, prompt, recorded, repetition)
+            yield self._measure(name, size, cell, prompt, repetition)
 
-    def _measure(
-        self, name: str, size: int | None, cell: Cell, prompt: torch.Tensor, recorded: PrefillCache, repetition: int
-    ) -> Timing:
+    def _measure(self, name: str, size: int | None, cell: Cell, prompt: Prompt, repetition: int) -> Timing:
         reset_peak_memory(self.device)
-        prefill, compress = Stopwatch(self.device), None
-        cache: Cache
-        if cell.config is None:
-            cache = DynamicCache(config=self.model.config)
-            with prefill:
-                logits = self.model(prompt, past_key_values=cache, logits_to_keep=1).logits
-            if name == CEILING and size is not None:
-                cache = _newest(cache, size - self.new_tokens, self.model.config)
+        # Of a press, which compresses during its prefill, there is no such time.
+        compress_s = None if cell.method == FULL else cell.compress(self.model, prompt).compress_s
+        prefill = Stopwatch(self.device)
+        with prefill:
+            cache, logits = cell.prefill(self.model, prompt.ids)
+        if name == CEILING and size is not None:
+            cache = _newest(cache, size - self.new_tokens, self.model.config)
+        with cell.decoding(self.model, [cache]):
             steps = self._decode(cache, logits)
-        else:
-            compress = Stopwatch(self.device)
-            with compress:
-                TriStateCache.from_prefill(recorded, cell.config)
-            with attach(self.model):
-                cache = TriStateCache(self.model, cell.config)
-                with prefill:
-                    logits = self.model(prompt, past_key_values=cache, logits_to_keep=1).logits
-                steps = self._decode(cache, logits)
         step = median(steps[1:])
         return Timing(
             method=name,
             quant_format=cell.quant_format,
-            context_length=prompt.shape[1],
+            context_length=prompt.tokens,
             cache_size=size,
             prefill_s=prefill.seconds,
-            compress_s=None if compress is None else compress.seconds,
+            compress_s=compress_s,
             ttft_ms=1000.0 * (prefill.seconds + steps[0]),
             tpot_ms=1000.0 * step,
             decode_tokens_per_s=1.0 / step,
@@ -134,7 +124,7 @@ class SpeedBench:
         seconds = []
         clock = Stopwatch(self.device)
         with clock:
-            token = logits[:, -1:].argmax(dim=-1)
+            token = logits.argmax(dim=-1, keepdim=True)
         seconds.append(clock.seconds)
         for _ in range(self.new_tokens):
             clock = Stopwatch(self.device)
@@ -144,7 +134,7 @@ class SpeedBench:
         return seconds
 
 
-def _newest(cache: DynamicCache, tokens: int, config: Any) -> DynamicCache:
+def _newest(cache: Cache, tokens: int, config: Any) -> DynamicCache:
     """A stock cache with the newest tokens of ``cache``, which grows to its budget while it decodes."""
     ceiling = DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):

@@ -1,4 +1,4 @@
-"""A look inside a tri-state cache: what each layer measured, which tokens each head kept, what decoding changed.
+"""A look inside a cache: which tokens each head kept, what decoding changed, and what a tri-state layer measured.
 
 Letters: ``L`` compressible layers, ``H`` KV heads, ``N`` tokens seen, ``W`` window.
 """
@@ -14,21 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 
-from arkv import CacheConfig, PrefillCache, TriStateCache, attach
+from arkv import CacheConfig, PrefillCache
 from arkv.layer import TriStateLayer
 from arkv.prefill import PrefillLayer
 from arkv.scores import Prompt, oq_ratios, oq_score
-from bench.engine.engine import FAILURES
+from bench.engine.jobs import FAILURES
 from bench.errors import UserError
-from bench.methods.grid import Cell
+from bench.methods.cell import Cell
+from bench.methods.reading import forward, record
+from bench.methods.states import EVICTED, ORIGINAL, QUANTIZED
 from bench.models.loading import LoadedModel
+from bench.names import FULL
 from bench.runs import folder as records
 from bench.runs.folder import STATES
 from tasks.base import Compare, Document, Generate, LogLikelihood
 
-EVICTED, QUANTIZED, ORIGINAL = 0, 1, 2
-"""Codes of the states in tensors."""
 BINS = 96
 """Columns of a states map: neighbours in a longer prompt share one."""
 NAMED = 3
@@ -97,17 +99,15 @@ class Inspection:
     pieces: list[str]
     """Text of each token of the prompt, then of those read behind it."""
     prompt_tokens: int
+    layers: list[int]
+    """Places of the compressible layers in the model."""
     statistics: list[LayerStatistics]
+    """Of each of them, where the method is the tri-state cache."""
     states: torch.Tensor
     """After the prompt, [L, H, N] of :data:`EVICTED`, :data:`QUANTIZED` and :data:`ORIGINAL`."""
     final_states: torch.Tensor
     """After the last step."""
     steps: list[Step]
-
-    @property
-    def layers(self) -> list[int]:
-        """Places of the compressible layers in the model."""
-        return [item.layer for item in self.statistics]
 
     @property
     def compressed(self) -> bool:
@@ -135,7 +135,7 @@ class Word:
 def inspect_prompt(
     model: Any,
     tokenizer: Any,
-    config: CacheConfig,
+    cell: Cell,
     ids: Sequence[int],
     *,
     steps: int,
@@ -147,7 +147,7 @@ def inspect_prompt(
 
     Args:
         model: a transformers causal language model in eval mode.
-        config: of the cache.
+        cell: the method.
         ids: the prompt.
         steps: decoding steps at most; greedy decoding ends at an end-of-sequence token.
         continuation: tokens to be read in the place of the model's own.
@@ -156,10 +156,13 @@ def inspect_prompt(
 
     Raises:
         arkv.ConfigError: the cache cannot be made for this model or prompt.
+        UserError: the method's cache does not know which tokens it holds.
     """
-    prefill, logits = record_prompt(model, ids, config.recorded_queries, prefill_chunk)
-    cache = TriStateCache.from_prefill(prefill, config)
-    before = state_codes(cache)
+    (prompt,) = record(model, [ids], cell.recorded_queries, prefill_chunk)
+    compressed = cell.compress(model, prompt)
+    cache, logits = compressed.cache, compressed.logits
+    assert logits is not None
+    layers, before = known_states(cell, cache)
     first = before
     following: list[int] = []
     noted = []
@@ -174,39 +177,42 @@ def inspect_prompt(
             break
         if continuation is None and token in ends:
             break
-        with attach(model):
-            logits = model(torch.tensor([[token]], device=model.device), past_key_values=cache).logits[:, -1]
-        after = state_codes(cache)
+        with cell.decoding(model, [cache]):
+            logits = forward(model, [cache], [[token]])[:, -1]
+        _, after = known_states(cell, cache)
         following.append(token)
         noted.append((before, after))
         before = after
     pieces = token_pieces(tokenizer, [*ids, *following])
+    config = cell.cache_config
     return Inspection(
         **names,
-        uses_oq=config.uses_oq,
-        window_size=min(config.window_size, len(ids)),
+        uses_oq=config is not None and config.uses_oq,
+        window_size=min(cell.window_size or 0, len(ids)),
         pieces=pieces,
         prompt_tokens=len(ids),
-        statistics=layer_statistics(prefill, cache, config),
+        layers=layers,
+        statistics=[] if config is None else layer_statistics(prompt.cache, cache, config),
         states=first,
         final_states=before,
         steps=[_step(pieces[len(ids) + place], *states) for place, states in enumerate(noted)],
     )
 
 
-def record_prompt(
-    model: Any, ids: Sequence[int], queries: int, chunk: int | None = None
-) -> tuple[PrefillCache, torch.Tensor]:
-    """The recorded prefill of a prompt, and the logits [1, V] of the token that follows."""
-    prefill = PrefillCache(model, queries)
-    with attach(model):
-        for part in torch.tensor([ids], device=model.device).split(chunk or len(ids), dim=1):
-            logits = model(part, past_key_values=prefill, logits_to_keep=1).logits[:, -1]
-    return prefill, logits
+def known_states(cell: Cell, cache: Cache) -> tuple[list[int], torch.Tensor]:
+    """Places of the layers that can be compressed, and the state of every token seen in each, int8 [L, H, N].
+
+    Raises:
+        UserError: the method's cache does not know which tokens it holds.
+    """
+    codes = cell.states(cache)
+    if not codes:
+        raise UserError(f"{cell.method}: its cache does not know which tokens it holds, so there is no map of them")
+    return list(codes), torch.stack(list(codes.values()))
 
 
-def layer_statistics(prefill: PrefillCache, cache: TriStateCache, config: CacheConfig) -> list[LayerStatistics]:
-    """Statistics and budgets of every compressible layer, whether the method uses its OQ score or not."""
+def layer_statistics(prefill: PrefillCache, cache: Cache, config: CacheConfig) -> list[LayerStatistics]:
+    """Statistics and budgets of every layer of a tri-state cache, whether the method uses its OQ score or not."""
     found = []
     for place, (source, layer) in enumerate(zip(prefill.layers, cache.layers, strict=True)):
         if not isinstance(source, PrefillLayer) or not isinstance(layer, TriStateLayer):
@@ -241,21 +247,6 @@ def layer_statistics(prefill: PrefillCache, cache: TriStateCache, config: CacheC
         )
         for (place, layer, measured, score), ratio in zip(found, ratios, strict=True)
     ]
-
-
-def state_codes(cache: TriStateCache) -> torch.Tensor:
-    """State of every token seen in each compressible layer and KV head, int8 [L, H, N]."""
-    rows = []
-    for layer in cache.layers:
-        if isinstance(layer, TriStateLayer):
-            states = layer.states()
-            # One place more, at the end, for slots without a token.
-            seen = layer.get_seq_length()
-            codes = torch.full((states.position.shape[0], seen + 1), EVICTED, dtype=torch.int8)
-            held = torch.where(states.quantized, QUANTIZED, ORIGINAL).to(torch.int8)
-            codes.scatter_(1, states.position.long().remainder(seen + 1).cpu(), held.cpu())
-            rows.append(codes[:, :-1])
-    return torch.stack(rows)
 
 
 def _step(token: str, before: torch.Tensor, after: torch.Tensor) -> Step:
@@ -373,7 +364,8 @@ def prompt_of(document: Document) -> tuple[tuple[int, ...], tuple[int, ...] | No
 
 
 def cells_to_map(folder: Path, model: str, task: str, document: Document, cells: Sequence[Cell]) -> list[Cell]:
-    """The tri-state cells whose states map of a document the folder lacks; none for a prompt too short for one."""
+    """The cells whose states map of a document the folder lacks, as far as their methods may know it; none for a prompt
+    too short for one."""
     known = {
         item["cell"]
         for item in read_maps(folder)
@@ -381,29 +373,28 @@ def cells_to_map(folder: Path, model: str, task: str, document: Document, cells:
     }
     if len(prompt_of(document)[0]) < 2:
         return []
-    return [cell for cell in cells if cell.config is not None and cell.key not in known]
+    return [cell for cell in cells if cell.method != FULL and cell.key not in known]
 
 
 @torch.inference_mode()
 def map_states(
     model: LoadedModel, document: Document, cells: Sequence[Cell], prefill_chunk: int | None = None
 ) -> dict[str, StatesMap]:
-    """What tri-state cells make of a document's prompt, by the cell's key.
+    """What cells make of a document's prompt, by the cell's key.
 
-    Cells that cannot compress the prompt are left out: the run itself has recorded their failures.
+    Cells that cannot compress the prompt are left out: the run itself has recorded their failures. So are those whose
+    caches do not know which tokens they hold.
     """
-    configs = {cell.key: cell.config for cell in cells if cell.config is not None}
     ids, _ = prompt_of(document)
-    most = max(config.recorded_queries for config in configs.values())
-    prefill, _ = record_prompt(model.model, ids, most, prefill_chunk)
+    most = max(cell.recorded_queries for cell in cells)
+    (prompt,) = record(model.model, [ids], most, prefill_chunk)
     maps = {}
-    for key, config in configs.items():
+    for cell in cells:
         try:
-            cache = TriStateCache.from_prefill(prefill, config)
+            layers, codes = known_states(cell, cell.compress(model.model, prompt).cache)
         except FAILURES:
             continue
-        layers = [place for place, layer in enumerate(cache.layers) if isinstance(layer, TriStateLayer)]
-        maps[key] = states_map(state_codes(cache), layers)
+        maps[cell.key] = states_map(codes, layers)
     return maps
 
 

@@ -2,104 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from arkv import FORMATS, METHODS, CacheConfig
 from bench.errors import UserError
-from bench.methods import peers
-from bench.names import FULL, budget_text
+from bench.methods.base import Method
+from bench.methods.cell import Cell
+from bench.methods.full import Full
+from bench.methods.names import library_of
+from bench.methods.prompt import Asked
+from bench.methods.tristate import TriState
+from bench.names import FULL, HF, KVPRESS
 from tasks.base import nearest
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One method with all its settings: a row of the table, a cell of the grid."""
+class OwnMethod(NamedTuple):
+    """A method of the user's own and the version of its code."""
 
-    method: str
-    config: CacheConfig | None = None
-    """Settings of the tri-state cache; None for the stock full cache and for methods of others."""
-    peer: peers.Peer | None = None
-    """A method of others, or None."""
+    method: Method
+    version: str
 
-    @property
-    def quantizes(self) -> bool:
-        """Whether any token can become Quantized."""
-        if self.peer is not None:
-            return self.peer.quant_format is not None
-        return self.config is not None and self.config.original_share != 1.0
 
-    @property
-    def quant_format(self) -> str | None:
-        """Number format of Quantized tokens, None where nothing is quantized."""
-        if self.peer is not None:
-            return self.peer.quant_format
-        return self.config.quant_format if self.config is not None and self.quantizes else None
+def full_cell() -> Cell:
+    """The baseline."""
+    return Cell(FULL, Full())
 
-    @property
-    def budget_unit(self) -> str | None:
-        """What the budget counts."""
-        settings = self.config or self.peer
-        return None if settings is None else settings.budget_unit
 
-    @property
-    def cache_size(self) -> int | None:
-        """C, tokens per layer, or their worth in bytes; None where the budget is a share of each prompt."""
-        settings = self.config or self.peer
-        return None if settings is None else settings.cache_size
-
-    @property
-    def cache_ratio(self) -> float | None:
-        """The budget as a share of each prompt, or None."""
-        settings = self.config or self.peer
-        return None if settings is None else settings.cache_ratio
-
-    @property
-    def budget(self) -> str:
-        """The budget for a person."""
-        return budget_text(self.budget_unit, self.cache_size, self.cache_ratio)
-
-    @property
-    def window_size(self) -> int | None:
-        """W, newest tokens that are always Original."""
-        return None if self.config is None else self.config.window_size
-
-    @property
-    def recorded_queries(self) -> int:
-        """Newest queries of a prompt that the method looks at."""
-        if self.peer is not None and self.peer.method is not None:
-            return self.peer.method.queries
-        return 1 if self.config is None else self.config.recorded_queries
-
-    @property
-    def key(self) -> str:
-        """Short and unique for the settings; equal settings have equal keys across runs."""
-        found = self.config or self.peer
-        if found is None:
-            return self.method
-        named = {field.name: getattr(found, field.name) for field in fields(found) if field.compare}
-        settings = json.dumps(named, sort_keys=True)
-        parts = [self.method]
-        if found.budget_unit is not None:
-            size = f"R{self.cache_ratio:g}" if self.cache_ratio is not None else f"C{self.cache_size}"
-            parts.append(size + found.budget_unit[0])
-        if self.config is not None:
-            parts += [f"W{self.window_size}", self.quant_format or ""]
-        return "-".join(part for part in parts if part) + "-" + hashlib.sha256(settings.encode()).hexdigest()[:8]
-
-    @property
-    def label(self) -> str:
-        """For a person: the method, its budget and format."""
-        quant_format = self.quant_format if self.config is not None else None
-        return " ".join(part for part in (self.method, self.budget, quant_format) if part)
+def tristate_cell(method: str, config: CacheConfig) -> Cell:
+    """A tri-state method with settings."""
+    return Cell(method, TriState(method, config), Asked(config.budget_unit, config.cache_size, config.cache_ratio))
 
 
 def is_known(method: str) -> bool:
     """Whether ``method`` is one of this suite or asks for a library's."""
-    return method == FULL or method in METHODS or peers.is_peer(method)
+    return method == FULL or method in METHODS or library_of(method) is not None
 
 
 def check_names(methods: Iterable[str], formats: Iterable[str], own: Iterable[str] = ()) -> None:
@@ -116,13 +53,43 @@ def check_names(methods: Iterable[str], formats: Iterable[str], own: Iterable[st
             raise UserError(f"unknown quant format {name!r}: {nearest(name, FORMATS)}", exit_code=2)
 
 
+def other_method(name: str, own: Mapping[str, OwnMethod]) -> tuple[Method, str]:
+    """A method of a plugin or a library, and the version of its code.
+
+    Raises:
+        UserError: unknown name (the nearest known one is named), or a library that is not installed (the extra is).
+    """
+    if name in own:
+        return own[name]
+    library = library_of(name)
+    if library == HF:
+        from bench.methods.hf import make_hf
+
+        return make_hf(name)
+    if library == KVPRESS:
+        from bench.methods.kvpress import make_press
+
+        return make_press(name)
+    raise UserError(f"unknown method {name!r}: methods of others begin with {HF}: or {KVPRESS}:", exit_code=2)
+
+
+def other_cell(name: str, own: Mapping[str, OwnMethod] | None = None, **budget: Any) -> Cell:
+    """A method of a plugin or a library with its budget, if it has one. Raises as :func:`other_method`.
+
+    Args:
+        budget: ``unit`` and either ``cache_size`` or ``cache_ratio``.
+    """
+    impl, version = other_method(name, own or {})
+    return Cell(name, impl, Asked(**budget) if impl.has_budget else Asked(), version)
+
+
 def grid(
     methods: Sequence[str],
     budgets: Sequence[Mapping[str, Any]],
     window_sizes: Sequence[int],
     formats: Sequence[str] | None,
     settings: Mapping[str, Any],
-    own: Mapping[str, peers.OwnMethod] | None = None,
+    own: Mapping[str, OwnMethod] | None = None,
 ) -> list[Cell]:
     """All cells in the order asked for, without the combinations that would be the same cache twice.
 
@@ -142,25 +109,31 @@ def grid(
     cells: dict[str, Cell] = {}
     for method in methods:
         if method == FULL:
-            cells[FULL] = Cell(FULL)
-            continue
-        if not is_known(method) or peers.is_peer(method):
+            found = [full_cell()]
+        elif method in METHODS:
+            found = _tristate_cells(method, budgets, window_sizes, formats, settings)
+        else:
             unit = settings.get("budget_unit", "tokens")
-            for budget in budgets:
-                given = {"budget_unit": unit, **budget}
-                peer = own[method].peer(**given) if method in own else peers.make_peer(method, **given)
-                cell = Cell(method, peer=peer)
-                cells[cell.key] = cell
-            continue
-        quantizes = METHODS[method].get("original_share") != 1.0
-        # What makes the method is not open to settings.
-        mine = {name: value for name, value in settings.items() if name not in METHODS[method]}
-        for budget in budgets:
-            for window_size in window_sizes or (None,):
-                for quant_format in formats if formats and quantizes else (None,):
-                    chosen = {"window_size": window_size, "quant_format": quant_format}
-                    given = {name: value for name, value in chosen.items() if value is not None}
-                    config = CacheConfig.for_method(method, **budget, **given, **mine)
-                    cell = Cell(method, config)
-                    cells[cell.key] = cell
+            found = [other_cell(method, own, unit=unit, **budget) for budget in budgets]
+        cells |= {cell.key: cell for cell in found}
     return list(cells.values())
+
+
+def _tristate_cells(
+    method: str,
+    budgets: Sequence[Mapping[str, Any]],
+    window_sizes: Sequence[int],
+    formats: Sequence[str] | None,
+    settings: Mapping[str, Any],
+) -> list[Cell]:
+    quantizes = METHODS[method].get("original_share") != 1.0
+    # What makes the method is not open to settings.
+    mine = {name: value for name, value in settings.items() if name not in METHODS[method]}
+    found = []
+    for budget in budgets:
+        for window_size in window_sizes or (None,):
+            for quant_format in formats if formats and quantizes else (None,):
+                chosen = {"window_size": window_size, "quant_format": quant_format}
+                given = {name: value for name, value in chosen.items() if value is not None}
+                found.append(tristate_cell(method, CacheConfig.for_method(method, **budget, **given, **mine)))
+    return found

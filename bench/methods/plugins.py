@@ -24,10 +24,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench.errors import UserError, show_traceback
-from bench.extend import Method, OthersCode
-from bench.methods.grid import is_known
-from bench.methods.peers import OwnMethod
+from bench.errors import OthersCode, UserError, show_traceback
+from bench.methods.base import Method
+from bench.methods.grid import OwnMethod, is_known
 from tasks.base import Answer, Document, Evaluation, Metric, Task, TaskGroup, TaskSettings
 from tasks.registry import TASKS as BUILT_IN_TASKS
 from tasks.registry import TaskSource
@@ -170,6 +169,13 @@ class Plugins:
         for name in lost:
             self.lose(f"unknown method {name!r}")
         return [name for name in names if name not in lost]
+
+    def needed_methods(self, names: Sequence[str]) -> list[str]:
+        """The same, for a command of one method: raises :class:`UserError` where a plugin has failed."""
+        found = self.usable_methods(names)
+        for failure in self.failures:
+            raise UserError(f"plugin {failure['plugin']}: {failure['error']}")
+        return found
 
     def lose(self, said: str) -> None:
         """Note that something is not there, which a plugin that has failed may have had."""

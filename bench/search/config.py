@@ -93,8 +93,8 @@ class TuneConfig:
             self.run.quant_format,
             {**self.run.method_settings, **{name: value for name, value in found.items() if name != "window_size"}},
         )
-        assert cell.config is not None
-        return cell.config
+        assert cell.cache_config is not None
+        return cell.cache_config
 
     def configs(self, found: Mapping[str, Any]) -> list[CacheConfig]:
         """One cache for every budget."""

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from arkv import CacheConfig, PrefillCache, TriStateCache, attach
+from arkv import CacheConfig, TriStateCache, attach
+from bench.methods.prompt import Prompt
+from bench.methods.reading import kl_divergence, read, record
 from tasks.base import Compare
 
 
@@ -20,16 +22,16 @@ from tasks.base import Compare
 class _Recorded:
     """A context that was computed once, and what the full cache makes of its continuation."""
 
-    prefill: PrefillCache
-    inputs: torch.Tensor
-    """Token ids that are read behind it, [1, T]."""
+    prompt: Prompt
+    inputs: tuple[int, ...]
+    """Token ids that are read behind it, T of them."""
     reference: torch.Tensor
     """Log-probabilities of the full cache, [T, V]."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all of it."""
-        return self.prefill.nbytes() + self.reference.nbytes
+        return self.prompt.cache.nbytes() + self.reference.nbytes
 
 
 class FidelityBench:
@@ -67,32 +69,25 @@ class FidelityBench:
         recorded = self._record(request)
         found = []
         for config in configs:
-            cache = TriStateCache.from_prefill(recorded.prefill, config)
+            cache = TriStateCache.from_prefill(recorded.prompt.cache, config)
             with attach(self.model):
                 mine = self._read(cache, recorded.inputs)
-            full = recorded.reference
-            found.append(float((full.exp() * (full - mine)).sum(dim=-1).mean()))
+            found.append(float(kl_divergence(recorded.reference, mine).mean()))
         return found
 
     def _record(self, request: Compare) -> _Recorded:
         key = request.context_ids + request.continuation_ids
         if key in self._kept:
             return self._kept[key]
-        context = torch.tensor([request.context_ids[:-1]], device=self.model.device)
-        inputs = torch.tensor([request.context_ids[-1:] + request.continuation_ids[:-1]], device=self.model.device)
-        prefill = PrefillCache(self.model, self.queries)
-        with attach(self.model):
-            for part in context.split(self.prefill_chunk or context.shape[1], dim=1):
-                self.model(part, past_key_values=prefill, logits_to_keep=1)
-        recorded = _Recorded(prefill=prefill, inputs=inputs, reference=self._read(prefill.to_dynamic(), inputs))
+        (prompt,) = record(self.model, [request.context_ids[:-1]], self.queries, self.prefill_chunk)
+        inputs = request.context_ids[-1:] + request.continuation_ids[:-1]
+        recorded = _Recorded(prompt=prompt, inputs=inputs, reference=self._read(prompt.cache.to_dynamic(), inputs))
         if sum(item.nbytes for item in self._kept.values()) + recorded.nbytes <= self.keep_bytes:
             self._kept[key] = recorded
         else:
             self.not_kept.add(key)
         return recorded
 
-    def _read(self, cache: Any, inputs: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [T, V] of what follows each of ``inputs`` [1, T]."""
-        parts = inputs.split(self.chunk or inputs.shape[1], dim=1)
-        rows = [self.model(part, past_key_values=cache).logits[0].float().log_softmax(dim=-1) for part in parts]
-        return torch.cat(rows)
+    def _read(self, cache: Any, inputs: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities [T, V] of what follows each of ``inputs``."""
+        return torch.cat([row for _, (row,) in read(self.model, [cache], [inputs], self.chunk)])

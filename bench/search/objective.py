@@ -13,7 +13,8 @@ from typing import Any
 from arkv import ConfigError
 from bench.engine.engine import FAILURES, Engine, Failure
 from bench.errors import UserError
-from bench.methods.grid import Cell
+from bench.methods.cell import Cell
+from bench.methods.grid import tristate_cell
 from bench.models.loading import LoadedModel
 from bench.search.config import FIDELITY, TuneConfig
 from bench.search.documents import Split
@@ -99,7 +100,7 @@ class Objective:
 
     def _scores(self, found: Sequence[Mapping[str, Any]]) -> list[float | str]:
         """Mean of the tasks' first metrics of each set of settings, all answered from the same prefills."""
-        cells = [[Cell(self.config.method, config) for config in self.config.configs(item)] for item in found]
+        cells = [[tristate_cell(self.config.method, config) for config in self.config.configs(item)] for item in found]
         unique = list({cell.key: cell for mine in cells for cell in mine}.values())
         engine = self.engine(unique)
         scores: dict[str, list[float]] = {cell.key: [] for cell in unique}

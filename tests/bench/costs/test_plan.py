@@ -12,7 +12,7 @@ from bench.cli import main
 from bench.costs.plan import Load, calibrate, fit, model_size, parse_bytes
 from bench.engine.engine import Engine
 from bench.errors import UserError
-from bench.methods.grid import Cell, grid
+from bench.methods.grid import full_cell, grid
 from bench.models.loading import describe
 from bench.settings.run import RunConfig
 from tasks.base import Continuation, Document, Generate, LogLikelihood
@@ -38,13 +38,15 @@ def test_bytes_of_a_cache_are_at_most_those_planned(tiny: Any, tiny_folder: Path
     with attach(tiny.model), torch.inference_mode():
         tiny.model(ids, past_key_values=prefill)
         for cell in cells:
-            cache: Any = prefill if cell.config is None else TriStateCache.from_prefill(prefill, cell.config)
-            held = prefill.nbytes() if cell.config is None else storage_bytes(cache)
+            cache: Any = (
+                prefill if cell.cache_config is None else TriStateCache.from_prefill(prefill, cell.cache_config)
+            )
+            held = prefill.nbytes() if cell.cache_config is None else storage_bytes(cache)
             planned = size.kv_bytes(cell, 200)
             assert planned is not None
             # Pools are whole groups of slots.
             assert 0.75 * planned <= held <= 1.1 * planned, cell.label
-    assert size.kv_bytes(Cell("full"), 200) == prefill.nbytes()
+    assert size.kv_bytes(full_cell(), 200) == prefill.nbytes()
 
 
 def test_a_folder_without_weights_can_be_planned(tiny_folder: Path, tmp_path: Path) -> None:

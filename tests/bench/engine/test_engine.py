@@ -14,9 +14,13 @@ import torch
 from transformers import DynamicCache
 
 from arkv import PrefillCache, TriStateCache, attach
-from bench.engine.engine import Engine, Failure, Measurement, _Job
-from bench.methods import peers
-from bench.methods.grid import Cell, grid
+from bench.engine import generation
+from bench.engine.engine import Engine, Failure, Measurement
+from bench.engine.jobs import Job
+from bench.engine.steps import Steps
+from bench.methods.cell import Cell
+from bench.methods.grid import grid
+from bench.methods.reading import record
 from tasks.base import Compare, Compared, Continuation, Document, Generate, Generated, LogLikelihood, Rolling
 
 METHODS = ["full", "window", "origin", "quant", "mix"]
@@ -381,7 +385,7 @@ def test_distributions_are_compared_token_by_token(tiny: Any) -> None:
     assert set(full.answer.kl) == set(full.answer.delta_nll) == {0.0}
     assert all(full.answer.agrees)
     # The same with the library alone.
-    cache = TriStateCache(tiny.model, mix.cell.config)
+    cache = TriStateCache(tiny.model, mix.cell.cache_config)
     with torch.no_grad():
         plain = tiny.model(tokens).logits[0, 149:-1].log_softmax(-1)
         with attach(tiny.model):
@@ -414,7 +418,7 @@ def test_the_attention_of_every_layer_is_compared(tiny: Any) -> None:
     assert min(press.answer.attention_error) > 0.01
     tokens = torch.tensor([plain.request.context_ids + plain.request.continuation_ids])
     outputs: dict[str, list[torch.Tensor]] = {"full": [], "mix": []}
-    for name, cache in (("full", DynamicCache()), ("mix", TriStateCache(tiny.model, mix.cell.config))):
+    for name, cache in (("full", DynamicCache()), ("mix", TriStateCache(tiny.model, mix.cell.cache_config))):
         with torch.no_grad(), attach(tiny.model):
             tiny.model(tokens[:, :149], past_key_values=cache)
             for layer in tiny.model.model.layers:
@@ -450,13 +454,14 @@ PEERS = ("hf:quanto-int4", "kvpress:snapkv", "kvpress:adakv")
 
 def decoded(tiny: Any, cell: Cell, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> torch.Tensor:
     """Log-probabilities [T, V] behind each of ``tokens``, by the peer alone, token by token."""
-    assert cell.peer is not None
-    prefilled = peers.prefill(tiny.model, torch.tensor([prompt]), cell.peer)
-    with peers.decoding(tiny.model, prefilled.cache), torch.inference_mode():
-        steps = [
-            tiny.model(torch.tensor([[token]]), past_key_values=prefilled.cache).logits[0, 0].log_softmax(-1)
-            for token in tokens
-        ]
+    with torch.inference_mode():
+        (recorded,) = record(tiny.model, [prompt], cell.recorded_queries)
+        cache = cell.compress(tiny.model, recorded).cache
+        with cell.decoding(tiny.model, [cache]):
+            steps = [
+                tiny.model(torch.tensor([[token]]), past_key_values=cache).logits[0, 0].log_softmax(-1)
+                for token in tokens
+            ]
     return torch.stack(steps)
 
 
@@ -524,14 +529,14 @@ def test_a_cell_that_fails_leaves_the_others_alone(tiny: Any, monkeypatch: pytes
     question = {"generate": document(), "choices": MIXED, "text": text(), "compare": comparison()}[kind]
     grid_ = cells("full", "window", "mix")
     expected = [item.answer for item in answer(tiny, grid_, question) if item.cell.method != "window"]
-    original = Engine._compress
+    original = Engine.compress
 
     def failing(self: Engine, cell: Cell, *arguments: Any) -> Any:
         if cell.method == "window":
             raise torch.OutOfMemoryError("no memory\nis left")
         return original(self, cell, *arguments)
 
-    monkeypatch.setattr(Engine, "_compress", failing)
+    monkeypatch.setattr(Engine, "compress", failing)
     *others, failed = Engine(tiny.model, tiny.tokenizer, grid_).answer(question, grid_)
     assert [item.answer for item in others if isinstance(item, Measurement)] == expected
     assert failed == Failure(cell=grid_[1], error="OutOfMemoryError: no memory is left")
@@ -541,7 +546,7 @@ def test_what_cells_share_fails_for_all(tiny: Any, monkeypatch: pytest.MonkeyPat
     def failing(*arguments: Any) -> Any:
         raise RuntimeError("no prefill")
 
-    monkeypatch.setattr(Engine, "_prefill", failing)
+    monkeypatch.setattr(Engine, "prefill", failing)
     grid_ = cells("full", "mix")
     outcomes = list(Engine(tiny.model, tiny.tokenizer, grid_).answer(document(), grid_))
     assert outcomes == [Failure(cell=cell, error="RuntimeError: no prefill") for cell in grid_]
@@ -691,14 +696,14 @@ def test_peers_answer_one_by_one_in_a_batch(tiny: Any) -> None:
 def test_a_document_that_fails_leaves_its_batch_alone(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     questions, grid_ = several(tiny), cells("full", "window")
     alone = side_by_side(tiny, grid_, questions, 1)
-    original = Engine._compress
+    original = Engine.compress
 
     def failing(self: Engine, cell: Cell, prefill: Any) -> Any:
-        if cell.method == "window" and len(prefill.ids) == 90:
+        if cell.method == "window" and prefill.tokens == 90:
             raise torch.OutOfMemoryError("no memory is left")
         return original(self, cell, prefill)
 
-    monkeypatch.setattr(Engine, "_compress", failing)
+    monkeypatch.setattr(Engine, "compress", failing)
     engine = Engine(tiny.model, tiny.tokenizer, grid_, batch_size=8)
     outcomes = list(engine.answer_batch([(question, grid_) for question in questions]))
     failed = [(question.id, item) for question, item in outcomes if isinstance(item, Failure)]
@@ -712,14 +717,14 @@ def test_a_document_that_fails_leaves_its_batch_alone(tiny: Any, monkeypatch: py
 def test_what_a_batch_shares_fails_for_all_of_it(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     grid_ = cells("full", "mix")
     engine = Engine(tiny.model, tiny.tokenizer, grid_, batch_size=2)
-    original = Engine._step
+    original = generation.step
 
-    def failing(self: Engine, side_by_side: Any) -> Any:
+    def failing(steps: Steps, side_by_side: Any) -> Any:
         if len(side_by_side.rows) == 2 and side_by_side.whole is not None:
             raise torch.OutOfMemoryError("no memory is left")
-        return original(self, side_by_side)
+        return original(steps, side_by_side)
 
-    monkeypatch.setattr(Engine, "_step", failing)
+    monkeypatch.setattr(generation, "step", failing)
     outcomes = list(engine.answer_batch([(document(seed=seed), grid_) for seed in range(3)]))
     assert [(question.id, item.cell.method, type(item)) for question, item in outcomes] == [
         *[("d0", "full", Measurement), ("d1", "full", Measurement), ("d0", "mix", Failure), ("d1", "mix", Failure)],
@@ -743,9 +748,9 @@ def test_an_automatic_batch_takes_what_fits(tiny: Any, monkeypatch: pytest.Monke
     # 2 layers, keys and values, 2 heads of 16 in float32: a prefill, a cache as large, and the answer.
     each = 512 * (2 * 200 + 12)
     engine = Engine(tiny.model, tiny.tokenizer, cells("mix"), batch_size=None)
-    jobs = [_Job(document(seed=seed), engine.cells) for seed in range(40)]
+    jobs = [Job(document(seed=seed), engine.cells) for seed in range(40)]
     assert [len(batch) for batch in engine._side_by_side(jobs)] == [32, 8]
-    monkeypatch.setattr("bench.engine.engine._AUTO_BYTES", 15 * each + 1)
+    monkeypatch.setattr("bench.engine.engine.AUTO_BYTES", 15 * each + 1)
     assert [len(batch) for batch in engine._side_by_side(jobs)] == [15, 15, 10]
-    monkeypatch.setattr("bench.engine.engine._AUTO_BYTES", 1)
+    monkeypatch.setattr("bench.engine.engine.AUTO_BYTES", 1)
     assert {len(batch) for batch in engine._side_by_side(jobs)} == {1}

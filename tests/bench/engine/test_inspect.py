@@ -12,19 +12,17 @@ import torch
 from arkv import CacheConfig, TriStateCache
 from bench.cli import main
 from bench.engine.inspect import (
-    EVICTED,
-    ORIGINAL,
-    QUANTIZED,
     Inspection,
     inspect_prompt,
     read_maps,
-    record_prompt,
-    state_codes,
     states_map,
     token_pieces,
     words,
 )
 from bench.errors import UserError
+from bench.methods.grid import tristate_cell
+from bench.methods.reading import record
+from bench.methods.states import EVICTED, ORIGINAL, QUANTIZED, state_codes
 from bench.report.inspection import to_html
 from bench.report.page import build
 from bench.report.runs import read_runs
@@ -37,7 +35,9 @@ TEXT = 'The old farmer bought a basket of apples near the river on Monday. <b>I 
 def look(tiny: Any, text: str = TEXT, config: CacheConfig = CONFIG, **more: Any) -> Inspection:
     ids = tiny.tokenizer(text)["input_ids"]
     names = {"model": "tiny", "source": "a text", "label": "mix"}
-    return inspect_prompt(tiny.model, tiny.tokenizer, config, ids, **{"steps": 3, "names": names, **more})
+    return inspect_prompt(
+        tiny.model, tiny.tokenizer, tristate_cell("mix", config), ids, **{"steps": 3, "names": names, **more}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +48,9 @@ def found(tiny: Any) -> Inspection:
 def test_states_are_those_that_the_cache_counts(tiny: Any) -> None:
     ids = tiny.tokenizer(TEXT)["input_ids"]
     with torch.inference_mode():
-        prefill, _ = record_prompt(tiny.model, ids, 8)
-        cache = TriStateCache.from_prefill(prefill, CONFIG)
-    codes = state_codes(cache)
+        (prompt,) = record(tiny.model, [ids], 8)
+        cache = TriStateCache.from_prefill(prompt.cache, CONFIG)
+    codes = torch.stack(list((state_codes(cache) or {}).values()))
     assert codes.shape == (2, 2, len(ids))
     counts = cache.token_counts()
     for name, code in (("original", ORIGINAL), ("quantized", QUANTIZED), ("evicted", EVICTED)):
@@ -61,8 +61,8 @@ def test_states_are_those_that_the_cache_counts(tiny: Any) -> None:
 def test_layers_have_the_ratios_and_slots_of_the_cache(tiny: Any, found: Inspection) -> None:
     ids = tiny.tokenizer(TEXT)["input_ids"]
     with torch.inference_mode():
-        prefill, _ = record_prompt(tiny.model, ids, 8)
-        cache = TriStateCache.from_prefill(prefill, CONFIG)
+        (prompt,) = record(tiny.model, [ids], 8)
+        cache = TriStateCache.from_prefill(prompt.cache, CONFIG)
     assert [item.oq_ratio for item in found.statistics] == pytest.approx(cache.oq_ratios(), rel=1e-5)
     for place, item in enumerate(found.statistics):
         assert item.original_slots + item.quantized_slots == 64 - 8

@@ -11,10 +11,10 @@ import pytest
 
 from bench.executors.base import Unit
 from bench.executors.scheduler import DEPTH, Scheduler, Ticket
-from bench.methods.grid import Cell
+from bench.methods.grid import full_cell
 from tasks.base import Document, Generate
 
-FULL = (Cell("full"),)
+FULL = (full_cell(),)
 
 
 def unit(name: str, seconds: int = 1, model: str = "tiny", documents: int = 1) -> Unit:

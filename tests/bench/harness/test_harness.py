@@ -643,7 +643,7 @@ def test_scores_equal_lm_evals_own_run(shared_data: Path, chat: bool) -> None:
 
     from arkv import CacheConfig
     from bench.engine.engine import Engine
-    from bench.methods.grid import Cell
+    from bench.methods.grid import full_cell, tristate_cell
     from bench.models.loading import load as load_model
 
     loaded = load_model("smollm2-135m")
@@ -662,7 +662,7 @@ def test_scores_equal_lm_evals_own_run(shared_data: Path, chat: bool) -> None:
         )
     )
     assert any(document.truncated for document in documents)
-    cells = [Cell("full"), Cell("mix", CacheConfig.for_method("mix", cache_size=512))]
+    cells = [full_cell(), tristate_cell("mix", CacheConfig.for_method("mix", cache_size=512))]
     engine = Engine(model, tokenizer, cells)
     answers, ours = {}, []
     for document in documents:

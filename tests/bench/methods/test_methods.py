@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from arkv import METHODS, CacheConfig, ConfigError
 from bench.errors import UserError
-from bench.methods.grid import grid
+from bench.extend import Method
+from bench.methods.cell import Cell
+from bench.methods.grid import OwnMethod, full_cell, grid
+from bench.methods.prompt import Asked
 from bench.names import DESCRIPTIONS, FULL
 
 C64 = {"cache_size": 64}
@@ -72,5 +77,75 @@ def test_a_share_of_each_prompt_and_byte_units() -> None:
 
 def test_settings_do_not_turn_a_method_into_another() -> None:
     cells = grid(["origin", "quant", "mix"], [C64], [8], None, {"original_share": 0.5, "pool_width": 3})
-    assert [cell.config.original_share for cell in cells if cell.config] == [1.0, 0.0, 0.5]
-    assert {cell.config.pool_width for cell in cells if cell.config} == {3}
+    assert [cell.cache_config.original_share for cell in cells if cell.cache_config] == [1.0, 0.0, 0.5]
+    assert {cell.cache_config.pool_width for cell in cells if cell.cache_config} == {3}
+
+
+class Own(Method):
+    name = "own"
+    compress = print  # type: ignore[assignment]
+
+
+class Sized(Own):
+    has_budget = False
+
+
+@pytest.mark.parametrize(
+    ("cell", "key", "label"),
+    [
+        (full_cell(), "full", "full"),
+        *zip(
+            grid(["window", "origin", "quant", "mix"], [{"cache_size": 512}], [32], ["int8"], {}),
+            [
+                *("window-C512t-W32-65a2773a", "origin-C512t-W32-259dc4fc"),
+                *("quant-C512t-W32-int8-807bd927", "mix-C512t-W32-int8-9bf12321"),
+            ],
+            [
+                *("window C=512 tokens per layer", "origin C=512 tokens per layer"),
+                *("quant C=512 tokens per layer int8", "mix C=512 tokens per layer int8"),
+            ],
+            strict=True,
+        ),
+        (
+            grid(["mix"], [{"cache_ratio": 0.25}], [], None, {"budget_unit": "bytes"})[0],
+            *("mix-R0.25b-W32-k4v3-1f69c9e1", "mix 25 % of each prompt's bytes k4v3"),
+        ),
+        (
+            grid(["quant"], [{"cache_size": 1024}], [16], ["fp8"], {"budget_unit": "bytes"})[0],
+            *("quant-C1024b-W16-fp8-53749b78", "quant C=1024 tokens' worth of bytes per layer fp8"),
+        ),
+        (
+            grid(["mix"], [{"cache_size": 64}], [8], ["int4"], {"tau1": 3.0})[0],
+            *("mix-C64t-W8-int4-ff6f41c5", "mix C=64 tokens per layer int4"),
+        ),
+        (Cell("hf:quanto-int4", Own(), Asked(), "0.2.7"), "hf:quanto-int4-23a47a8f", "hf:quanto-int4"),
+        (
+            Cell("kvpress:snapkv", Own(), Asked("tokens", 64), "0.5.5"),
+            *("kvpress:snapkv-C64t-e5dce100", "kvpress:snapkv C=64 tokens per layer"),
+        ),
+        (
+            Cell("kvpress:snapkv", Own(), Asked("bytes", None, 0.25), "0.5.5"),
+            *("kvpress:snapkv-R0.25b-adfc27af", "kvpress:snapkv 25 % of each prompt's bytes"),
+        ),
+        (
+            Cell("kvpress:chunkkv+tova", Own(), Asked("tokens", 64), "0.5.5"),
+            *("kvpress:chunkkv+tova-C64t-79494b67", "kvpress:chunkkv+tova C=64 tokens per layer"),
+        ),
+        (
+            grid(["own"], [{"cache_ratio": 0.5}], [], None, {}, {"own": OwnMethod(Own(), "0123456789ab")})[0],
+            *("own-R0.5t-63b031d8", "own 50 % of each prompt's tokens"),
+        ),
+        (
+            grid(["own"], [{"cache_ratio": 0.5}], [], None, {}, {"own": OwnMethod(Sized(), "0123456789ab")})[0],
+            *("own-f69ebaac", "own"),
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "-" in value else "",
+)
+def test_keys_and_labels_of_finished_runs_stay(cell: Cell, key: str, label: str) -> None:
+    """As they are written in run folders, by which a run is continued and compared."""
+    assert (cell.key, cell.label) == (key, label)
+    again = pickle.loads(pickle.dumps(cell))
+    assert again == cell
+    assert hash(again) == hash(cell)
+    assert again.key == key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -16,9 +17,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from arkv import storage_bytes
 from bench.engine.engine import Engine
 from bench.errors import UserError
-from bench.methods import peers
-from bench.methods.grid import Cell, grid
-from bench.methods.peers import Peer, Prefilled, decoding, make_peer, prefill, token_counts
+from bench.methods import kvpress, names, versions
+from bench.methods.cell import Cell
+from bench.methods.grid import grid, other_cell
+from bench.methods.hf import FP8_LAYER
+from bench.methods.prompt import Asked, Compressed
+from bench.methods.reading import record
 from tasks.base import Document, Generate
 from tests.bench.conftest import quiet_environment
 from tests.conftest import ROOT
@@ -37,8 +41,8 @@ SIZES: dict[str, Any] = {
 }
 FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 LENGTH = 203
-GROUPED = [name for name in peers.BACKENDS if name != "fp8"]
-HAS_FP8 = hasattr(cache_utils, peers.FP8_LAYER)
+GROUPED = [name for name in names.BACKENDS if name != "fp8"]
+HAS_FP8 = hasattr(cache_utils, FP8_LAYER)
 EVICTING = ("snapkv", "pyramidkv", "streaming_llm", "expected_attention", "tova", "knorm")
 
 
@@ -66,8 +70,8 @@ def test_importing_kvpress_patches_nothing() -> None:
         "import arkv\n"  # which registers a function of its own
         "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions\n"
         "before = dict(functions.items())\n"
-        "from bench.methods.peers import press_names\n"
-        "assert 'snapkv' in press_names()\n"
+        "from bench.methods.kvpress import library\n"
+        "assert library('kvpress:snapkv').SnapKVPress\n"
         "assert dict(functions.items()) == before\n"
     )
     done = subprocess.run([sys.executable, "-c", code], env=quiet_environment(), cwd=ROOT, capture_output=True)
@@ -78,7 +82,7 @@ def test_importing_kvpress_patches_nothing() -> None:
 def _kvpress_is_imported() -> None:
     """By the suite and not by a test, whose import would patch transformers."""
     if find_spec("kvpress") is not None:
-        peers.press_names()
+        kvpress.library("kvpress:snapkv")
 
 
 @pytest.fixture(autouse=True)
@@ -126,9 +130,24 @@ def alone(model: Any, prompt: torch.Tensor, press: Any, steps: int) -> tuple[Pai
     return kept, tokens
 
 
-def greedy(model: Any, prefilled: Prefilled, steps: int) -> list[int]:
+def press(name: str, **budget: Any) -> Cell:
+    """One cell, whose budget counts tokens."""
+    return other_cell(f"kvpress:{name}", unit="tokens", **budget)
+
+
+@torch.inference_mode()
+def compress(model: Any, prompt: torch.Tensor, cell: Cell) -> Compressed:
+    (recorded,) = record(model, prompt.tolist(), cell.recorded_queries)
+    return cell.compress(model, recorded)
+
+
+def token_counts(cell: Cell, cache: Any) -> dict[str, float]:
+    return cell.impl.token_counts(cache)
+
+
+def greedy(model: Any, cell: Cell, prefilled: Compressed, steps: int) -> list[int]:
     tokens, logits = [], prefilled.logits
-    with decoding(model, prefilled.cache), torch.inference_mode():
+    with cell.decoding(model, [prefilled.cache]), torch.inference_mode():
         for _ in range(steps):
             tokens.append(int(logits[0].argmax()))
             logits = model(torch.tensor([tokens[-1:]]), past_key_values=prefilled.cache).logits[:, -1]
@@ -152,22 +171,23 @@ def test_a_press_does_what_it_does_by_itself(model: Any, prompt: torch.Tensor, n
     }
     outer = name.partition("+")[0]
     press = wrappers[outer](inner) if outer in wrappers else plain[outer]()
-    peer = Peer(f"kvpress:{name}", "tokens", cache_size=100)
+    cell = other_cell(f"kvpress:{name}", unit="tokens", cache_size=100)
     press.compression_ratio = 1 - 100.25 / LENGTH
     expected, tokens = alone(model, prompt, press, 8)
-    prefilled = prefill(model, prompt, peer)
+    prefilled = compress(model, prompt, cell)
     for layer, (keys, values) in zip(prefilled.cache.layers, expected, strict=True):
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.values, values)
-    assert greedy(model, prefilled, 8) == tokens
+    assert greedy(model, cell, prefilled, 8) == tokens
 
 
 @pytest.mark.parametrize("name", EVICTING)
 @pytest.mark.parametrize("budget", [{"cache_size": 77}, {"cache_ratio": 0.5}], ids=str)
 def test_the_budget_is_kept(model: Any, prompt: torch.Tensor, name: str, budget: dict[str, Any]) -> None:
     wanted = 77 if "cache_size" in budget else 101
-    cache = prefill(model, prompt, make_peer(f"kvpress:{name}", budget_unit="bytes", **budget)).cache
-    counts = token_counts(cache)
+    cell = other_cell(f"kvpress:{name}", unit="bytes", **budget)
+    cache = compress(model, prompt, cell).cache
+    counts = token_counts(cell, cache)
     assert counts["original"] == pytest.approx(wanted, abs=0.5)
     assert sum(counts.values()) == cache.get_seq_length() == LENGTH
     assert storage_bytes(cache.layers) == sum(
@@ -177,22 +197,24 @@ def test_the_budget_is_kept(model: Any, prompt: torch.Tensor, name: str, budget:
 
 
 def test_a_press_that_masks_shows_its_real_bytes(model: Any, prompt: torch.Tensor) -> None:
-    cache = prefill(model, prompt, Peer("kvpress:adakv", "tokens", cache_ratio=0.25)).cache
+    cell = press("adakv", cache_ratio=0.25)
+    cache = compress(model, prompt, cell).cache
     full = 3 * 2 * 2 * 32 * 4 * LENGTH
     assert storage_bytes(cache.layers) > full
-    assert token_counts(cache)["original"] == pytest.approx(50, abs=0.01)
-    assert token_counts(cache)["evicted"] == pytest.approx(LENGTH - 50, abs=0.01)
+    assert token_counts(cell, cache)["original"] == pytest.approx(50, abs=0.01)
+    assert token_counts(cell, cache)["evicted"] == pytest.approx(LENGTH - 50, abs=0.01)
 
 
 @pytest.mark.parametrize("tokens", [50, 64])
 def test_a_prompt_within_the_presses_window_stays_whole(model: Any, prompt: torch.Tensor, tokens: int) -> None:
-    cache = prefill(model, prompt[:, :tokens], Peer("kvpress:snapkv", "tokens", cache_ratio=0.25)).cache
-    assert token_counts(cache) == {"original": tokens, "quantized": 0.0, "evicted": 0.0}
+    cell = press("snapkv", cache_ratio=0.25)
+    cache = compress(model, prompt[:, :tokens], cell).cache
+    assert token_counts(cell, cache) == {"original": tokens, "quantized": 0.0, "evicted": 0.0}
 
 
 def test_a_press_that_draws_keeps_the_same_tokens_twice(model: Any, prompt: torch.Tensor) -> None:
     state = torch.get_rng_state()
-    first, second = (prefill(model, prompt, Peer("kvpress:random", "tokens", cache_size=50)).cache for _ in range(2))
+    first, second = (compress(model, prompt, press("random", cache_size=50)).cache for _ in range(2))
     assert torch.equal(first.layers[0].keys, second.layers[0].keys)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -200,9 +222,10 @@ def test_a_press_that_draws_keeps_the_same_tokens_twice(model: Any, prompt: torc
 @pytest.mark.parametrize("name", GROUPED)
 def test_quantized_bytes_are_walked(model: Any, prompt: torch.Tensor, name: str) -> None:
     """Codes, scales and zero points counted from the shapes; what fills no group waits at model precision."""
-    backend, bits = peers.BACKENDS[name]
-    cache = prefill(model, prompt, make_peer(f"hf:{name}", cache_ratio=0.25)).cache
-    counts = token_counts(cache)
+    backend, bits = names.BACKENDS[name]
+    cell = other_cell(f"hf:{name}", cache_ratio=0.25)
+    cache = compress(model, prompt, cell).cache
+    counts = token_counts(cell, cache)
     whole, waiting = round(counts["quantized"]), round(counts["original"])
     assert whole + waiting == LENGTH == cache.get_seq_length()
     assert waiting == LENGTH % {"hqq-int4": 2, "hqq-int2": 4}.get(name, 1)
@@ -218,42 +241,45 @@ def test_a_shared_prefill_is_its_own(model: Any, prompt: torch.Tensor, name: str
     """Quantizing the recorded keys and values gives what transformers' cache gives in a prefill of its own."""
     from transformers.cache_utils import QuantizedCache
 
-    backend, bits = peers.BACKENDS[name]
+    backend, bits = names.BACKENDS[name]
     even, axis = prompt[:, :200], int(backend == "hqq")
     own = QuantizedCache(backend, model.config, bits, axis, axis)
     with torch.inference_mode():
         logits = model(even, past_key_values=own, logits_to_keep=1).logits[:, -1]
-    shared = prefill(model, even, make_peer(f"hf:{name}"))
-    assert greedy(model, shared, 8) == greedy(model, Prefilled(own, logits, 0.0, None), 8)
+    cell = other_cell(f"hf:{name}")
+    by_itself = Compressed(cache=own, logits=logits, prefill_s=0.0, compress_s=None, kv_bytes=0)
+    assert greedy(model, cell, compress(model, even, cell), 8) == greedy(model, cell, by_itself, 8)
 
 
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
 @pytest.mark.parametrize("name", GROUPED)
 def test_decoding_past_the_next_quantization(model: Any, prompt: torch.Tensor, name: str) -> None:
     """After 128 more tokens everything is quantized again, whatever the length of the prompt."""
-    prefilled = prefill(model, prompt, make_peer(f"hf:{name}"))
-    greedy(model, prefilled, 130)
-    counts = token_counts(prefilled.cache)
+    cell = other_cell(f"hf:{name}")
+    prefilled = compress(model, prompt, cell)
+    greedy(model, cell, prefilled, 130)
+    counts = token_counts(cell, prefilled.cache)
     assert counts["original"] < 10
     assert sum(counts.values()) == LENGTH + 130
 
 
 @pytest.mark.skipif(not HAS_FP8, reason="this transformers has no fp8 backend")
 def test_fp8_takes_a_byte_per_value(model: Any, prompt: torch.Tensor) -> None:
-    prefilled = prefill(model, prompt, make_peer("hf:fp8", cache_ratio=0.25))
+    cell = other_cell("hf:fp8", cache_ratio=0.25)
+    prefilled = compress(model, prompt, cell)
     assert prefilled.cache.get_seq_length() == LENGTH
-    assert token_counts(prefilled.cache) == {"original": 0.0, "quantized": LENGTH, "evicted": 0.0}
+    assert token_counts(cell, prefilled.cache) == {"original": 0.0, "quantized": LENGTH, "evicted": 0.0}
     # Keys and values, and a scale for each.
     assert storage_bytes(prefilled.cache) == 3 * 2 * (2 * 32 * LENGTH + 4)
-    greedy(model, prefilled, 5)
-    assert token_counts(prefilled.cache)["quantized"] == LENGTH + 5
-    assert make_peer("hf:fp8").quant_format == "fp8"
+    greedy(model, cell, prefilled, 5)
+    assert token_counts(cell, prefilled.cache)["quantized"] == LENGTH + 5
+    assert cell.quant_format == "fp8"
 
 
 @pytest.mark.skipif(HAS_FP8, reason="this transformers has an fp8 backend")
 def test_fp8_says_what_it_needs() -> None:
     with pytest.raises(UserError, match=r"hf:fp8: transformers 5\.\d+\.\d+ has no fp8 backend") as caught:
-        make_peer("hf:fp8", cache_ratio=0.25)
+        other_cell("hf:fp8", cache_ratio=0.25)
     assert caught.value.exit_code == 2
 
 
@@ -289,7 +315,9 @@ def test_a_row_of_the_grid(tiny: Any) -> None:
 
 
 def test_a_key_follows_the_librarys_version() -> None:
-    first, second = (Cell("x:y", peer=Peer("x:y", "tokens", 64, version=version)).key for version in ("1.0", "1.1"))
+    first, second = (
+        Cell("x:y", other_cell("kvpress:knorm").impl, Asked("tokens", 64), version).key for version in ("1.0", "1.1")
+    )
     assert first != second
 
 
@@ -300,33 +328,71 @@ def test_a_key_follows_the_librarys_version() -> None:
         ("kvpress:snapkw", "unknown method 'kvpress:snapkw': did you mean kvpress:snapkv"),
         ("vllm:fp8", "unknown method 'vllm:fp8': methods of others begin with hf: or kvpress:"),
         ("kvpress:finch", "finch cannot be compared at a budget: it needs a delimiter"),
+        ("kvpress:kvzap", "kvzap is not offered, since it needs another model"),
         ("kvpress:snapkv+tova", "SnapKVPress wraps no other press"),
         ("kvpress:chunkkv+adakv", "AdaKVPress gives tokens no score"),
     ],
 )
 def test_wrong_names(name: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
-        make_peer(name, budget_unit="tokens", cache_size=64)
+        other_cell(name, unit="tokens", cache_size=64)
     assert said in str(caught.value)
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("name", ["hf:hqq-int4", "kvpress:snapkv"])
 def test_what_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(peers, "DISTRIBUTIONS", dict.fromkeys(peers.DISTRIBUTIONS, "no-such-distribution"))
+    monkeypatch.setattr(versions, "DISTRIBUTIONS", dict.fromkeys(names.DISTRIBUTIONS, "no-such-distribution"))
     with pytest.raises(UserError, match=r"is not installed: pip install 'arkv-bench\[peers\]'"):
-        make_peer(name)
+        other_cell(name)
 
 
-def test_a_press_that_cannot_do_the_model_says_why(model: Any, prompt: torch.Tensor) -> None:
-    with pytest.raises(UserError, match="kvpress:lukv: kvpress cannot do a prompt of 203 tokens with this model"):
-        prefill(model, prompt, Peer("kvpress:lukv", "tokens", cache_size=50))
+def test_a_press_that_cannot_do_the_model_says_why(
+    model: Any, prompt: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises, it is the failure of one cell in one document."""
+    import kvpress as library
+
+    cell = press("knorm", cache_size=50)
+    for kind, said in (
+        (AssertionError, "kvpress:knorm: kvpress cannot do a prompt of 203 tokens with this model: no such head"),
+        (IndexError, "kvpress:knorm: IndexError: no such head"),
+        (AttributeError, "kvpress:knorm: AttributeError: no such head"),
+    ):
+
+        def failing(*_: Any, kind: type[Exception] = kind, **__: Any) -> Any:
+            raise kind("no such\nhead")
+
+        monkeypatch.setattr(library.KnormPress, "score", failing)
+        with pytest.raises(UserError) as caught:
+            compress(model, prompt, cell)
+        assert str(caught.value) == said
+
+
+def test_the_table_of_presses_is_that_of_the_library() -> None:
+    """Without an import of it, the suite knows all presses, by the names of their modules."""
+    library: Any = pytest.importorskip("kvpress")
+    classes = [
+        item for item in vars(library).values() if isinstance(item, type) and issubclass(item, library.BasePress)
+    ]
+    modules = Counter(item.__module__ for item in classes)
+    known = {
+        item.__module__.rpartition(".")[2].removesuffix("_press")
+        if modules[item.__module__] == 1
+        else item.__name__.lower().removesuffix("press"): item.__name__
+        for item in classes
+    }
+    assert {name: press.class_name for name, press in names.PRESSES.items()} == known
+    assert list(names.PRESSES) == sorted(names.PRESSES)
 
 
 def test_every_press_is_usable_or_has_a_reason() -> None:
-    names = peers.press_names()
-    assert set(EVICTING) <= names.keys()
-    assert set(peers.UNUSABLE) <= names.keys()
-    rows = dict(peers.descriptions())
+    rows = dict(names.descriptions())
+    assert {"snapkv", "kvzip"} <= set(names.usable_presses())
     assert "snapkv" in rows["kvpress:NAME"]
     assert "finch" not in rows["kvpress:NAME"]
+    assert "qfilter (filters computed for the model, a download)" in rows["kvpress:..."]
+    for name, press in names.PRESSES.items():
+        if not press.usable:
+            with pytest.raises(UserError, match=f"kvpress:{name}: {name} (cannot be compared|is not offered)"):
+                other_cell(f"kvpress:{name}", unit="tokens", cache_size=64)

@@ -21,8 +21,7 @@ from bench.engine.engine import Engine, Measurement
 from bench.errors import UserError
 from bench.extend import Budget, Method, Prompt, keep_tokens
 from bench.methods import plugins
-from bench.methods.grid import grid
-from bench.methods.peers import OwnMethod
+from bench.methods.grid import OwnMethod, grid
 from bench.methods.plugins import Plugins
 from bench.runs.folder import SAMPLES, read_record
 from bench.runs.run import Outcome, execute

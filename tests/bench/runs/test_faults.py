@@ -18,7 +18,7 @@ from typing import NoReturn
 import pytest
 
 from bench.cli import main
-from bench.methods.peers import press_names
+from bench.methods.kvpress import library
 from bench.runs import folder as records
 from bench.runs.folder import read_record
 from tests.bench.conftest import SENTENCES, quiet_environment, read_lines
@@ -65,7 +65,7 @@ def options(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list
     plugin.write_text(PLUGIN)
     text.write_text(" ".join(SENTENCES * 20))
     # Imported once, for all forks.
-    press_names()
+    library("kvpress:snapkv")
     for module in ("bench.runs.run", "bench.report.averages"):
         importlib.import_module(module)
     return [

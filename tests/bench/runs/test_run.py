@@ -171,7 +171,7 @@ def test_an_unknown_task_leaves_the_others_alone(tiny_folder: Path, tmp_path: Pa
 def test_a_failed_cell_leaves_the_others_alone(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Engine._compress
+    original = Engine.compress
 
     def failing(self: Engine, cell: Cell, *arguments: Any) -> Any:
         if cell.method == "window":
@@ -179,7 +179,7 @@ def test_a_failed_cell_leaves_the_others_alone(
         return original(self, cell, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_compress", failing)
+        patch.setattr(Engine, "compress", failing)
         outcome, said = go(tiny_folder, tmp_path)
     assert outcome.measured == 6
     assert [row["method"] for row in outcome.rows] == ["full", "mix"]

@@ -19,7 +19,7 @@ from arkv import CacheConfig
 from bench.cli import main
 from bench.engine.engine import Engine, Measurement
 from bench.errors import UserError
-from bench.methods.grid import Cell
+from bench.methods.grid import tristate_cell
 from bench.search.config import TuneConfig
 from bench.search.documents import load_splits, overlap
 from bench.search.fidelity import FidelityBench
@@ -215,7 +215,7 @@ def test_divergences_are_those_of_a_run(tiny: Any, objective: Objective) -> None
     document = objective.splits[0].tuning[0]
     assert isinstance(document.request, Compare)
     config = objective.config.base(0)
-    cell = Cell("mix", config)
+    cell = tristate_cell("mix", config)
     (answered,) = Engine(tiny.model, tiny.tokenizer, [cell]).answer(document, [cell])
     assert isinstance(answered, Measurement)
     expected = objective.splits[0].task.score(document, answered.answer)["kl"]

@@ -1,0 +1,185 @@
+"""Generation: greedy decoding, token by token, of one document or of several side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers.cache_utils import Cache
+
+from arkv import TriStateCache
+from bench.engine.jobs import Job, cells_of, noting
+from bench.engine.measurement import Measurement
+from bench.engine.steps import Steps
+from bench.errors import UserError
+from bench.methods.cell import Cell
+from bench.methods.prompt import Compressed, Prompt
+from bench.methods.reading import forward, padded
+from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
+from tasks.base import Generate, Generated
+
+
+@dataclass(kw_only=True, eq=False)
+class Answering:
+    """A cell's answer to a generation request in the making."""
+
+    job: Job
+    request: Generate
+    prompt: Prompt
+    compressed: Compressed
+    tokens: list[int] = field(default_factory=list)
+    begin: int | None = None
+    """Where the answer begins; None while the model is thinking."""
+    first_s: float = 0.0
+    decode_s: float = 0.0
+
+
+class SideBySide:
+    """Rows that are decoded together: where their caches allow it, in one cache, so that attention is one call."""
+
+    def __init__(self, rows: Sequence[Answering]) -> None:
+        self.rows = list(rows)
+        caches = [row.compressed.cache for row in rows]
+        self.whole: TriStateCache | None = None
+        if len(rows) > 1 and TriStateCache.can_stack(caches):
+            self.whole = TriStateCache.stack([cache for cache in caches if isinstance(cache, TriStateCache)])
+            # So that what they hold is not there twice.
+            self._give([(row, self.whole) for row in rows])
+
+    def keep(self, rows: Sequence[Answering]) -> None:
+        """Go on with ``rows`` only; each of the others gets its own cache back."""
+        if len(rows) == len(self.rows):
+            return
+        if self.whole is not None:
+            kept = {id(row) for row in rows}
+            ended = [(place, row) for place, row in enumerate(self.rows) if id(row) not in kept]
+            self._give([(row, self.whole.fork(place)) for place, row in ended])
+            places = [place for place, row in enumerate(self.rows) if id(row) in kept]
+            if places:
+                self.whole.batch_select_indices(torch.tensor(places))
+        self.rows = list(rows)
+
+    @staticmethod
+    def _give(pairs: Sequence[tuple[Answering, Cache]]) -> None:
+        for row, cache in pairs:
+            row.compressed = dataclasses.replace(row.compressed, cache=cache)
+
+
+def answer(steps: Steps, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measurement]]:
+    """Answer documents that ask for a generation."""
+    requests = [job.request(Generate) for job in jobs]
+    prompts = steps.prefills([(job, request.prompt_ids) for job, request in zip(jobs, requests, strict=True)])
+    for cell in cells_of(jobs):
+        waiting = [place for place, job in enumerate(jobs) if job.waits_for(cell)]
+        for group in steps.groups(cell, waiting):
+            reset_peak_memory(steps.device)
+            rows: list[Answering] = []
+            for place in group:
+                job, request, prompt = jobs[place], requests[place], prompts[place]
+                with noting([job], [cell]):
+                    if prompt is None:
+                        raise UserError("an empty prompt: there is nothing to go on from")
+                    compressed = steps.compress(cell, prompt)
+                    rows.append(Answering(job=job, request=request, prompt=prompt, compressed=compressed))
+            with noting([row.job for row in rows], [cell]):
+                together = list(steps.together(cell, rows, [row.compressed.cache for row in rows]))
+            for mine in together if rows else ():
+                with noting([row.job for row in mine], [cell]):
+                    decode(steps, cell, mine)
+                    yield from [(row.job, _measured(steps, cell, row)) for row in mine]
+
+
+def _measured(steps: Steps, cell: Cell, row: Answering) -> Measurement:
+    compressed, tokens = row.compressed, row.tokens
+    held = cell.held(compressed.cache, row.prompt)
+    return Measurement(
+        cell=cell,
+        answer=Generated(text=_text(steps, tokens, row.request), token_ids=tuple(tokens)),
+        prompt_tokens=row.request.prompt_tokens,
+        generated_tokens=len(tokens),
+        tokens_original=held.original,
+        tokens_quantized=held.quantized,
+        tokens_evicted=held.evicted,
+        kv_bytes=held.kv_bytes,
+        kv_bytes_peak=max(compressed.kv_bytes, held.kv_bytes),
+        full_kv_bytes=held.full_kv_bytes,
+        prefill_s=compressed.prefill_s,
+        compress_s=compressed.compress_s,
+        ttft_ms=1000.0 * (compressed.prefill_s + (compressed.compress_s or 0.0) + row.first_s),
+        decode_s=row.decode_s,
+        tpot_ms=1000.0 * row.decode_s / (len(tokens) - 1) if len(tokens) > 1 else None,
+        peak_memory_bytes=peak_memory_bytes(steps.device),
+        oq_ratios=held.oq_ratios,
+    )
+
+
+def decode(steps: Steps, cell: Cell, rows: Sequence[Answering]) -> None:
+    """Greedy decoding, side by side; a row that has ended takes no further part."""
+    for row in rows:
+        clock = Stopwatch(steps.device)
+        assert row.compressed.logits is not None
+        with clock:
+            row.tokens.append(int(_answerable(steps, row.compressed.logits, row.request).argmax(dim=-1)))
+        row.first_s = clock.seconds
+    with steps.attention(cell, [row.compressed.cache for row in rows]):
+        side_by_side = SideBySide([row for row in rows if not _ended(steps, row)])
+        while rows := side_by_side.rows:
+            clock = Stopwatch(steps.device)
+            with clock:
+                logits = step(steps, side_by_side)
+                tokens = logits[:, -1].argmax(dim=-1).tolist()
+            for row, token in zip(rows, tokens, strict=True):
+                row.tokens.append(token)
+                row.decode_s += clock.seconds / len(rows)
+            side_by_side.keep([row for row in rows if not _ended(steps, row)])
+
+
+def step(steps: Steps, side_by_side: SideBySide) -> torch.Tensor:
+    """Logits [B, 1, V] behind the newest token of every row."""
+    rows, whole = side_by_side.rows, side_by_side.whole
+    newest = [row.tokens[-1:] for row in rows]
+    if whole is None:
+        return forward(steps.model, [row.compressed.cache for row in rows], newest)
+    ids, positions = padded(newest, steps.device), whole.position_ids().to(steps.device)
+    logits: torch.Tensor = steps.model(ids, position_ids=positions, past_key_values=whole).logits
+    return logits
+
+
+def _answerable(steps: Steps, logits: torch.Tensor, request: Generate) -> torch.Tensor:
+    """Logits [1, V] of the first token, of which some cannot begin an answer."""
+    if not request.end_ids:
+        return logits
+    ends = torch.tensor([*steps.end_ids, *request.end_ids], device=logits.device)
+    return logits.index_fill(-1, ends, -torch.inf)
+
+
+def _ended(steps: Steps, row: Answering) -> bool:
+    request, tokens = row.request, row.tokens
+    if request.think_end is None:
+        row.begin = 0
+    elif row.begin is None and _ends_in(steps, tokens, (request.think_end,)):
+        row.begin = len(tokens)
+    if len(tokens) >= request.max_new_tokens or tokens[-1] in steps.end_ids or tokens[-1] in request.end_ids:
+        return True
+    return row.begin is not None and _ends_in(steps, tokens[row.begin :], request.stop)
+
+
+def _ends_in(steps: Steps, tokens: list[int], strings: tuple[str, ...]) -> bool:
+    """One of ``strings`` has just been completed."""
+    if not strings or not tokens:
+        return False
+    # Long enough for any of the strings to lie in it, short enough to be decoded at every step.
+    tail = steps.tokenizer.decode(tokens[-max(16, 2 * max(map(len, strings))) :])
+    return any(string in tail for string in strings)
+
+
+def _text(steps: Steps, tokens: list[int], request: Generate) -> str:
+    text: str = steps.tokenizer.decode(tokens, skip_special_tokens=True)
+    if request.think_end is not None:
+        # As lm-eval has it: all of a thought that never ended.
+        text = text.split(request.think_end)[-1].lstrip()
+    for stop in request.stop:
+        text = text.split(stop)[0]
+    return text

@@ -1,0 +1,64 @@
+"""Documents that wait for the answers of cells, and what becomes of a cell that fails."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from arkv import ConfigError
+from bench.engine.measurement import Failure
+from bench.errors import UserError, show_traceback
+from bench.methods.cell import Cell
+from tasks.base import Document
+
+_T = TypeVar("_T")
+
+FAILURES = (ConfigError, UserError, RuntimeError, MemoryError)
+"""What a cell may meet in a document: a prompt or a model that its method cannot do, or no memory left. Whatever else
+the code of a method raises is a :class:`UserError` by then (:class:`bench.methods.cell.Cell`)."""
+
+
+@dataclass(eq=False)
+class Job:
+    """A document and the cells that are to answer it."""
+
+    document: Document
+    cells: Sequence[Cell]
+    answered: set[str] = field(default_factory=set)
+    """Keys of cells."""
+    failed: dict[str, Failure] = field(default_factory=dict)
+    """By the key of the cell."""
+
+    def request(self, kind: type[_T]) -> _T:
+        """The document's request, which is of this kind."""
+        request = self.document.request
+        assert isinstance(request, kind)
+        return request
+
+    def waits_for(self, cell: Cell) -> bool:
+        """The cell is asked for, and has neither answered nor failed."""
+        return cell in self.cells and cell.key not in self.answered and cell.key not in self.failed
+
+
+def cells_of(jobs: Iterable[Job]) -> list[Cell]:
+    """The cells of all jobs, each once."""
+    return list({cell.key: cell for job in jobs for cell in job.cells}.values())
+
+
+@contextlib.contextmanager
+def noting(jobs: Sequence[Job], cells: Sequence[Cell]) -> Iterator[None]:
+    """Note in ``jobs`` that ``cells`` could not do what is under this, as far as they have not done it."""
+    try:
+        yield
+    except FAILURES as error:
+        show_traceback(error)
+        for job in jobs:
+            for cell in filter(job.waits_for, cells):
+                job.failed[cell.key] = Failure(cell=cell, error=said(error))
+
+
+def said(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if isinstance(error, RuntimeError | MemoryError) else text

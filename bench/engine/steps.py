@@ -1,0 +1,122 @@
+"""The steps that every kind of request is made of: prompts are read, compressed by a cell, and read on from.
+
+The stock full cache is read with the model's own attention function, as it would be without this suite. Several
+documents can be answered side by side, from caches of their own (:class:`arkv.CacheBatch`): then that function is SDPA
+for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from transformers.cache_utils import Cache
+
+from bench.engine.jobs import Job, cells_of, noting
+from bench.methods.cell import Cell
+from bench.methods.prompt import Compressed, Prompt
+from bench.methods.reading import record
+
+_T = TypeVar("_T")
+
+BLOCK = 512
+"""Most tokens of a row whose logits over the whole vocabulary are held at once."""
+
+AUTO_BYTES = 1 << 30
+"""What the logits of an automatic batch, and its copies of the cache, take at most, if it has more than one row."""
+
+_PREFILL_TOKENS = 512
+"""Most tokens, with padding, of prompts that are computed in one forward: longer ones keep a device busy alone."""
+
+
+class Steps:
+    """A model and how it is used.
+
+    Args:
+        model: a transformers causal language model in eval mode.
+        tokenizer: its tokenizer.
+        cells: all that are to answer; the prompts keep as many queries as any of them looks at.
+        batch_size: documents that are answered side by side; None for as many as take a gibibyte.
+        prefill_chunk: tokens of a prompt that are read in one forward; None for all.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        cells: Sequence[Cell],
+        *,
+        batch_size: int | None = 1,
+        prefill_chunk: int | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.cells = list(cells)
+        config = model.config.get_text_config(decoder=True)
+        kinds = {*(getattr(config, "layer_types", None) or ())}
+        # Other attention is not known to CacheBatch.
+        self.batch_size = batch_size if kinds <= {"full_attention", "sliding_attention"} else 1
+        self.prefill_chunk = prefill_chunk
+        self.device = model.device
+        end = model.generation_config.eos_token_id
+        ends = end if isinstance(end, list) else [end]
+        self.end_ids = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}
+        self.recorded_queries = max((cell.recorded_queries for cell in cells), default=1)
+
+    # --- Prompts ---
+
+    def prefills(self, wanted: Sequence[tuple[Job, tuple[int, ...]]]) -> dict[int, Prompt | None]:
+        """Contexts by their place in ``wanted``, None for one that is empty; one that cannot be computed fails all
+        cells of its job."""
+        prefills: dict[int, Prompt | None] = {}
+        for places in self._prefill_batches([ids for _, ids in wanted]):
+            with noting([wanted[place][0] for place in places], cells_of(wanted[place][0] for place in places)):
+                done = self.prefill([wanted[place][1] for place in places])
+                prefills.update(zip(places, done, strict=True))
+        return prefills
+
+    def _prefill_batches(self, contexts: Sequence[tuple[int, ...]]) -> Iterator[list[int]]:
+        """Places of contexts that are computed in one forward: short ones, neighbours in length."""
+        batch: list[int] = []
+        for place in sorted(range(len(contexts)), key=lambda place: len(contexts[place])):
+            length = len(contexts[place])
+            # An empty context takes part in no forward.
+            alone = self.prefill_chunk is not None or (batch and not contexts[batch[0]])
+            if batch and (alone or length * (len(batch) + 1) > _PREFILL_TOKENS):
+                yield batch
+                batch = []
+            batch.append(place)
+        if batch:
+            yield batch
+
+    def prefill(self, contexts: Sequence[tuple[int, ...]]) -> Sequence[Prompt | None]:
+        """Compute contexts in one forward, or a single one in chunks."""
+        if not all(contexts):
+            return [None for _ in contexts]
+        return record(self.model, contexts, self.recorded_queries, self.prefill_chunk)
+
+    # --- Caches of a cell ---
+
+    def compress(self, cell: Cell, prompt: Prompt | None) -> Compressed:
+        """The cell's own cache of a context, which may be empty."""
+        return cell.compress(self.model, prompt)
+
+    def attention(self, cell: Cell, caches: Sequence[Cache]) -> contextlib.AbstractContextManager[None]:
+        """Under this, the model can read the cell's caches and copies of them."""
+        return cell.decoding(self.model, caches, side_by_side=self.batch_size != 1)
+
+    @staticmethod
+    def groups(cell: Cell, waiting: Sequence[_T]) -> Iterator[Sequence[_T]]:
+        """What waits for the cell: all at once, or one by one where its method goes so."""
+        size = 1 if cell.impl.one_by_one else len(waiting)
+        for start in range(0, len(waiting), size or 1):
+            yield waiting[start : start + size]
+
+    @staticmethod
+    def together(cell: Cell, rows: Sequence[_T], caches: Sequence[Cache]) -> Iterator[Sequence[_T]]:
+        """Rows that can go through the model side by side: all of them, or each alone."""
+        if len(rows) > 1 and not cell.batches(caches):
+            yield from ([row] for row in rows)
+        elif rows:
+            yield rows

@@ -1,0 +1,142 @@
+"""transformers' ``QuantizedCache``: ``hf:quanto-int4``, ``hf:quanto-int2``, ``hf:hqq-int4``, ``hf:hqq-int2`` and
+``hf:fp8``.
+
+It quantizes the keys and values of the one prefill that all methods share, as it would those of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, cache_utils
+from transformers.cache_utils import Cache, QuantizedCache
+
+from bench.errors import UserError
+from bench.methods.base import Method
+from bench.methods.names import BACKENDS, limits_of
+from bench.methods.prompt import Budget, Prompt
+from bench.methods.states import ORIGINAL, QUANTIZED
+from bench.methods.versions import installed_version
+from bench.names import HF
+from tasks.base import nearest
+
+FP8_LAYER = "Fp8QuantizedLayer"
+"""Where transformers has it, its ``fp8`` backend is there: one scale per tensor, fixed by the prompt."""
+GROUP_SIZE = 64
+"""Values that share a scale and a zero point, transformers' default."""
+RESIDUAL_LENGTH = 128
+"""Newest tokens that are gathered at model precision before all is quantized again, transformers' default."""
+
+
+class HfQuantized(Method):
+    """One of the backends. It has one size, whatever the budget."""
+
+    has_budget = False
+    queries = 1
+    # Rows would be reconstructed side by side, and what is held then is no longer what is stored.
+    one_by_one = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.limits = limits_of(name)
+        self.backend, self.bits = BACKENDS[name.partition(":")[2]]
+        self.quant_format = "fp8" if self.backend == "fp8" else name.rpartition("-")[2]
+
+    def compress(self, model: PreTrainedModel, prompt: Prompt, budget: Budget) -> Cache:
+        """All of the prompt, quantized.
+
+        Raises:
+            UserError: layers that the library's cache does not know, or a prompt shorter than a group.
+        """
+        config = model.config.get_text_config(decoder=True)
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        if kinds:
+            raise UserError(f"{self.name}: transformers' QuantizedCache knows no layers of type {min(kinds)!r}")
+        # The axes that transformers' documentation recommends for each backend; fp8 has nothing to set.
+        axis = 1 if self.backend == "hqq" else 0
+        settings = {
+            "nbits": self.bits,
+            "axis_key": axis,
+            "axis_value": axis,
+            "q_group_size": GROUP_SIZE,
+            "residual_length": RESIDUAL_LENGTH,
+        }
+        cache = QuantizedCache(self.backend, model.config, **({} if self.backend == "fp8" else settings))
+        for layer_idx, layer in enumerate(prompt.cache.layers):
+            assert layer.keys is not None
+            assert layer.values is not None
+            tokens = layer.keys.shape[2]
+            grouped = () if self.backend == "fp8" else (layer.keys, layer.values)
+            multiple = math.lcm(*map(self._whole_groups, grouped))
+            whole = tokens - tokens % multiple
+            if not whole:
+                raise UserError(
+                    f"{self.name}: a prompt of {tokens} tokens is shorter than the {multiple} of a whole group"
+                )
+            # What does not fill a group waits at model precision, as the tokens to come do: hqq fails on parts of
+            # groups.
+            for part in (slice(whole), slice(whole, None)):
+                if layer.keys[:, :, part].shape[2]:
+                    cache.update(layer.keys[:, :, part], layer.values[:, :, part], layer_idx)
+        return cache
+
+    def _whole_groups(self, states: torch.Tensor) -> int:
+        """The least number of tokens of ``states`` [1, H, N, D] whose groups fill whole bytes."""
+        values = GROUP_SIZE * (8 // self.bits if self.backend == "hqq" else 1)
+        return values // math.gcd(values, states.shape[1] * states.shape[3])
+
+    def reads_blocks(self, cache: Cache) -> bool:
+        """Token by token, as it decodes: a block would be quantized together."""
+        return False
+
+    def batches(self, caches: Sequence[Cache]) -> bool:
+        """One by one."""
+        return False
+
+    def token_counts(self, cache: Cache) -> dict[str, float]:
+        """Quantized, but for the newest, which wait at model precision."""
+        waiting = sum(map(_waiting, cache.layers)) / len(cache.layers)
+        return {"original": waiting, "quantized": self.tokens_seen(cache) - waiting, "evicted": 0.0}
+
+    def states(self, cache: Cache) -> Mapping[int, torch.Tensor] | None:
+        """The newest are Original, all others Quantized: one head stands for all, int8 [1, N]."""
+        found = {}
+        for place, layer in enumerate(cache.layers):
+            seen, waiting = layer.get_seq_length(), _waiting(layer)
+            codes = torch.full((1, seen), QUANTIZED, dtype=torch.int8)
+            codes[:, seen - waiting :] = ORIGINAL
+            found[place] = codes
+        return found
+
+
+def _waiting(layer: Any) -> int:
+    """Tokens of a layer that are not quantized yet."""
+    assert layer.keys is not None
+    return int(layer.keys.shape[-2]) if layer.keys.dim() == 4 else 0
+
+
+def make_hf(name: str) -> tuple[HfQuantized, str]:
+    """The method and the version of the library behind it, once it is certain that it can be had.
+
+    Raises:
+        UserError: unknown name (the nearest known one is named), or a library that is not installed (the extra is).
+    """
+    method = name.partition(":")[2]
+    if method not in BACKENDS:
+        known = [f"{HF}:{backend}" for backend in BACKENDS]
+        raise UserError(f"unknown method {name!r}: {nearest(name, known)}", exit_code=2)
+    backend, _ = BACKENDS[method]
+    if backend != "fp8":
+        return HfQuantized(name), installed_version(name, backend)
+    version = metadata.version("transformers")
+    if not hasattr(cache_utils, FP8_LAYER):
+        raise UserError(
+            f"{name}: transformers {version} has no fp8 backend for its QuantizedCache, which newer versions "
+            f"have (5.23 does); {HF}:quanto-int4, or --quant-type quant --quant-format fp8, do with this one",
+            exit_code=2,
+        )
+    return HfQuantized(name), version

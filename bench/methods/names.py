@@ -1,0 +1,129 @@
+"""Methods of other libraries by name, and what is said of all methods: read without torch or any of these libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bench.names import DESCRIPTIONS, HF, KVPRESS, LIMITS
+
+EXTRA = "pip install 'arkv-bench[peers]'"
+DISTRIBUTIONS = {"quanto": "optimum-quanto", "hqq": "hqq", KVPRESS: "kvpress"}
+"""What a method of a library needs."""
+
+BACKENDS: Mapping[str, tuple[str, int]] = {
+    "quanto-int4": ("quanto", 4),
+    "quanto-int2": ("quanto", 2),
+    "hqq-int4": ("hqq", 4),
+    "hqq-int2": ("hqq", 2),
+    "fp8": ("fp8", 8),
+}
+"""Backend of transformers and bits of each ``hf:`` method."""
+
+
+@dataclass(frozen=True)
+class Press:
+    """A press of kvpress."""
+
+    class_name: str
+    unusable: str | None = None
+    """Why it cannot be compared at a budget; None where it can."""
+    masks: bool = False
+    """It masks tokens of single heads, which stay stored."""
+    needs: str | None = None
+    """What it would have to fetch, for the models that its authors made it for; None where it needs nothing."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether it can be asked for a share of the tokens of one prompt, with any model."""
+        return self.unusable is None and self.needs is None
+
+
+_DECODES = "it compresses while decoding, to a size of its own"
+_THRESHOLD = "it has a threshold in the place of a ratio"
+
+PRESSES: Mapping[str, Press] = {
+    "adakv": Press("AdaKVPress", masks=True),
+    "base": Press("BasePress", "it is the base class of all presses"),
+    "block": Press("BlockPress"),
+    "cam": Press("CAMPress", _DECODES),
+    "cap": Press("CapPress"),
+    "chunk": Press("ChunkPress"),
+    "chunkkv": Press("ChunkKVPress"),
+    "compactor": Press("CompactorPress"),
+    "composed": Press("ComposedPress", "it needs a list of presses"),
+    "compression_ratio_decoding": Press("CompressionRatioDecodingPress", _DECODES),
+    "criticaladakv": Press("CriticalAdaKVPress", masks=True),
+    "criticalkv": Press("CriticalKVPress"),
+    "cur": Press("CURPress"),
+    "decoding": Press("DecodingPress", _DECODES),
+    "dms": Press("DMSPress", _THRESHOLD),
+    "duo_attention": Press("DuoAttentionPress", "its heads, not a budget, say what is kept"),
+    "entropy_gated_chunkkv": Press("EntropyGatedChunkKVPress"),
+    "expected_attention": Press("ExpectedAttentionPress"),
+    "expected_attention_with_stats": Press(
+        "ExpectedAttentionStatsPress", needs="statistics of the model's queries, a download"
+    ),
+    "fastkvzip": Press("FastKVzipPress", needs="gates trained for the model, a download"),
+    "finch": Press("FinchPress", "it needs a delimiter between context and question"),
+    "key_rerotation": Press("KeyRerotationPress"),
+    "keydiff": Press("KeyDiffPress"),
+    "knorm": Press("KnormPress"),
+    "kvcompose": Press("KVComposePress"),
+    "kvgrad": Press("KVgradPress", masks=True),
+    "kvzap": Press("KVzapPress", needs="another model, trained to score this one's tokens, a download"),
+    "kvzip": Press("KVzipPress", masks=True),
+    "lagkv": Press("LagKVPress"),
+    "leverage": Press("LeverageScorePress"),
+    "lukv": Press("LUKVPress", needs="a curve of budgets measured with the model, a download"),
+    "merging": Press("MergingPress"),
+    "non_causal_attention": Press("NonCausalAttnPress"),
+    "observed_attention": Press("ObservedAttentionPress", "it needs eager attention over the whole prompt"),
+    "per_layer_compression": Press("PerLayerCompressionPress", "it needs a ratio for every layer"),
+    "prefill_decoding": Press("PrefillDecodingPress", _DECODES),
+    "pyramidkv": Press("PyramidKVPress"),
+    "qfilter": Press("QFilterPress", needs="filters computed for the model, a download"),
+    "random": Press("RandomPress"),
+    "restorekv": Press("RestoreKVPress", needs="embeddings trained for the model, a download"),
+    "scorer": Press("ScorerPress", "it is the base class of presses that score"),
+    "simlayerkv": Press("SimLayerKVPress", _THRESHOLD),
+    "snapkv": Press("SnapKVPress"),
+    "streaming_llm": Press("StreamingLLMPress"),
+    "think": Press("ThinKPress", "it removes channels, not tokens"),
+    "tova": Press("TOVAPress"),
+}
+"""Every press of the kvpress that is asked for, by the name of its module, or of its class where a module has several.
+A test holds the table to the installed library."""
+
+
+def library_of(method: str) -> str | None:
+    """The library that a method's name asks for: ``hf:fp8`` is one of ``hf``. None for a plain name."""
+    library, colon, _ = method.partition(":")
+    return library if colon else None
+
+
+def limits_of(method: str) -> str:
+    """What a method cannot meet, by its name alone; empty where nothing is known."""
+    library = library_of(method)
+    return LIMITS.get(method) or LIMITS.get(library or "", "")
+
+
+def usable_presses() -> list[str]:
+    """Presses that can be compared with any model, sorted."""
+    return [name for name, press in PRESSES.items() if press.usable]
+
+
+def descriptions() -> list[tuple[str, str]]:
+    """Names of all methods of the suite and of libraries, and what is special about them, for a list that a person
+    reads."""
+    found = list(DESCRIPTIONS.items())
+    found += [
+        (f"{HF}:{name}", f"transformers' QuantizedCache, {name}: {limits_of(f'{HF}:{name}')}") for name in BACKENDS
+    ]
+    usable = ", ".join(usable_presses())
+    found.append((f"{KVPRESS}:NAME", f"a press of kvpress ({EXTRA}): {LIMITS[KVPRESS]}. NAME: {usable}"))
+    needing = "; ".join(f"{name} ({press.needs})" for name, press in PRESSES.items() if press.needs)
+    found.append(
+        (f"{KVPRESS}:...", f"presses that are not offered, since they need something for each model: {needing}")
+    )
+    return found

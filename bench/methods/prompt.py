@@ -1,0 +1,97 @@
+"""A prompt that the model has read, the budget that is asked for it, and what a method makes of the two.
+
+Letters: ``H`` KV heads, ``Hq`` query heads, ``N`` tokens of the prompt, ``W`` newest queries, ``D`` head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from arkv import PrefillCache
+from arkv.prefill import PrefillLayer
+from bench.names import budget_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt that the model has read once for all methods. Nothing in it may be written to."""
+
+    ids: torch.Tensor
+    """Its tokens, [1, N]."""
+    cache: PrefillCache
+    """What the model made of it. Layers with a sliding window of their own are transformers' own."""
+    logits: torch.Tensor | None = None
+    """Of the token that follows, [1, vocabulary]."""
+    seconds: float = 0.0
+    """That reading it took."""
+    shared_s: dict[Any, float] = field(default_factory=dict)
+    """Seconds that took what several methods share, by what it is."""
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.ids.shape[1]
+
+    @property
+    def layers(self) -> list[PrefillLayer]:
+        """The layers with full attention: ``keys`` and ``values`` [1, H, N, D], the newest ``queries`` [1, Hq, W, D],
+        all after rotation, and the ``scaling`` of the attention's logits."""
+        return [layer for layer in self.cache.layers if isinstance(layer, PrefillLayer)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What a method may keep of a prompt."""
+
+    tokens: int
+    """Tokens of each layer, or their worth in bytes: from 1 to N."""
+    nbytes: int
+    """Keys and values of so many tokens at model precision, in all layers together."""
+    unit: str
+    """``tokens``: no more of them than that, whatever each takes. ``bytes``: no more bytes than that, so that a method
+    that quantizes may keep more tokens."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A budget as it is asked for: for all prompts alike, or a share of each. Without either, everything is kept."""
+
+    unit: str | None = None
+    """``tokens`` or ``bytes``; None where there is no budget."""
+    cache_size: int | None = None
+    """Tokens per layer, or their worth in bytes."""
+    cache_ratio: float | None = None
+    """Share of each prompt."""
+
+    def kept(self, tokens: int) -> int:
+        """Tokens of a prompt that the budget holds. At model precision both units ask for the same number."""
+        if self.cache_ratio is not None:
+            # 0.29 * 100 is 28.999999999999996.
+            return max(1, int(self.cache_ratio * tokens + 1e-9))
+        return tokens if self.cache_size is None else min(self.cache_size, tokens)
+
+    def of(self, prompt: Prompt) -> Budget:
+        """For a prompt."""
+        tokens = self.kept(prompt.tokens)
+        return Budget(tokens=tokens, nbytes=prompt.cache.full_bytes(tokens), unit=self.unit or "tokens")
+
+    def __str__(self) -> str:
+        return budget_text(self.unit, self.cache_size, self.cache_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """A method's own cache of a context."""
+
+    cache: Cache
+    logits: torch.Tensor | None
+    """Of the token that follows, [1, vocabulary]; None for an empty context."""
+    prefill_s: float
+    compress_s: float | None
+    """None where compression is a part of a prefill of the method's own."""
+    kv_bytes: int
+    """All storage of the cache."""

@@ -1,0 +1,95 @@
+"""How tokens are read through caches: one or several rows in a forward, in chunks, and a prompt that is recorded.
+
+Letters: ``B`` rows, ``T`` tokens of the longest row, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from arkv import CacheBatch, PrefillCache, attach
+from bench.methods.prompt import Prompt
+from bench.telemetry import Stopwatch
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """[B, T] of rows of token ids, padded on the left."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*[0] * (longest - len(row)), *row] for row in rows], device=device)
+
+
+def forward(model: Any, caches: Sequence[Cache], rows: Sequence[Sequence[int]], **options: Any) -> torch.Tensor:
+    """Logits [B, T, V] of new tokens behind each of the caches; rows are padded on the left.
+
+    Several caches need :func:`arkv.attach` around them.
+    """
+    ids = padded(rows, model.device)
+    logits: torch.Tensor
+    if len(caches) == 1:
+        logits = model(ids, past_key_values=caches[0], **options).logits
+    else:
+        batch = CacheBatch(caches, [len(row) for row in rows])
+        positions = batch.position_ids(model.device)
+        logits = model(ids, position_ids=positions, past_key_values=batch, **options).logits
+    return logits
+
+
+def read(
+    model: Any, caches: Sequence[Cache], rows: Sequence[Sequence[int]], chunk: int | None = None
+) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    """Feed each of the caches its row of token ids, in chunks if wanted.
+
+    Yields the place of a chunk's first token in the rows, and the log-probabilities [t, V] behind each row's tokens in
+    it, of which there may be none.
+    """
+    longest = max(map(len, rows))
+    for begin in range(0, longest, chunk or longest):
+        parts = [row[begin : begin + (chunk or longest)] for row in rows]
+        going = [place for place, part in enumerate(parts) if part]
+        logits = forward(model, [caches[place] for place in going], [parts[place] for place in going])
+        log_probabilities = logits.float().log_softmax(dim=-1)
+        found = [log_probabilities[0, :0]] * len(rows)
+        for place, mine in zip(going, log_probabilities, strict=True):
+            found[place] = mine[-len(parts[place]) :]
+        yield begin, found
+
+
+def read_prompts(
+    model: Any, caches: Sequence[Cache], rows: Sequence[Sequence[int]], chunk: int | None = None
+) -> torch.Tensor:
+    """Feed empty caches their prompts, a single one in chunks if wanted; logits [B, V] behind each one's last token."""
+    longest = max(map(len, rows))
+    for begin in range(0, longest, chunk or longest):
+        parts = [row[begin : begin + (chunk or longest)] for row in rows]
+        logits = forward(model, caches, parts, logits_to_keep=1)[:, -1]
+    return logits
+
+
+def record(model: Any, rows: Sequence[Sequence[int]], queries: int, chunk: int | None = None) -> list[Prompt]:
+    """Read prompts once for all methods, in one forward, or a single one in chunks.
+
+    Args:
+        queries: how many of the newest queries are kept for methods that score tokens by them.
+    """
+    caches = [PrefillCache(model, queries) for _ in rows]
+    clock = Stopwatch(model.device)
+    with attach(model), clock:
+        logits = read_prompts(model, caches, rows, chunk)
+    return [
+        Prompt(
+            ids=torch.tensor([row], device=model.device),
+            cache=cache,
+            logits=mine,
+            seconds=clock.seconds / len(rows),
+        )
+        for row, cache, mine in zip(rows, caches, logits.split(1), strict=True)
+    ]
+
+
+def kl_divergence(full: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
+    """KL full || mine in nats, of log-probabilities [..., V]: [...]."""
+    return (full.exp() * (full - mine)).sum(dim=-1)
