@@ -129,9 +129,7 @@ def rebuilt(part: Part, block: Block, choice: Choice, position_dtype: torch.dtyp
     """
     source = _Source(part, block)
     counts = [(choice.original >= 0).sum(dim=1)]
-    chosen = source.find(choice.original)
-    order = torch.empty_like(chosen.flat)
-    order[chosen.target(counts[0])] = chosen.flat
+    order = source.find(choice.original).in_order(counts[0]).flat
     planes = (Plane(source.numbers(name, order)) for name in ("key", "value"))
     pools = [Pool(source.score.take(order), source.position.take(order).to(position_dtype), *planes)]
     if len(part.pools) > 1 and not quantizes:
@@ -149,11 +147,16 @@ def _requantized(
     """The Quantized tokens that stay, as they are, and those that become so."""
     stored, before = part.pools[1], part.counts[1]
     stays, falls = _Found.of(choice.quantized), source.find(choice.demoted)
+    is_first = not len(stays.flat)
+    if is_first:
+        falls = falls.in_order(counts)
     places = [stays.target(counts), falls.target(counts)]
     old = (before.cumsum(0) - before)[stays.rows] + stays.columns
     total = int(counts.sum())
 
     def put(kept: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
+        if is_first:
+            return fresh.to(kept.dtype)
         whole = kept.new_empty(total, *kept.shape[1:])
         whole.index_copy_(0, places[0], kept.index_select(0, old))
         return whole.index_copy_(0, places[1], fresh.to(kept.dtype))
@@ -196,6 +199,12 @@ class _Found(NamedTuple):
     def target(self, counts: torch.Tensor) -> torch.Tensor:
         """Slots of these places, where rows have ``counts`` [n] slots and follow one another."""
         return (counts.cumsum(0) - counts)[self.rows] + self.places
+
+    def in_order(self, counts: torch.Tensor) -> _Found:
+        """The same tokens in the order of their slots, of which they fill all."""
+        order = torch.empty_like(self.flat)
+        order[self.target(counts)] = torch.arange(len(order), device=order.device)
+        return _Found(*(item.index_select(0, order) for item in self))
 
 
 class _Source:
