@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bench.errors import UserError
 from bench.names import SAMPLES
 from bench.runs.kinds import new_folder, newest_run
-from tasks.base import Task, TaskError, TaskGroup, nearest
+from tasks.base import Task, TaskError, TaskGroup
 
 if TYPE_CHECKING:
     import pandas
@@ -185,17 +185,15 @@ def evaluate(
     from bench.records.record import read_record
     from bench.report.rows import read_results
     from bench.runs.run import execute
-    from bench.settings.run import FIELDS, resolve
+    from bench.settings.presets import resolve
 
-    if unknown := [name for name in settings if name not in FIELDS]:
-        raise UserError(f"unknown setting {unknown[0]!r}: {nearest(unknown[0], FIELDS)}", exit_code=2)
     given_model = _given(model, settings)
     own = [task for task in _listed(tasks) if not isinstance(task, str)]
     flags = {
         **settings,
         "tasks": [task if isinstance(task, str) else task.name for task in _listed(tasks)],
         "model": [given_model.name] if given_model is not None else model,
-        "quant_type": _listed(methods),
+        "methods": _listed(methods),
         "budget_unit": budget_unit,
         **_budgets(budgets),
     }

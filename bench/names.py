@@ -37,6 +37,9 @@ BUDGET_UNITS = {
 }
 """What a budget counts."""
 
+LEAST_DOCUMENTS = 5
+"""Of fewer documents no interval is given: resamples of equal documents alone would decide its ends."""
+
 SAMPLES, RECORD, RESULTS, CURVE, STATES = "samples.jsonl", "record.json", "results.csv", "curve.csv", "states.json"
 """The files of a run's folder."""
 SPEED = "speed.csv"

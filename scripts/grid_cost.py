@@ -30,7 +30,7 @@ from bench.methods.grid import Cell, grid
 from bench.models.loading import LoadedModel, load
 from bench.names import FULL
 from bench.runs import folder as records
-from bench.settings.run import parse_value
+from bench.settings.run import RunConfig
 from bench.telemetry import Stopwatch
 from tasks.base import Compare, Document, Generate, TaskSettings
 from tasks.fidelity import FidelityTask
@@ -133,8 +133,8 @@ def summarize(rows: Sequence[dict[str, Any]], budgets: int) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
-        ratios = parse_value("cache_ratio", options.cache_ratio)
-        methods = parse_value("quant_type", options.quant_type)
+        ratios = RunConfig.parse("cache_ratio", options.cache_ratio)
+        methods = RunConfig.parse("methods", options.quant_type)
         budgets = [{"cache_ratio": ratio} for ratio in ratios]
         cells = grid(methods, budgets, [options.window_size], None, {"budget_unit": options.budget_unit})
         model = load(options.model, device=options.device, dtype=options.dtype)

@@ -23,7 +23,7 @@ from bench.search.config import TuneConfig
 from bench.search.documents import load_splits
 from bench.search.objective import Objective
 from bench.search.study import Study, fingerprint, search
-from bench.settings.run import RunConfig
+from bench.settings.tune import TuneSettings
 
 
 def timed_search(config: TuneConfig, model: LoadedModel, folder: Path, advance: Callable[[str], None]) -> float:
@@ -49,16 +49,17 @@ def main() -> None:
     model = load(options.model)
 
     def config(trials: int, seed: int) -> TuneConfig:
-        run = RunConfig(
+        run = TuneSettings(
             model=(options.model,),
             tasks=("fidelity",),
-            quant_type=("mix",),
+            methods=("mix",),
             cache_size=(options.cache_size,),
             lengths=(options.length,),
             limit=options.prompts,
             seed=seed,
+            n_trials=trials,
         )
-        return TuneConfig(run=run, n_trials=trials)
+        return TuneConfig(run=run)
 
     separate = []
     with tempfile.TemporaryDirectory() as name:

@@ -13,7 +13,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+if TYPE_CHECKING:
+    from tasks.options import TaskOptions
 
 
 class TaskError(ValueError):
@@ -285,8 +288,15 @@ class Task(ABC):
 
     name: str
     metrics: tuple[Metric, ...]
+    Options: ClassVar[type[TaskOptions] | None] = None
+    """The model that the task checks ``TaskSettings.options`` with, if it has one."""
     option_names: tuple[str, ...] = ()
-    """What ``TaskSettings.options`` may hold for this task."""
+    """What ``TaskSettings.options`` may hold for this task: the fields of ``Options``, where there is that."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        if "option_names" not in vars(cls) and cls.Options is not None:
+            cls.option_names = tuple(cls.Options.model_fields)
 
     @abstractmethod
     def load(self, settings: TaskSettings) -> Sequence[Document]:

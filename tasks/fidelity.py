@@ -11,11 +11,12 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from tasks.base import (
     Answer,
@@ -28,8 +29,8 @@ from tasks.base import (
     TaskError,
     TaskSettings,
     draw,
-    nearest,
 )
+from tasks.options import Count, TaskOptions, each_once
 from tasks.text import made_sentences, read_text
 
 SENTENCES = Path("sentences")
@@ -38,51 +39,28 @@ _SENTENCES = 4000
 """How many of them: some 56,000 tokens."""
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What is read from ``TaskSettings.options``."""
+class FidelityOptions(TaskOptions):
+    """Options of ``fidelity``."""
 
-    lengths: tuple[int, ...] = (2000,)
-    samples: int = 8
-    continuation: int = 64
-    text: Path | None = None
-    text_field: str = "text"
-    per_layer: bool = False
-
-    @classmethod
-    def parse(cls, options: Mapping[str, Any]) -> _Options:
-        """Check the options. Raises :class:`TaskError`."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise TaskError(f"fidelity has no option {name!r}: {nearest(name, known)}", usage=True)
-        values = {name: value for name, value in options.items() if value is not None}
-        lengths = values.get("lengths", cls.lengths)
-        values["lengths"] = tuple(lengths) if isinstance(lengths, list | tuple) else (lengths,)
-        if "text" in values:
-            values["text"] = Path(values["text"])
-        parsed = cls(**values)
-        for name in ("lengths", "samples", "continuation"):
-            numbers = parsed.lengths if name == "lengths" else (getattr(parsed, name),)
-            # A context of one token leaves nothing to compress.
-            low = 2 if name == "lengths" else 1
-            if not numbers or any(type(number) is not int or number < low for number in numbers):
-                raise TaskError(
-                    f"fidelity: {name} must be whole numbers of at least {low}, not {options[name]!r}", usage=True
-                )
-        if len(set(parsed.lengths)) < len(parsed.lengths):
-            raise TaskError(f"fidelity: lengths names one length twice: {list(parsed.lengths)}", usage=True)
-        return parsed
+    # A context of one token leaves nothing to compress.
+    lengths: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(min_length=1), AfterValidator(each_once)] = Field(
+        (2000,), description="Tokens of the prompt."
+    )
+    samples: Count = Field(8, description="Prompts per length.")
+    continuation: Count = Field(64, description="Tokens that are read and compared behind a prompt.")
+    text: Path | None = Field(
+        None,
+        description="A file of plain text, or of JSON lines (.jsonl), or sentences: made ones, the same everywhere. "
+        "Default: the English reference texts that come with Python, which differ between its versions.",
+    )
+    text_field: str = Field("text", description="Field of the text in a file of JSON lines.")
+    per_layer: bool = Field(False, description="Compare the outputs of the layers' attention as well.")
 
 
 class FidelityTask(Task):
     """KL divergence of full || method over the vocabulary, top-1 agreement and change of negative log-likelihood.
 
-    Options: ``lengths``, tokens of the prompt (default 2000); ``samples``, prompts per length (8); ``continuation``,
-    tokens that are read and compared behind it (64); ``text``, a file of plain text, or of JSON lines (``.jsonl``) with
-    one in the field ``text_field`` (``text``) of each, or ``sentences``, which are made, in place of the English
-    reference texts that come with Python, which differ between its versions; ``per_layer``, whether the outputs of the
-    layers' attention are compared as well (no).
+    Options: :class:`FidelityOptions`.
 
     The prompts of a length begin at evenly spread places of the text, moved a little with the seed. ``sampling_ratio``
     keeps that share of them, and ``limit`` the first ones of every length, so many of all lengths together.
@@ -99,13 +77,13 @@ class FidelityTask(Task):
         Metric(name="top1_agreement", low=0.0, high=1.0),
         Metric(name="delta_nll", higher_is_better=False),
     )
-    option_names = tuple(field.name for field in fields(_Options))
+    Options = FidelityOptions
 
     def __init__(self) -> None:
         self._data_hash = ""
 
     def load(self, settings: TaskSettings) -> list[Document]:
-        options = _Options.parse(settings.options)
+        options = FidelityOptions.parse(self.name, settings.options)
         if options.per_layer:
             self.metrics = (*type(self).metrics, Metric(name="attention_error", higher_is_better=False, low=0.0))
         text = _read(options)
@@ -171,7 +149,7 @@ def _percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
-def _read(options: _Options) -> str:
+def _read(options: FidelityOptions) -> str:
     """The text to take prompts from. Raises :class:`TaskError`."""
     path = options.text
     if path is None:

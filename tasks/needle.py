@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tasks.base import Answer, Document, Generate, Generated, Metric, Task, TaskError, TaskSettings, draw, nearest
+from pydantic import Field
+
+from tasks.base import Answer, Document, Generate, Generated, Metric, Task, TaskError, TaskSettings, draw
+from tasks.options import Count, Lengths, TaskOptions
 from tasks.text import made_sentences, read_text
 
 _INTRODUCTION = (
@@ -30,44 +32,19 @@ _SLACK = 40
 """A prompt is fewer than this many tokens shorter than asked for: room for one whole sentence."""
 
 
-@dataclass(frozen=True)
-class _Options:
-    """What is read from ``TaskSettings.options``."""
+class NeedleOptions(TaskOptions):
+    """Options of ``needle``."""
 
-    lengths: tuple[int, ...] = (2000,)
-    samples: int = 8
-    digits: int = 7
-    haystack: Path | None = None
-
-    @classmethod
-    def parse(cls, options: Mapping[str, Any]) -> _Options:
-        """Check the options. Raises :class:`TaskError`."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise TaskError(f"needle has no option {name!r}: {nearest(name, known)}", usage=True)
-        values = {name: value for name, value in options.items() if value is not None}
-        if isinstance(lengths := values.get("lengths"), list | tuple):
-            values["lengths"] = tuple(lengths)
-        elif lengths is not None:
-            values["lengths"] = (lengths,)
-        if "haystack" in values:
-            values["haystack"] = Path(values["haystack"])
-        parsed = cls(**values)
-        for name in ("lengths", "samples", "digits"):
-            numbers = parsed.lengths if name == "lengths" else (getattr(parsed, name),)
-            if not numbers or any(type(number) is not int or number < 1 for number in numbers):
-                raise TaskError(f"needle: {name} must be whole numbers above 0, not {options[name]!r}", usage=True)
-        if len(set(parsed.lengths)) < len(parsed.lengths):
-            raise TaskError(f"needle: lengths names one length twice: {list(parsed.lengths)}", usage=True)
-        return parsed
+    lengths: Lengths = Field((2000,), description="Tokens of the whole prompt, chat template included.")
+    samples: Count = Field(8, description="Documents per length.")
+    digits: Count = Field(7, description="Of the magic number.")
+    haystack: Path | None = Field(None, description="A text file to hide the needle in. Default: made sentences.")
 
 
 class NeedleTask(Task):
     """Passkey retrieval over prompt lengths and depths: ``exact_match`` of the first number in the answer.
 
-    Options: ``lengths``, tokens of the whole prompt, chat template included (default 2000); ``samples``, documents per
-    length (8); ``digits`` of the magic number (7); ``haystack``, a text file to hide it in, in place of made sentences.
+    Options: :class:`NeedleOptions`.
 
     The depths of a length are ``(i + 0.5) / samples``: evenly spread, none at the very ends. A prompt is filled with
     whole sentences: it is never longer than asked, and less than 40 tokens shorter (where a sentence is longer than
@@ -80,13 +57,13 @@ class NeedleTask(Task):
 
     name = "needle"
     metrics = (Metric(name="exact_match", low=0.0, high=1.0),)
-    option_names = tuple(field.name for field in fields(_Options))
+    Options = NeedleOptions
 
     def __init__(self) -> None:
         self._data_hash = ""
 
     def load(self, settings: TaskSettings) -> list[Document]:
-        options = _Options.parse(settings.options)
+        options = NeedleOptions.parse(self.name, settings.options)
         # A digit, a space and a full stop are one token each; the rest is for a colon or a quotation mark.
         max_new_tokens = options.digits + 5
         for length in options.lengths:

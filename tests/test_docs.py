@@ -15,7 +15,8 @@ import typer.main
 import yaml
 
 from bench.cli import app, main
-from bench.settings.run import FIELDS, resolve
+from bench.settings.presets import resolve
+from bench.settings.run import FIELDS
 from tests.bench.conftest import save_tiny_model
 from tests.bench.runs.test_run import go
 

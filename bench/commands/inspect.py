@@ -3,77 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from bench.commands.output import write
 from bench.errors import UserError
+from bench.settings.inspect import InspectConfig
+from bench.settings.options import PRESET, given, takes
 
 if TYPE_CHECKING:
     from bench.models.loading import LoadedModel
     from bench.settings.run import RunConfig
     from tasks.base import Document
 
-PROMPT, METHOD, MODEL, OUTPUT = "The prompt", "The method", "Model", "Output"
 
-
-def _option(help_: str, panel: str, **more: Any) -> Any:
-    return typer.Option(help=help_, rich_help_panel=panel, show_default=False, **more)
-
-
-def inspect(
-    text: Annotated[Path | None, _option("A text file as the prompt.", PROMPT)] = None,
-    tokens: Annotated[int | None, _option("Only so many tokens of it, from its begin.", PROMPT, min=2)] = None,
-    task: Annotated[str | None, _option("A document of a task instead, see list tasks.", PROMPT)] = None,
-    doc: Annotated[str, _option("Which one: its number, from 0, or its id. Default: 0.", PROMPT)] = "0",
-    lengths: Annotated[
-        str | None, _option("needle, fidelity: prompt lengths in tokens. Default: 2000.", PROMPT)
-    ] = None,
-    data_dir: Annotated[str | None, _option("Folder with local rows of the task.", PROMPT)] = None,
-    quant_type: Annotated[str | None, _option("window, origin, quant or mix. Default: mix.", METHOD)] = None,
-    cache_size: Annotated[str | None, _option("Budget: tokens held per layer. Default: 512.", METHOD)] = None,
-    cache_ratio: Annotated[str | None, _option("Budget as a share of the prompt instead.", METHOD)] = None,
-    budget_unit: Annotated[str | None, _option("tokens or bytes. Default: tokens.", METHOD)] = None,
-    window_size: Annotated[
-        str | None, _option("Newest tokens that always stay at model precision. Default: 32.", METHOD)
-    ] = None,
-    quant_format: Annotated[str | None, _option("Format of quantized tokens. Default: by budget unit.", METHOD)] = None,
-    preset: Annotated[
-        str | None, _option("Settings of the method from a preset or YAML file; flags win.", METHOD)
-    ] = None,
-    steps: Annotated[int, _option("Decoding steps that are followed. Default: 16.", METHOD, min=0)] = 16,
-    model: Annotated[str | None, _option("Model, see list models. Default: smollm2-135m.", MODEL)] = None,
-    device: Annotated[str | None, _option("auto, cpu, cuda, mps.", MODEL)] = None,
-    dtype: Annotated[str | None, _option("auto (bfloat16), float32, bfloat16, float16.", MODEL)] = None,
-    seed: Annotated[int | None, _option("Seed of generated tasks. Default: 0.", PROMPT)] = None,
-    html: Annotated[Path | None, _option("Write it as one page.", OUTPUT)] = None,
-    outdir: Annotated[
-        Path | None,
-        _option("Write states.json there, which report --html draws, and inspect.json.", OUTPUT),
-    ] = None,
-) -> None:
+@takes(InspectConfig)
+def inspect(preset: PRESET = None, **typed: Any) -> None:
     """Show what a method did to one prompt: statistics and budget of each layer, a map of the states, the words that
     were kept, and what decoding demoted and evicted.
 
     [bold]arkv-bench inspect --text README.md --cache-size 512[/bold]
     [bold]arkv-bench inspect --task needle --doc 3 --cache-ratio 0.125 --budget-unit bytes --html look.html[/bold]
     """
-    if (text is None) == (task is None):
+    from bench.settings.presets import resolve
+
+    config, origin = resolve(given(typed), preset, InspectConfig)
+    if (config.prompt_file is None) == (config.task is None):
         raise UserError("give --text FILE or --task NAME, one of them", exit_code=2)
-    names = ("model", "quant_type", "cache_size", "cache_ratio", "budget_unit", "window_size", "quant_format")
-    given = locals()
-    from bench.settings.run import resolve
-
-    flags = {name: given[name] for name in (*names, "lengths", "data_dir", "device", "dtype", "seed")}
-    flags |= {"tasks": task or "needle", "quant_type": quant_type or ("mix" if preset is None else None)}
-    run, _ = resolve(flags, preset)
-    _inspect(run, text, tokens, doc, steps, html, outdir)
+    # A preset's folder is that of a run, and its tasks are those of one.
+    outdir = config.outdir if origin["outdir"] == "flag" else None
+    _inspect(config.changed(tasks=config.task or "needle", outdir=outdir))
 
 
-def _inspect(
-    run: RunConfig, text: Path | None, tokens: int | None, doc: str, steps: int, html: Path | None, outdir: Path | None
-) -> None:
+def _inspect(run: InspectConfig) -> None:
     import json
 
     from rich.console import Console
@@ -87,22 +48,23 @@ def _inspect(
     from bench.runs import folder as records
     from bench.runs.kinds import INSPECTION, claim
 
+    text, outdir = run.prompt_file, run.outdir
     if outdir is not None:
         claim(outdir, INSPECTION)
     plugins = Plugins(run.plugin or ())
-    methods = plugins.needed_methods([name for name in run.quant_type if name != FULL])
+    methods = plugins.needed_methods([method for method in run.methods if method != FULL])
     cells = grid(methods, run.budgets, run.window_size, run.quant_format, run.method_settings, plugins.methods)
     if len(cells) != 1:
-        asked = f"--quant-type={','.join(run.quant_type)}"
+        asked = f"--methods={','.join(run.method_names)}"
         raise UserError(f"{asked}: give one method at one budget, such as mix", exit_code=2)
     (cell,) = cells
     loaded = load(run.model[0], device=run.device, dtype=run.dtype)
     continuation: tuple[int, ...] | None = None
     if text is not None:
-        ids = _read(text, tokens, loaded, steps)
+        ids = _read(text, run.tokens, loaded, run.steps)
         source, document_id = text.name, text.name
     else:
-        document = _document(run, loaded, doc)
+        document = _document(run, loaded, run.doc)
         ids, continuation = prompt_of(document)
         source, document_id = f"{run.tasks[0]}, {document.id}", document.id
     if len(ids) < 2:
@@ -112,15 +74,15 @@ def _inspect(
         loaded.tokenizer,
         cell,
         ids,
-        steps=steps,
+        steps=run.steps,
         continuation=continuation,
         names={"model": loaded.name, "source": source, "label": cell.label},
         prefill_chunk=run.prefill_chunk,
     )
     console = Console()
     print_inspection(found, console)
-    if html is not None:
-        write(html, to_html(found))
+    if run.html is not None:
+        write(run.html, to_html(found))
     if outdir is not None:
         try:
             outdir.mkdir(parents=True, exist_ok=True)
@@ -160,8 +122,6 @@ def _read(path: Path, tokens: int | None, loaded: LoadedModel, steps: int) -> tu
 
 def _document(run: RunConfig, loaded: LoadedModel, doc: str) -> Document:
     """The document of the task by number or id. Raises :class:`UserError` where there is none."""
-    import dataclasses
-
     from bench.runs.run import make_task, task_settings, tasks_of
 
     number = int(doc) if doc.isdecimal() else None
@@ -171,7 +131,7 @@ def _document(run: RunConfig, loaded: LoadedModel, doc: str) -> Document:
         raise UserError(f"--task={run.tasks[0]}: {len(tasks)} tasks; give one of {names}, ...", exit_code=2)
     ((task, _),) = tasks
     samples = run.samples if number is None else max(run.samples, number + 1)
-    run = dataclasses.replace(run, limit=None if number is None else number + 1, samples=samples)
+    run = run.changed(limit=None if number is None else number + 1, samples=samples)
     documents = list(task.load(task_settings(run, loaded, task)))
     if number is not None:
         if number >= len(documents):

@@ -69,7 +69,7 @@ def list_things(
         rows.append(("FOLDER", "a local folder with config.json and safetensors weights", "", ""))
         rows.append(("FILE.gguf", "a local GGUF file, converted once", "", ""))
     else:
-        from bench.settings.run import preset_description, preset_names
+        from bench.settings.presets import preset_description, preset_names
 
         rows = [(name, preset_description(name)) for name in preset_names()]
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from bench.commands import run
+from bench.settings.options import PRESET, given, takes
+from bench.settings.plan import PlanConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -16,42 +15,9 @@ if TYPE_CHECKING:
     from bench.costs.plan import Calibration, ModelPlan
     from bench.methods.grid import Cell
 
-CLUSTER = "The cluster"
-_NOT_PLANNED = (
-    *("executor", "address", "workers", "gpus_per_worker", "cpus_per_worker", "retries"),
-    *("states", "outdir", "fresh", "print_config"),
-)
-"""Settings of a run that change nothing here."""
 
-
-def _with_settings_of_run(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the settings of ``arkv-bench run`` that describe a grid in the place of ``settings``."""
-    of_run = inspect.signature(run.run, eval_str=True).parameters
-    own = inspect.signature(command, eval_str=True).parameters
-    parameters = {name: item for name, item in of_run.items() if name not in _NOT_PLANNED}
-    parameters |= {name: item for name, item in own.items() if name != "settings"}
-    signature = inspect.Signature(list(parameters.values()))
-    command.__signature__ = signature  # type: ignore[attr-defined]
-    command.__annotations__ = {name: item.annotation for name, item in parameters.items()}
-    return command
-
-
-def _option(help_: str) -> Any:
-    return typer.Option(help=help_, rich_help_panel=CLUSTER)
-
-
-@_with_settings_of_run
-def plan(
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the cluster.", rich_help_panel=CLUSTER)] = 1,
-    gpu_memory: Annotated[str, _option("Memory of each, as 80GB or 24GiB.")] = "80GB",
-    gpus_per_worker: Annotated[float, _option("GPUs of a worker.")] = 1,
-    calibration_model: Annotated[
-        str, _option("What is timed on this machine; its times are scaled by the number of parameters.")
-    ] = "smollm2-135m",
-    calibrate: Annotated[bool, _option("Time a few prompts on this machine, for an estimate of the time.")] = True,
-    speedup: Annotated[float, _option("How many times faster than this machine a worker is, as far as you know.")] = 1,
-    **settings: Any,
-) -> None:
+@takes(PlanConfig)
+def plan(preset: PRESET = None, **typed: Any) -> None:
     """What a grid would take on a cluster: documents, prefills, KV bytes, whether the models fit, time.
 
     Takes the settings of arkv-bench run; models need a config and a tokenizer, no weights, and no GPU.
@@ -65,22 +31,18 @@ def plan(
     from bench.models.loading import describe
     from bench.runs.failures import failure_lines
     from bench.runs.run import documents_of, planned
-    from bench.settings.run import resolve
+    from bench.settings.presets import resolve
     from tasks.base import TaskError
 
-    if not speedup > 0:
-        raise UserError(f"--speedup={speedup}: give a number above 0", exit_code=2)
-    preset = settings.pop("preset", None)
-    config, _ = resolve(run.settings_of(settings), preset)
-    memory = parse_bytes(gpu_memory, "--gpu-memory")
-    if not 0 < gpus_per_worker <= gpus:
-        raise UserError(
-            f"--gpus-per-worker={gpus_per_worker:g}: give more than 0, and no more than --gpus={gpus}", exit_code=2
-        )
-    workers = int(gpus // gpus_per_worker) if gpus_per_worker >= 1 else gpus * int(1 / gpus_per_worker + 1e-9)
+    config, _ = resolve(given(typed), preset, PlanConfig)
+    memory = parse_bytes(config.gpu_memory, "--gpu-memory")
+    gpus, share = config.gpus, config.worker_gpus
+    if share > gpus:
+        raise UserError(f"--gpus-per-worker={share:g}: give more than 0, and no more than --gpus={gpus}", exit_code=2)
+    workers = int(gpus // share) if share >= 1 else gpus * int(1 / share + 1e-9)
     cells, tasks, lost = planned(config)
     console = Console()
-    calibration = _calibration(calibration_model, config, cells, console) if calibrate else None
+    calibration = _calibration(config.calibration_model, config, cells, console) if config.calibrate else None
     plans = []
     for reference in config.model:
         model = describe(reference, trust_remote_code=config.trust_remote_code, weights=False)
@@ -95,14 +57,14 @@ def plan(
                 failures[task.name] = str(error)
         seconds = None
         if calibration is not None:
-            seconds = sum(calibration.seconds(load, cells, size.parameters) for load in loads) / speedup
-        needs = fit(size, loads, config, int(memory * gpus_per_worker))
+            seconds = sum(calibration.seconds(load, cells, size.parameters) for load in loads) / config.speedup
+        needs = fit(size, loads, config, int(memory * share))
         plans.append(
             ModelPlan(name=model.name, size=size, loads=tuple(loads), failures=failures, fit=needs, seconds=seconds)
         )
     for item in plans:
         _show(item, cells, workers, console)
-    _show_time(plans, calibration, workers, speedup, console)
+    _show_time(plans, calibration, workers, config.speedup, console)
     for line in failure_lines(lost):
         console.print(line, markup=False, highlight=False, style="red")
     if lost or any(item.failures for item in plans):

@@ -190,7 +190,7 @@ class Fit:
 def fit(size: ModelSize, loads: Sequence[Load], config: RunConfig, available: int) -> Fit:
     """Whether a model, its caches and one forward fit in ``available`` bytes."""
     longest = max((load.longest for load in loads), default=0)
-    side_by_side = config.batch or 1
+    side_by_side = config.documents_at_once or 1
     read = min(longest, config.prefill_chunk or longest)
     # One layer's widest product and its input, and the logits of a block in float32, twice.
     activations = 3 * side_by_side * read * size.intermediate * size.itemsize + 2 * 512 * size.vocabulary * 4

@@ -89,7 +89,7 @@ class Setup:
             device=config.device,
             trust_remote_code=config.trust_remote_code,
             model_kwargs=config.loading_kwargs,
-            batch_size=config.batch,
+            batch_size=config.documents_at_once,
             prefill_chunk=config.prefill_chunk,
             loaded={name: model for name, model in models.items() if isinstance(model, LoadedModel)},
         )

@@ -24,8 +24,8 @@ from statistics import fmean, median
 from typing import Any
 
 from bench.errors import UserError
-from bench.judge.stats import LEAST_DOCUMENTS, Interval, difference_interval, pseudomedian
-from bench.names import FULL
+from bench.judge.stats import Interval, difference_interval, pseudomedian
+from bench.names import FULL, LEAST_DOCUMENTS
 from bench.report.rows import Row, headline, read_results
 from bench.report.runs import Run, difference
 from bench.report.wording import bytes_text, percent_text, score_text

@@ -1,46 +1,55 @@
-"""The options of a task of lm-eval."""
+"""What lm-eval's tasks can be told beyond what every task is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
-from tasks.base import Rolling, TaskError, nearest
+from pydantic import Field, field_validator, model_validator
+
+from tasks.base import Rolling
+from tasks.options import Count, TaskOptions
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is read from ``TaskSettings.options``."""
+class HarnessOptions(TaskOptions):
+    """What is read from ``TaskSettings.options``; all but the last three as in lm-eval."""
 
-    num_fewshot: int | None = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """None: the task's own."""
     gen_kwargs: Mapping[str, Any] | None = None
+    """Laid over the task's generation settings; a mapping, or ``key=value,key=value``."""
     apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = False
+    fewshot_as_multiturn: bool | None = None
+    """None: with a chat template."""
     system_instruction: str | None = None
     enable_thinking: bool | None = None
+    """Given to the chat template. If True, what comes before ``</think>`` is not part of the answer, nor looked through
+    for stop strings."""
     confirm_run_unsafe_code: bool = False
-    rolling_prefill: float = Rolling.prefill_share
-    rolling_chunk: int = Rolling.chunk
+    """Tasks whose metric runs code that the model writes are refused without it."""
+    rolling_prefill: Annotated[float, Field(ge=0, lt=1)] = Rolling.prefill_share
+    rolling_chunk: Count = Rolling.chunk
+    """See :class:`tasks.base.Rolling`."""
 
+    @field_validator("gen_kwargs", mode="before")
     @classmethod
-    def parse(cls, task: str, options: Mapping[str, Any]) -> Options:
-        """Check the options. Raises :class:`TaskError`."""
-        known = [field.name for field in fields(cls)]
-        for name in options:
-            if name not in known:
-                raise TaskError(f"{task} has no option {name!r}: {nearest(name, known)}", usage=True)
-        values = {name: value for name, value in options.items() if value is not None}
-        shots = values.get("num_fewshot")
-        if shots is not None and (type(shots) is not int or shots < 0):
-            raise TaskError(f"{task}: num_fewshot must be a whole number of at least 0, not {shots!r}", usage=True)
-        chat = values.get("apply_chat_template", False)
-        if values.setdefault("fewshot_as_multiturn", chat) and not chat:
-            raise TaskError(f"{task}: fewshot_as_multiturn needs apply_chat_template", usage=True)
-        if "enable_thinking" in values and not chat:
-            raise TaskError(f"{task}: enable_thinking needs apply_chat_template", usage=True)
-        if isinstance(gen_kwargs := values.get("gen_kwargs"), str):
-            from lm_eval.utils import simple_parse_args_string
+    def _read(cls, given: Any) -> Any:
+        if not isinstance(given, str):
+            return given
+        from lm_eval.utils import simple_parse_args_string
 
-            values["gen_kwargs"] = simple_parse_args_string(gen_kwargs)
-        return cls(**values)
+        return simple_parse_args_string(given)
+
+    @model_validator(mode="after")
+    def _of_the_chat_template(self) -> HarnessOptions:
+        if not self.apply_chat_template:
+            if self.fewshot_as_multiturn:
+                raise ValueError("fewshot_as_multiturn needs apply_chat_template")
+            if self.enable_thinking is not None:
+                raise ValueError("enable_thinking needs apply_chat_template")
+        return self
+
+    @property
+    def as_multiturn(self) -> bool:
+        """Whether examples in the prompt are turns of the chat."""
+        return self.apply_chat_template if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn

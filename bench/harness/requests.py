@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench.harness.options import Options
+from bench.harness.options import HarnessOptions
 from tasks.base import Continuation, Generate, LogLikelihood, Rolling, TaskError, TaskSettings
 
 _MAX_NEW_TOKENS = 256
@@ -70,7 +70,7 @@ def to_log_likelihood(
     return LogLikelihood(continuations=tuple(continuations)), max(0, most_cut)
 
 
-def to_rolling(what: str, instance: Any, settings: TaskSettings, options: Options) -> Rolling:
+def to_rolling(what: str, instance: Any, settings: TaskSettings, options: HarnessOptions) -> Rolling:
     """The request of an instance: windows as long as the model, each token scored once. Raises :class:`TaskError`."""
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 

@@ -12,13 +12,12 @@ import functools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from bench.harness.definition import definition_sha256
 from bench.harness.index import find_all, task_manager
-from bench.harness.options import Options
+from bench.harness.options import HarnessOptions
 from bench.harness.quiet import quiet
 from bench.harness.replay import replay, selection, to_evaluation, to_responses
 from bench.harness.requests import apply_chat_template, to_generate, to_log_likelihood, to_rolling
@@ -50,12 +49,7 @@ class HarnessTask(Task):
     ``include_path`` are folders of further task files; they take precedence over lm-eval's own. ``overrides`` are
     settings that a group gives its tasks.
 
-    Options, all but the last two as in lm-eval: ``num_fewshot`` (default: the task's own), ``gen_kwargs`` (a mapping or
-    ``"key=value,key=value"``, laid over the task's generation settings), ``apply_chat_template`` (default False),
-    ``fewshot_as_multiturn`` (default True with a chat template), ``system_instruction``, ``enable_thinking`` (given to
-    the chat template; if True, what comes before ``</think>`` is not part of the answer, nor looked through for stop
-    strings), ``confirm_run_unsafe_code`` (default False: tasks whose metric runs code that the model writes are
-    refused), and ``rolling_prefill`` and ``rolling_chunk``, see :class:`tasks.base.Rolling`.
+    Options: :class:`bench.harness.options.HarnessOptions`.
 
     ``limit`` takes the first documents, as lm-eval does. Prompts beyond the model's length lose their beginning.
     ``metrics`` are known after :meth:`load`; a metric is named ``metric,filter``, as lm-eval's tables have it.
@@ -68,7 +62,7 @@ class HarnessTask(Task):
     the cache of the datasets library is not touched.
     """
 
-    option_names = tuple(field.name for field in fields(Options))
+    Options = HarnessOptions
 
     def __init__(
         self, name: str, *, include_path: Sequence[Path] = (), overrides: Mapping[str, Any] | None = None
@@ -89,7 +83,7 @@ class HarnessTask(Task):
         return self._task
 
     def load(self, settings: TaskSettings) -> list[Document]:
-        options = Options.parse(self.name, settings.options)
+        options = HarnessOptions.parse(self.name, settings.options)
         with quiet(), self._explained(f"cannot load the task {self.name}"):
             task = self._build(settings, options)
             rows = draw(len(task.eval_docs), settings.sampling_ratio, settings.seed)[: settings.limit]
@@ -99,7 +93,7 @@ class HarnessTask(Task):
                 world_size=1,
                 system_instruction=options.system_instruction,
                 apply_chat_template=options.apply_chat_template,
-                fewshot_as_multiturn=options.fewshot_as_multiturn,
+                fewshot_as_multiturn=options.as_multiturn,
                 chat_template=functools.partial(apply_chat_template, settings.tokenizer, options.enable_thinking),
             )
             self._task = task
@@ -228,7 +222,7 @@ class HarnessTask(Task):
                 reason = missing_rows(None)
             raise TaskError(f"{what}: {said}", reason=reason) from error
 
-    def _build(self, settings: TaskSettings, options: Options) -> Any:
+    def _build(self, settings: TaskSettings, options: HarnessOptions) -> Any:
         """lm-eval's task object, its rows loaded. Raises :class:`TaskError`."""
         found = find_all(self._include_path).get(self.name)
         if found is None:
@@ -273,7 +267,7 @@ class HarnessTask(Task):
                 "is what you want"
             )
 
-    def _document(self, identifier: str, settings: TaskSettings, options: Options) -> Document:
+    def _document(self, identifier: str, settings: TaskSettings, options: HarnessOptions) -> Document:
         instances = self._instances[identifier]
         what = f"{self.name}, row {self._rows[identifier]}"
         kinds = sorted({instance.request_type for instance in instances})

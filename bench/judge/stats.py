@@ -28,6 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from bench.names import LEAST_DOCUMENTS
+
 Array = NDArray[np.float64]
 
 LEVEL = 0.95
@@ -37,8 +39,6 @@ ALPHA = 1.0 - LEVEL
 POWER = 0.8
 """Chance of being found that the smallest detectable difference has."""
 RESAMPLES = 4999
-LEAST_DOCUMENTS = 5
-"""Of fewer documents no interval is given: resamples of equal documents alone would decide its ends."""
 EXACT_RANKS = 50
 """Up to so many values the distribution of their ranks is counted; above it is normal."""
 STANDARD_ERROR_FLOOR = 0.1

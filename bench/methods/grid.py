@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from arkv import FORMATS, METHODS, CacheConfig
+from arkv import FORMATS, METHODS, CacheConfig, ConfigError
 from bench.errors import UserError
 from bench.methods.base import Method
 from bench.methods.cell import Cell
@@ -14,6 +14,7 @@ from bench.methods.names import library_of
 from bench.methods.prompt import Asked
 from bench.methods.tristate import TriState
 from bench.names import FULL, HF, KVPRESS
+from bench.settings.variants import Variant
 from tasks.base import nearest
 
 
@@ -84,7 +85,7 @@ def other_cell(name: str, own: Mapping[str, OwnMethod] | None = None, **budget: 
 
 
 def grid(
-    methods: Sequence[str],
+    methods: Sequence[str | Variant],
     budgets: Sequence[Mapping[str, Any]],
     window_sizes: Sequence[int],
     formats: Sequence[str] | None,
@@ -94,6 +95,7 @@ def grid(
     """All cells in the order asked for, without the combinations that would be the same cache twice.
 
     Args:
+        methods: names, and variants of the suite's own methods, which have a row under their own name.
         budgets: ``cache_size`` or ``cache_ratio`` of each budget.
         window_sizes: none take each method's own.
         formats: formats of Quantized tokens; None takes each method's own.
@@ -105,13 +107,15 @@ def grid(
         arkv.ConfigError: settings that make no sense together.
     """
     own = {} if own is None else own
-    check_names(methods, formats or (), own)
+    check_names([item for item in methods if isinstance(item, str)], formats or (), own)
     cells: dict[str, Cell] = {}
     for method in methods:
-        if method == FULL:
+        if isinstance(method, Variant):
+            found = _variant_cells(method, budgets, window_sizes, formats, settings, own)
+        elif method == FULL:
             found = [full_cell()]
         elif method in METHODS:
-            found = _tristate_cells(method, budgets, window_sizes, formats, settings)
+            found = _tristate_cells(method, method, {}, budgets, window_sizes, formats, settings)
         else:
             unit = settings.get("budget_unit", "tokens")
             found = [other_cell(method, own, unit=unit, **budget) for budget in budgets]
@@ -120,20 +124,46 @@ def grid(
 
 
 def _tristate_cells(
-    method: str,
+    name: str,
+    base: str,
+    special: Mapping[str, Any],
     budgets: Sequence[Mapping[str, Any]],
     window_sizes: Sequence[int],
     formats: Sequence[str] | None,
     settings: Mapping[str, Any],
 ) -> list[Cell]:
-    quantizes = METHODS[method].get("original_share") != 1.0
+    """Cells of one method of the suite; ``special`` are settings that win over everything else."""
+    quantizes = {**METHODS[base], **special}.get("original_share") != 1.0
     # What makes the method is not open to settings.
-    mine = {name: value for name, value in settings.items() if name not in METHODS[method]}
+    mine = {key: value for key, value in settings.items() if key not in METHODS[base]}
     found = []
     for budget in budgets:
+        if special.keys() & {"cache_size", "cache_ratio"}:
+            budget = {}
         for window_size in window_sizes or (None,):
             for quant_format in formats if formats and quantizes else (None,):
                 chosen = {"window_size": window_size, "quant_format": quant_format}
-                given = {name: value for name, value in chosen.items() if value is not None}
-                found.append(tristate_cell(method, CacheConfig.for_method(method, **budget, **given, **mine)))
+                given = {key: value for key, value in chosen.items() if value is not None}
+                config = CacheConfig.for_method(base, **{**budget, **given, **mine, **special})
+                found.append(tristate_cell(name, config))
     return found
+
+
+def _variant_cells(
+    variant: Variant,
+    budgets: Sequence[Mapping[str, Any]],
+    window_sizes: Sequence[int],
+    formats: Sequence[str] | None,
+    settings: Mapping[str, Any],
+    own: Iterable[str],
+) -> list[Cell]:
+    """Cells of a variant. Raises :class:`UserError` for a name that is taken, and a base or settings that cannot be."""
+    name, base = variant.name, variant.base
+    if is_known(name) or name in own:
+        raise UserError(f"variant {name!r}: there is a method of that name: give another one", exit_code=2)
+    if base not in METHODS:
+        raise UserError(f"variant {name!r}: its base {base!r} is none of {', '.join(METHODS)}", exit_code=2)
+    try:
+        return _tristate_cells(name, base, variant.settings, budgets, window_sizes, formats, settings)
+    except ConfigError as error:
+        raise UserError(f"variant {name!r}: {error}", exit_code=2) from None

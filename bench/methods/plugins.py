@@ -27,6 +27,7 @@ from typing import Any
 from bench.errors import OthersCode, UserError, show_traceback
 from bench.methods.base import Method
 from bench.methods.grid import OwnMethod, is_known
+from bench.settings.variants import Variant
 from tasks.base import Answer, Document, Evaluation, Metric, Task, TaskGroup, TaskSettings
 from tasks.registry import TASKS as BUILT_IN_TASKS
 from tasks.registry import TaskSource
@@ -159,8 +160,9 @@ class Plugins:
                 said = f"its {what} {name!r} has the name of one of this suite, and is not used: give it another name"
                 self.failures.append({"plugin": _package(entry), "error": said})
 
-    def usable_methods(self, names: Sequence[str]) -> list[str]:
-        """``names`` without those that a plugin which has failed may have had."""
+    def usable_methods(self, methods: Sequence[str | Variant]) -> list[str | Variant]:
+        """``methods`` without those that a plugin which has failed may have had."""
+        names = [method for method in methods if isinstance(method, str)]
         self.refuse_taken(METHODS, names, is_known)
         for name in names:
             if not is_known(name) and name not in self.methods:
@@ -168,9 +170,9 @@ class Plugins:
         lost = [name for name in names if self.failures and not is_known(name) and name not in self.methods]
         for name in lost:
             self.lose(f"unknown method {name!r}")
-        return [name for name in names if name not in lost]
+        return [method for method in methods if method not in lost]
 
-    def needed_methods(self, names: Sequence[str]) -> list[str]:
+    def needed_methods(self, names: Sequence[str | Variant]) -> list[str | Variant]:
         """The same, for a command of one method: raises :class:`UserError` where a plugin has failed."""
         found = self.usable_methods(names)
         for failure in self.failures:

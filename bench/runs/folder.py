@@ -32,6 +32,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bench.errors import UserError
+from bench.settings.secrets import redacted_arguments
 
 SAMPLES, RECORD, RESULTS, STATES = "samples.jsonl", "record.json", "results.csv", "states.json"
 FORMAT_VERSION = 1
@@ -423,7 +424,7 @@ def now() -> str:
 
 
 def command_line() -> str:
-    """What was typed, without the path of the program."""
+    """What was typed, without the path of the program and what is secret."""
     import shlex
 
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join([Path(sys.argv[0]).name, *redacted_arguments(sys.argv[1:])])

@@ -59,10 +59,6 @@ def _prompt_hash(document: Document) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _file_hash(path: Path | None) -> str | None:
-    return None if path is None or not path.is_file() else hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def fingerprint(config: RunConfig, models: dict[str, str], plugins: Mapping[str, str]) -> dict[str, Any]:
     """Everything that changes an answer and is not part of a sample's key.
 
@@ -72,23 +68,7 @@ def fingerprint(config: RunConfig, models: dict[str, str], plugins: Mapping[str,
     return {
         "models": models,
         "versions": {name: packages.get(name) for name in VERSIONS},
-        "device": config.device,
-        "dtype": config.dtype,
-        "model_kwargs": config.loading_kwargs or None,
-        "seed": config.seed,
-        "max_length": config.max_length,
-        "samples": config.samples,
-        "num_fewshot": config.num_fewshot,
-        "apply_chat_template": config.apply_chat_template,
-        "system_instruction": config.system_instruction,
-        "enable_thinking": config.enable_thinking,
-        "gen_kwargs": config.gen_kwargs,
-        "rolling_prefill": config.rolling_prefill,
-        "rolling_chunk": config.rolling_chunk,
-        "prefill_chunk": config.prefill_chunk,
-        "haystack": _file_hash(config.haystack),
-        "text": _file_hash(config.text),
-        "continuation": config.continuation,
+        **config.fingerprint(),
         records.PLUGINS: dict(plugins),
     }
 
@@ -140,7 +120,7 @@ def _asked_for(
     Raises:
         UserError, arkv.ConfigError, TaskError: what was asked for makes no sense, or nothing of it is left.
     """
-    methods = plugins.usable_methods(config.quant_type)
+    methods = plugins.usable_methods(config.measured_methods)
     budgets, formats = config.budgets, config.quant_format
     cells = grid(methods, budgets, config.window_size, formats, config.method_settings, plugins.methods)
     sources = TaskSources(plugins, others)
@@ -159,7 +139,8 @@ def _asked_for(
         else:
             asked.append(item)
     failures = [*plugins.failures, *({"task": name, "error": str(error)} for name, error in errors.items())]
-    if asked and cells:
+    wanted = {cell.method for cell in cells} & set(config.method_names)
+    if asked and wanted:
         return cells, asked, failures
     if plugins.failures:
         raise UserError("; ".join(failure_lines(failures)))
@@ -387,7 +368,7 @@ class _Run:
             return
         self._under_way[name, task.name] = under_way
         progress.__enter__()
-        size = self.config.batch or AUTO_DOCUMENTS
+        size = self.config.documents_at_once or AUTO_DOCUMENTS
         for start in range(0, len(work), size):
             if (name, task.name) not in self._under_way:
                 return

@@ -8,11 +8,10 @@ from typing import Any
 
 from arkv import METHODS, CacheConfig
 from bench.errors import UserError
-from bench.judge import stats
 from bench.methods.grid import grid
 from bench.names import budget_text
 from bench.search.parameters import DEFAULTS, PARAMETERS, idle
-from bench.settings.run import RunConfig
+from bench.settings.tune import TuneSettings
 from tasks.base import nearest
 
 FIDELITY = "fidelity"
@@ -21,40 +20,23 @@ FIDELITY = "fidelity"
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """Everything that ``arkv-bench tune`` can be told."""
+    """What ``arkv-bench tune`` was told, and what follows from it: the settings searched, the caches of a trial."""
 
-    run: RunConfig
-    """Model, one method, budgets, tasks and their options; ``limit`` is the number of tuning documents of a task."""
-    params: tuple[str, ...] | None = None
-    n_trials: int = 30
-    """Of the whole study, those of an earlier run included."""
-    held_out: int = 16
-    """Documents of each task that the report is about."""
-    chunk: int | None = None
-    """Tokens of a continuation that are read at once; None for all, 1 for decoding."""
-    batch: int = 5
-    """Trials that are drawn together where a task is answered by the engine."""
-    keep_gib: float = 4.0
-    """Memory for recorded prefills."""
+    run: TuneSettings
+    """As given; ``limit`` is the number of tuning documents of a task."""
 
     def __post_init__(self) -> None:
-        for name, low in (("n_trials", 1), ("held_out", stats.LEAST_DOCUMENTS), ("batch", 1), ("chunk", 1)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"--{name.replace('_', '-')}={value}: give {low} or more", exit_code=2)
-        if not self.keep_gib >= 0:
-            raise UserError(f"--keep-gib={self.keep_gib}: give 0 or more", exit_code=2)
-        if len(self.run.quant_type) != 1 or self.run.quant_type[0] not in METHODS:
-            given = ",".join(self.run.quant_type)
-            raise UserError(f"--quant-type={given}: give one of {', '.join(METHODS)}", exit_code=2)
+        if len(self.run.methods) != 1 or self.run.methods[0] not in METHODS:
+            given = ",".join(self.run.method_names)
+            raise UserError(f"--methods={given}: give one of {', '.join(METHODS)}", exit_code=2)
         for name, least in (("model", 1), ("window_size", 0)):
             if not least <= len(getattr(self.run, name)) <= 1:
                 given = ",".join(map(str, getattr(self.run, name)))
                 raise UserError(f"--{name.replace('_', '-')}={given}: a search has one", exit_code=2)
-        for name in self.params or ():
+        for name in self.run.params or ():
             if name not in PARAMETERS:
                 raise UserError(f"--params={name}: {nearest(name, PARAMETERS)}", exit_code=2)
-            if reason := idle(name, self.base(0), self.params or (), self.decodes):
+            if reason := idle(name, self.base(0), self.run.params or (), self.decodes):
                 raise UserError(f"--params={name} changes nothing here: {reason}", exit_code=2)
         if not self.searched:
             raise UserError("--params: nothing can be searched here; name some of them", exit_code=2)
@@ -62,17 +44,17 @@ class TuneConfig:
     @property
     def method(self) -> str:
         """The method whose settings are searched."""
-        return self.run.quant_type[0]
+        return self.run.method_names[0]
 
     @property
     def decodes(self) -> bool:
         """Whether anything is read in more than one forward behind its prompt."""
-        return self.run.tasks != (FIDELITY,) or (self.chunk is not None and self.chunk < self.run.continuation)
+        return self.run.tasks != (FIDELITY,) or (self.run.chunk is not None and self.run.chunk < self.run.continuation)
 
     @property
     def searched(self) -> tuple[str, ...]:
         """The settings that are searched, the choices among them first: others may depend on them."""
-        given = self.params or DEFAULTS[self.run.budget_unit]
+        given = self.run.params or DEFAULTS[self.run.budget_unit]
         names = [name for name in given if idle(name, self.base(0), given, self.decodes) is None]
         return tuple(sorted(names, key=lambda name: not PARAMETERS[name].choices))
 

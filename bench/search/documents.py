@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import random
 from collections.abc import Callable
@@ -10,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.errors import UserError
-from bench.judge import stats
 from bench.models.loading import LoadedModel
+from bench.names import LEAST_DOCUMENTS
 from bench.runs.run import make_task, task_settings, tasks_of
 from bench.search.config import FIDELITY, TuneConfig
 from bench.settings.run import RunConfig
@@ -47,23 +46,23 @@ def split(config: TuneConfig, task: Task, settings: Callable[[RunConfig], TaskSe
     """
     run = config.run
     assert run.limit is not None
-    wanted = run.limit + config.held_out
+    wanted = run.limit + config.run.held_out
     if "samples" in task.option_names:
         # Neighbours in a text may overlap: enough to leave some out.
         each = -(-wanted // len(run.lengths)) * (2 if task.name == FIDELITY else 1)
-        run = dataclasses.replace(run, limit=None, samples=each)
+        run = run.changed(limit=None, samples=each)
     else:
-        run = dataclasses.replace(run, limit=wanted)
+        run = run.changed(limit=wanted)
     documents = list(task.load(settings(run)))
     random.Random(f"{run.seed} {task.name}").shuffle(documents)
     tuning = documents[: config.run.limit]
     held_out = [item for item in documents[len(tuning) :] if not any(overlap(item, other) for other in tuning)]
-    if len(held_out) < stats.LEAST_DOCUMENTS:
+    if len(held_out) < LEAST_DOCUMENTS:
         raise UserError(
             f"{task.name}: of {len(documents)} documents {len(tuning)} are for tuning, and {len(held_out)} others "
             "share no text with those: too few to report on; give a smaller --limit or more documents"
         )
-    return Split(task=task, tuning=tuning, held_out=held_out[: config.held_out])
+    return Split(task=task, tuning=tuning, held_out=held_out[: config.run.held_out])
 
 
 def overlap(first: Document, second: Document) -> bool:

@@ -42,8 +42,8 @@ class Objective:
         self.fidelity = FidelityBench(
             model.model,
             queries=config.recorded_queries,
-            chunk=config.chunk,
-            keep_bytes=config.keep_gib * 2**30,
+            chunk=config.run.chunk,
+            keep_bytes=config.run.keep_gib * 2**30,
             prefill_chunk=config.run.prefill_chunk,
         )
         self.scored = [item for item in self.splits if item.task.name != FIDELITY]
@@ -120,7 +120,11 @@ class Objective:
         """An engine for these cells."""
         run = self.config.run
         return Engine(
-            self.model.model, self.model.tokenizer, cells, batch_size=run.batch, prefill_chunk=run.prefill_chunk
+            self.model.model,
+            self.model.tokenizer,
+            cells,
+            batch_size=run.documents_at_once,
+            prefill_chunk=run.prefill_chunk,
         )
 
 

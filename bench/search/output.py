@@ -84,10 +84,7 @@ def write_record(
     record = {
         "command": records.command_line(),
         "finished": records.now(),
-        "settings": {
-            **{key: value for key, value in dataclasses.asdict(config).items() if key != "run"},
-            "run": config.run.to_json(),
-        },
+        "settings": config.run.to_json(),
         "study": study.settings,
         "split": {
             item.task.name: {

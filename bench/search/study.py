@@ -207,7 +207,7 @@ def fingerprint(config: TuneConfig, model: LoadedModel, splits: Sequence[Split])
         "method_settings": run.method_settings,
         "params": list(config.searched),
         "documents": {item.task.name: item.digest() for item in splits},
-        "chunk": config.chunk if any(item.task.name == FIDELITY for item in splits) else None,
+        "chunk": config.run.chunk if any(item.task.name == FIDELITY for item in splits) else None,
         "prefill_chunk": run.prefill_chunk,
         "seed": run.seed,
     }
@@ -224,8 +224,8 @@ def search(study: Study, objective: Objective, advance: Callable[[str], None]) -
     own = {name: getattr(base, name) for name in config.searched}
     if all(PARAMETERS[name].holds(value) for name, value in own.items()):
         study.enqueue(own)
-    size = config.batch if objective.scored else 1
-    while (left := config.n_trials - len(study.trials)) > 0:
+    size = config.run.batch if objective.scored else 1
+    while (left := config.run.n_trials - len(study.trials)) > 0:
         trials = [study.ask(config.searched) for _ in range(min(size, left))]
         begin = time.perf_counter()
         results = objective.values([trial.params for trial in trials])

@@ -1,181 +1,312 @@
-"""Settings of a run: defaults, then presets and files in the order given, then what was typed."""
+"""Settings of a run: every one is declared here, and nowhere else."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, model_validator
 
 from bench.errors import UserError
-from tasks.base import Rolling, nearest
+from bench.names import FULL
+from bench.settings.fields import Affects, Count, SettingError, Settings, Share, setting, setting_of
+from bench.settings.mappings import read_mapping
+from bench.settings.secrets import redacted, redacted_text
+from bench.settings.variants import Variant, check_unique, name_of, read_methods
+from tasks.base import Rolling
+from tasks.fidelity import FidelityOptions
+from tasks.longbench.options import LongBenchOptions
+from tasks.needle import NeedleOptions
+from tasks.options import TaskOptions
 from tasks.registry import split_specs
 
+__all__ = ["EXECUTORS", "FIELDS", "METHOD_SETTINGS", "RunConfig", "Variant"]
 
-def _parse_list(value: Any, kind: type, name: str, *, unique: bool = True) -> tuple[Any, ...]:
-    items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    parsed = []
-    for item in items:
-        text = item.strip() if isinstance(item, str) else item
-        if text == "":
-            continue
-        try:
-            parsed.append(kind(text))
-        except ValueError:
-            raise UserError(f"{name}: {item!r} is not {_KINDS[kind]}", exit_code=2) from None
-    if not parsed:
-        raise UserError(f"{name}: give at least one value", exit_code=2)
-    return tuple(dict.fromkeys(parsed) if unique else parsed)
+GRID, SETTINGS, DATA, OUTPUT = "The grid", "Settings of the methods", "Models and data", "Output"
+WHERE = "Where it runs"
 
 
-def _parse_mapping(text: str | None, name: str) -> dict[str, Any]:
-    """``key=value,...``, or a mapping in YAML or JSON where values have parts. Values are those of YAML."""
-    import yaml
-
-    if not text:
-        return {}
-    if not text.lstrip().startswith("{"):
-        pairs = [item.partition("=") for item in text.split(",")]
-        if wrong := [key for key, equals, _ in pairs if not key.strip() or not equals]:
-            raise UserError(f"{name}: {wrong[0]!r} is not of the form key=value", exit_code=2)
-        text = "{" + ", ".join(f"{key.strip()}: {value}" for key, _, value in pairs) + "}"
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name}: {' '.join(str(error).split())}", exit_code=2) from None
-    if not isinstance(content, dict):
-        raise UserError(f"{name}: {text!r} is no mapping", exit_code=2)
-    return {str(key): value for key, value in content.items()}
+def _of_task(tasks: str, options: type[TaskOptions], name: str, affects: Affects, **more: Any) -> Any:
+    """A setting that is an option of tasks: with the default and the words that they give it."""
+    field = options.model_fields[name]
+    said = field.description or ""
+    return setting(field.default, f"{tasks}: {said[0].lower()}{said[1:]}", DATA, affects, **more)
 
 
-EXECUTORS = ("local", "ray")
-METHOD_SETTINGS = (
-    *("tau1", "tau2", "tau3", "gamma"),
-    *("original_share", "importance", "query_span", "pool_width", "max_pool_width", "decode_rate"),
-)
-"""Settings of a cache that a run, a preset or a search may change; each method has its own values for the others."""
+def _read_tasks(option: str, value: Any) -> Any:
+    # Commas also stand within a spec, and so within an item of a YAML list.
+    items = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(item, str) for item in items):
+        return value
+    words = [word.strip() for item in items for word in item.split(",")]
+    return split_specs(word for word in words if word)
 
-_KINDS = {int: "a whole number", float: "a number", str: "a name"}
+
+def _read_batch_size(option: str, value: Any) -> Any:
+    return str(value) if type(value) is int else value
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
+def _read_kwargs(option: str, value: Any) -> Any:
+    """A mapping of a preset as text."""
+    import json
+
+    if isinstance(value, dict):
+        return json.dumps(value)
+    if isinstance(value, str):
+        read_mapping(option, value)
+    return value
+
+
+class RunConfig(Settings):
     """Everything that ``arkv-bench run`` can be told."""
 
-    model: tuple[str, ...] = ("smollm2-135m",)
-    tasks: tuple[str, ...] = ("needle",)
-    quant_type: tuple[str, ...] = ("full", "window", "origin", "quant", "mix")
-    cache_size: tuple[int, ...] = (512,)
-    cache_ratio: tuple[float, ...] | None = None
-    budget_unit: str = "tokens"
-    window_size: tuple[int, ...] = ()
-    """Empty: each method's own."""
-    quant_format: tuple[str, ...] | None = None
-    tau1: float | None = None
-    tau2: float | None = None
-    tau3: float | None = None
-    gamma: float | None = None
-    original_share: float | None = None
-    importance: str | None = None
-    query_span: int | None = None
-    pool_width: int | None = None
-    max_pool_width: int | None = None
-    decode_rate: float | None = None
-    limit: int | None = None
-    sampling_ratio: float = 1.0
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    max_length: int | None = None
-    skip_cut: bool = False
-    data_dir: Path | None = None
-    outdir: Path | None = None
-    lengths: tuple[int, ...] = (2000,)
-    samples: int = 8
-    haystack: Path | None = None
-    text: Path | None = None
-    text_field: str = "text"
-    continuation: int = 64
-    num_fewshot: int | None = None
-    apply_chat_template: bool = False
-    system_instruction: str | None = None
-    enable_thinking: bool | None = None
-    confirm_run_unsafe_code: bool = False
-    gen_kwargs: str | None = None
-    include_path: tuple[str, ...] | None = None
-    rolling_prefill: float = Rolling.prefill_share
-    rolling_chunk: int = Rolling.chunk
-    prefill_chunk: int | None = None
-    batch_size: str = "1"
-    states: bool = False
-    trust_remote_code: bool = False
-    device_map: str | None = None
-    model_kwargs: str | None = None
-    executor: str = "local"
-    address: str = "auto"
-    workers: int | None = None
-    gpus_per_worker: float | None = None
-    cpus_per_worker: int = 1
-    retries: int = 3
-    plugin: tuple[str, ...] | None = None
-    per_layer: bool = False
+    model: tuple[str, ...] = setting(
+        ("smollm2-135m",), "Models: an embedded one (see list models), a hub id, a folder, a .gguf file.", DATA, "grid"
+    )
+    tasks: tuple[str, ...] = setting(("needle",), "Tasks, see list tasks.", DATA, "grid", read=_read_tasks)
+    methods: tuple[str | Variant, ...] = setting(
+        (FULL, "window", "origin", "quant", "mix"),
+        "Methods, those of others too: see list methods. In a preset also variants of them (docs/tutorial.md).",
+        GRID,
+        "grid",
+        unset="all five of arkv",
+        aliases=("quant_type",),
+        read=read_methods,
+    )
+    full: bool = setting(True, "Measure full beside whatever is asked for; it shares the prefill.", GRID, "grid")
+    cache_size: tuple[Annotated[int, Field(ge=2)], ...] = setting(
+        (512,), "Budgets: tokens held per layer.", GRID, "grid"
+    )
+    cache_ratio: tuple[Share, ...] | None = setting(
+        None, "Budgets as a share of each prompt, in the place of --cache-size: 0.25,0.125.", GRID, "grid"
+    )
+    budget_unit: Literal["tokens", "bytes"] = setting(
+        "tokens", "tokens (published), or bytes: what quantization saves buys more tokens.", GRID, "grid"
+    )
+    window_size: tuple[Count, ...] = setting(
+        (), "Newest tokens that always stay at model precision.", GRID, "grid", unset="32", may_be_empty=True
+    )
+    quant_format: tuple[str, ...] | None = setting(
+        None,
+        "Formats of quantized tokens: fp8, int8, int4, int2, k4v3.",
+        GRID,
+        "grid",
+        unset="by budget unit",
+    )
+    tau1: float | None = setting(
+        None, "Temperature of the entropy in a layer's OQ score.", SETTINGS, "grid", unset="published"
+    )
+    tau2: float | None = setting(None, "Temperature of the variance.", SETTINGS, "grid", unset="published")
+    tau3: float | None = setting(None, "Temperature of the kurtosis.", SETTINGS, "grid", unset="published")
+    gamma: float | None = setting(
+        None, "Weight of the variance in a token's importance.", SETTINGS, "grid", unset="published"
+    )
+    original_share: float | None = setting(
+        None,
+        "mix: share of the past budget that stays at model precision.",
+        SETTINGS,
+        "grid",
+        unset="by OQ ratio",
+    )
+    importance: str | None = setting(
+        None, "Importance of a prompt's tokens: mean_var (published) or mean_max.", SETTINGS, "grid"
+    )
+    query_span: int | None = setting(
+        None,
+        "mean_max: every second of so many newest queries scores too, beside the window's.",
+        SETTINGS,
+        "grid",
+        unset="none, in bytes 128",
+    )
+    pool_width: int | None = setting(None, "Width of its average pooling, odd.", SETTINGS, "grid", unset="5")
+    max_pool_width: int | None = setting(
+        None, "mean_max: width of the maximum pooling, odd.", SETTINGS, "grid", unset="15"
+    )
+    decode_rate: float | None = setting(
+        None, "In bytes: weight of the newest step in the scores.", SETTINGS, "grid", unset="1/32"
+    )
+    limit: Count | None = setting(None, "Use at most so many documents of a task.", DATA, "grid")
+    sampling_ratio: Share = setting(1.0, "Use this share of the documents, drawn with the seed.", DATA, "grid")
+    seed: int = setting(0, "Seed of everything that is drawn.", DATA, "answer")
+    lengths: tuple[Count, ...] = _of_task("needle, fidelity", NeedleOptions, "lengths", "grid")
+    samples: Count = _of_task("needle, fidelity", NeedleOptions, "samples", "answer")
+    haystack: Path | None = _of_task("needle", NeedleOptions, "haystack", "answer", by_content=True)
+    text: Path | None = _of_task("fidelity", FidelityOptions, "text", "answer", by_content=True)
+    text_field: str = _of_task("fidelity", FidelityOptions, "text_field", "answer", sparse=True)
+    continuation: Count = _of_task("fidelity", FidelityOptions, "continuation", "answer")
+    per_layer: bool = _of_task("fidelity", FidelityOptions, "per_layer", "grid")
+    num_fewshot: Annotated[int, Field(ge=0)] | None = setting(
+        None, "lm-eval tasks: examples in the prompt.", DATA, "answer", unset="the task's own"
+    )
+    apply_chat_template: bool = setting(False, "lm-eval tasks: prompts as the model's chat has them.", DATA, "answer")
+    system_instruction: str | None = setting(None, "lm-eval tasks: a text before every prompt.", DATA, "answer")
+    enable_thinking: bool | None = setting(
+        None,
+        "lm-eval tasks, with --apply-chat-template: let the model think or not; its thoughts are not scored.",
+        DATA,
+        "answer",
+        unset="as the chat template has it",
+    )
+    gen_kwargs: str | None = setting(
+        None,
+        "lm-eval tasks: generation settings, as max_gen_toks=512.",
+        DATA,
+        "answer",
+        unset="the task's own",
+    )
+    confirm_run_unsafe_code: bool = setting(
+        False,
+        "lm-eval tasks whose metric runs code that the model writes, such as humaneval: run it, on this machine.",
+        DATA,
+        "nothing",
+        flag_only=True,
+    )
+    include_path: tuple[str, ...] | None = setting(
+        None, "Folders with lm-eval task files of your own.", DATA, "grid", flag_only=True
+    )
+    rolling_prefill: Annotated[float, Field(ge=0, lt=1)] = setting(
+        Rolling.prefill_share,
+        "Perplexity tasks: share of a text's window that is prefilled, then compressed.",
+        DATA,
+        "answer",
+    )
+    rolling_chunk: Count = setting(
+        Rolling.chunk,
+        "Perplexity tasks: tokens read at once after that; 1 compresses after every one.",
+        DATA,
+        "answer",
+    )
+    prefill_chunk: Count | None = setting(
+        None, "Tokens of a prompt that are read in one forward.", DATA, "answer", unset="all at once"
+    )
+    batch_size: str = setting(
+        "1",
+        "Documents answered side by side, and choices read in one forward; auto: what takes 1 GiB.",
+        DATA,
+        "speed",
+        read=_read_batch_size,
+    )
+    data_dir: Path | None = setting(
+        None, "Folder with local rows (gsm8k/test.jsonl, ...) instead of a download.", DATA, "grid"
+    )
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps.", DATA, "answer")
+    dtype: str = setting("auto", "auto (bfloat16), float32, bfloat16, float16.", DATA, "answer")
+    max_length: Annotated[int, Field(ge=2)] | None = setting(
+        None,
+        "Longest prompt plus answer in tokens (longbench: what prompts are cut to).",
+        DATA,
+        "answer",
+        unset="the model's context",
+    )
+    skip_cut: bool = _of_task("longbench", LongBenchOptions, "skip_cut", "grid")
+    trust_remote_code: bool = setting(
+        False,
+        "Run code that comes with a hub model. Only if you trust it.",
+        DATA,
+        "answer",
+        flag_only=True,
+        sparse=True,
+    )
+    device_map: str | None = setting(
+        None,
+        "auto spreads a model over the GPUs that there are (accelerate).",
+        DATA,
+        "answer",
+        unset="one device",
+    )
+    model_kwargs: str | None = setting(
+        None,
+        "For transformers when it loads a model: key=value,..., or a mapping as YAML or JSON.",
+        DATA,
+        "answer",
+        read=_read_kwargs,
+    )
+    executor: Literal["local", "ray"] = setting("local", "local, or ray: on the workers of a cluster.", WHERE, "speed")
+    address: str = setting(
+        "auto",
+        "Ray: host:port or ray://host:port of a cluster, auto for the one of this machine (or RAY_ADDRESS), local for "
+        "one of this run's own.",
+        WHERE,
+        "speed",
+    )
+    workers: Count | None = setting(
+        None,
+        "Ray: workers, each with a model of its own.",
+        WHERE,
+        "speed",
+        unset="as many as there is room for",
+    )
+    gpus_per_worker: Annotated[float, Field(ge=0)] | None = setting(
+        None, "Ray: GPUs of a worker.", WHERE, "speed", unset="1, or 0 on a cluster without any"
+    )
+    cpus_per_worker: Count = setting(1, "Ray: cores and threads of a worker.", WHERE, "speed")
+    retries: Annotated[int, Field(ge=0)] = setting(
+        3, "Ray: how often documents whose worker died are tried again before they fail.", WHERE, "speed"
+    )
+    plugin: tuple[str, ...] | None = setting(
+        None,
+        "Python files with methods or tasks of your own (docs/plugins.md); may be repeated.",
+        GRID,
+        "grid",
+        flag_only=True,
+    )
+    outdir: Path | None = setting(
+        None, "Run folder; an unfinished run there is continued.", OUTPUT, "nothing", unset="runs/TIME"
+    )
+    states: bool = setting(
+        False,
+        "Leave a states map of the first document of each task for report --html; costs one more prefill of it.",
+        OUTPUT,
+        "nothing",
+    )
 
-    def __post_init__(self) -> None:
-        for name, low in (("cache_size", 2), ("window_size", 1), ("lengths", 1)):
-            for value in getattr(self, name):
-                if value < low:
-                    raise UserError(f"--{name.replace('_', '-')}={value}: give {low} or more", exit_code=2)
-        for ratio in self.cache_ratio or ():
-            if not 0.0 < ratio <= 1.0:
-                raise UserError(f"--cache-ratio={ratio}: give a share above 0 and up to 1", exit_code=2)
-        if self.budget_unit not in ("tokens", "bytes"):
-            raise UserError(f"--budget-unit={self.budget_unit}: use tokens or bytes", exit_code=2)
-        for name, low in (
-            ("limit", 1),
-            ("samples", 1),
-            ("max_length", 2),
-            ("num_fewshot", 0),
-            ("rolling_chunk", 1),
-            ("prefill_chunk", 1),
-            ("continuation", 1),
-            ("workers", 1),
-            ("gpus_per_worker", 0),
-            ("cpus_per_worker", 1),
-            ("retries", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise UserError(f"--{name.replace('_', '-')}={value}: give {low} or more", exit_code=2)
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        check_unique(self.methods)
         if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size)):
-            raise UserError(f"--batch-size={self.batch_size}: give a whole number of 1 or more, or auto", exit_code=2)
-        if not 0.0 <= self.rolling_prefill < 1.0:
-            raise UserError(
-                f"--rolling-prefill={self.rolling_prefill}: give a share of 0 or more, below 1", exit_code=2
-            )
-        if not 0.0 < self.sampling_ratio <= 1.0:
-            raise UserError(f"--sampling-ratio={self.sampling_ratio}: give a share above 0 and up to 1", exit_code=2)
-
-        if self.executor not in EXECUTORS:
-            raise UserError(f"--executor={self.executor}: use {' or '.join(EXECUTORS)}", exit_code=2)
-        if self.executor == "local":
-            for name in ("address", "workers", "gpus_per_worker", "cpus_per_worker", "retries"):
-                if getattr(self, name) != FIELDS[name].default:
-                    option = f"--{name.replace('_', '-')}"
-                    raise UserError(f"{option}={getattr(self, name)}: it needs --executor ray", exit_code=2)
+            said = f"--batch-size={self.batch_size}: give a whole number of 1 or more, or auto"
+            raise SettingError("batch_size", said)
+        self._check_executor()
         if self.gpus_per_worker is not None and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
-            raise UserError(
-                f"--gpus-per-worker={self.gpus_per_worker}: give a share of one GPU, or a whole number", exit_code=2
+            raise SettingError(
+                "gpus_per_worker",
+                f"--gpus-per-worker={self.gpus_per_worker}: give a share of one GPU, or a whole number",
             )
-        if self.device_map is not None and "device_map" in _parse_mapping(self.model_kwargs, "--model-kwargs"):
-            raise UserError("--model-kwargs: device_map is given by --device-map already", exit_code=2)
+        if self.device_map is not None and "device_map" in read_mapping("--model-kwargs", self.model_kwargs):
+            raise SettingError("model_kwargs", "--model-kwargs: device_map is given by --device-map already")
+        return self
+
+    def _check_executor(self) -> None:
+        if self.executor != "local":
+            return
+        for name in ("address", "workers", "gpus_per_worker", "cpus_per_worker", "retries"):
+            if getattr(self, name) != FIELDS[name].default:
+                said = f"{self.option(name)}={getattr(self, name)}: it needs --executor ray"
+                raise SettingError(name, said)
+
+    @property
+    def measured_methods(self) -> tuple[str | Variant, ...]:
+        """The methods of the grid: with ``full`` beside them, or without it, as it was asked for.
+
+        Raises :class:`UserError` where nothing is left.
+        """
+        others = tuple(method for method in self.methods if method != FULL)
+        if not self.full:
+            if not others:
+                raise UserError("--no-full leaves no method: give others by --methods", exit_code=2)
+            return others
+        return self.methods if FULL in self.methods else (FULL, *self.methods)
+
+    @property
+    def method_names(self) -> tuple[str, ...]:
+        """The names of the methods that were asked for."""
+        return tuple(map(name_of, self.methods))
 
     @property
     def loading_kwargs(self) -> dict[str, Any]:
         """What transformers is given, beyond the suite's own settings, when it loads a model."""
         given = {} if self.device_map is None else {"device_map": self.device_map}
-        return {**given, **_parse_mapping(self.model_kwargs, "--model-kwargs")}
+        return {**given, **read_mapping("--model-kwargs", self.model_kwargs)}
 
     @property
     def budgets(self) -> list[dict[str, Any]]:
@@ -185,7 +316,7 @@ class RunConfig:
         return [{"cache_size": size} for size in self.cache_size]
 
     @property
-    def batch(self) -> int | None:
+    def documents_at_once(self) -> int | None:
         """Documents, and continuations, that are answered side by side; None for as many as fit."""
         return None if self.batch_size == "auto" else int(self.batch_size)
 
@@ -196,104 +327,17 @@ class RunConfig:
         return {"budget_unit": self.budget_unit, **given}
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON, with paths as text and lists as lists."""
-        return {
-            name: str(value) if isinstance(value, Path) else list(value) or None if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
+        kwargs = self.model_kwargs
+        return {**super().to_json(), "model_kwargs": None if kwargs is None else redacted_text(kwargs)}
+
+    def fingerprint(self) -> dict[str, Any]:
+        # What a model is loaded with is one thing, however it was given.
+        found = {**super().fingerprint(), "model_kwargs": redacted(self.loading_kwargs) or None}
+        del found["device_map"]
+        return found
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
-_ANNOTATIONS = {name: str(field.type) for name, field in FIELDS.items()}
-
-
-def parse_value(name: str, value: Any) -> Any:
-    """The value of field ``name`` from text or YAML. Raises :class:`UserError` when it has the wrong form."""
-    option = f"--{name.replace('_', '-')}"
-    annotation = _ANNOTATIONS[name]
-    if value is None:
-        if "None" not in annotation:
-            raise UserError(f"{option}: a value is needed", exit_code=2)
-        return None
-    if name == "tasks":
-        # Commas also stand within a spec, and so within an item of a YAML list.
-        text = value if isinstance(value, str) else ",".join(map(str, value if isinstance(value, list) else [value]))
-        return split_specs(_parse_list(text, str, option, unique=False))
-    for kind in (int, float, str):
-        if annotation.startswith(f"tuple[{kind.__name__}"):
-            return _parse_list(value, kind, option)
-        if annotation.split(" ")[0] == kind.__name__:
-            try:
-                return kind(value)
-            except (TypeError, ValueError):
-                raise UserError(f"{option}: {value!r} is not {_KINDS[kind]}", exit_code=2) from None
-    if annotation.startswith("Path"):
-        return Path(value).expanduser()
-    if not isinstance(value, bool):
-        raise UserError(f"{option}: {value!r} is neither true nor false", exit_code=2)
-    return value
-
-
-def preset_names() -> list[str]:
-    """Names of the presets that come with the suite."""
-    folder = resources.files("bench").joinpath("presets")
-    return sorted(Path(item.name).stem for item in folder.iterdir() if item.name.endswith(".yaml"))
-
-
-def load_preset(name: str) -> dict[str, Any]:
-    """Settings of a preset by name, or of a YAML file of the user's.
-
-    Raises:
-        UserError: unknown preset, unreadable file, not a mapping of known settings.
-    """
-    import yaml
-
-    if name.endswith((".yaml", ".yml")):
-        path: Any = Path(name).expanduser()
-        if not path.is_file():
-            raise UserError(f"preset file {name} does not exist", exit_code=2)
-    elif name in preset_names():
-        path = resources.files("bench").joinpath("presets", f"{name}.yaml")
-    else:
-        raise UserError(f"unknown preset {name!r}: {nearest(name, preset_names())}", exit_code=2)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"preset {name}: not valid YAML: {' '.join(str(error).split())}", exit_code=2) from None
-    if not isinstance(content, dict):
-        raise UserError(f"preset {name}: needs lines of the form 'setting: value'", exit_code=2)
-    settings = {str(key).replace("-", "_"): value for key, value in content.items() if key != "description"}
-    for key in settings:
-        if key == "plugin":
-            raise UserError(f"preset {name}: no setting 'plugin': its code is run only where --plugin names it", 2)
-        if key not in FIELDS:
-            raise UserError(f"preset {name}: unknown setting {key!r}: {nearest(key, FIELDS)}", exit_code=2)
-    return settings
-
-
-def preset_description(name: str) -> str:
-    """The first comment-free ``description`` of a preset."""
-    import yaml
-
-    text = resources.files("bench").joinpath("presets", f"{name}.yaml").read_text(encoding="utf-8")
-    return str(yaml.safe_load(text).get("description", ""))
-
-
-def resolve(flags: Mapping[str, Any], preset: str | None) -> tuple[RunConfig, dict[str, str]]:
-    """The settings of a run and where each came from: ``default``, ``preset NAME`` or ``flag``.
-
-    Args:
-        flags: what was typed; None means not given.
-        preset: names and files, separated by commas; of two that set the same, the later one wins.
-    """
-    values: dict[str, Any] = {}
-    origin = dict.fromkeys(FIELDS, "default")
-    for source in _parse_list(preset, str, "--preset") if preset is not None else ():
-        for name, value in load_preset(source).items():
-            values[name] = parse_value(name, value)
-            origin[name] = f"preset {source}"
-    for name, value in flags.items():
-        if value is not None:
-            values[name] = parse_value(name, value)
-            origin[name] = "flag"
-    return RunConfig(**values), origin
+FIELDS = RunConfig.model_fields
+EXECUTORS: tuple[str, ...] = get_args(FIELDS["executor"].annotation)
+METHOD_SETTINGS = tuple(name for name, field in FIELDS.items() if setting_of(field).panel == SETTINGS)
+"""Settings of a cache that a run, a preset or a search may change; each method has its own values for the others."""

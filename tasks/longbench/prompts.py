@@ -17,6 +17,7 @@ import yaml
 
 from tasks.base import TaskError, TaskSettings
 from tasks.longbench.datasets import Dataset
+from tasks.longbench.options import LongBenchOptions
 
 LLAMA_LENGTH = 31_500
 """Prompts of Llama models are cut to so many tokens, as published; those of the others to the model's context."""
@@ -103,7 +104,7 @@ def build_prompt(dataset: Dataset, text: str, settings: TaskSettings, *, max_new
 
 
 def _limit(settings: TaskSettings) -> int:
-    given: int | None = settings.options.get("max_length")
+    given = LongBenchOptions.parse("longbench", settings.options).max_length
     if given is not None:
         return given
     return min(LLAMA_LENGTH, settings.max_length) if settings.model_type == "llama" else settings.max_length

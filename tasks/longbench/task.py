@@ -24,6 +24,7 @@ from tasks.base import (
 from tasks.longbench.data import load_rows
 from tasks.longbench.datasets import BUCKETS, DATASETS, EXTENDED, Dataset, bucket
 from tasks.longbench.metrics import score
+from tasks.longbench.options import LongBenchOptions
 from tasks.longbench.prompts import build_prompt, template
 
 
@@ -37,7 +38,7 @@ class LongBenchTask(Task):
     is empty scores 0 and counts, as in the official code.
     """
 
-    option_names = ("max_length", "skip_cut")
+    Options = LongBenchOptions
 
     def __init__(self, dataset: Dataset, *, extended: bool = False) -> None:
         self.dataset = dataset
@@ -51,6 +52,7 @@ class LongBenchTask(Task):
         return tuple(f"{self.dataset.metric},{name}" for name in BUCKETS) if self.extended else ()
 
     def load(self, settings: TaskSettings) -> list[Document]:
+        options = LongBenchOptions.parse(self.name, settings.options)
         found = load_rows(self.dataset, settings.data_dir, extended=self.extended)
         self._data_hash = found.sha256
         form = template(self.dataset.name)
@@ -61,7 +63,7 @@ class LongBenchTask(Task):
             row = found.rows[index]
             text = form.text.format(context=row.context, input=row.input)
             prompt = build_prompt(self.dataset, text, settings, max_new_tokens=form.max_new_tokens)
-            if prompt.cut_tokens and settings.options.get("skip_cut"):
+            if prompt.cut_tokens and options.skip_cut:
                 continue
             documents.append(
                 Document(

@@ -123,7 +123,7 @@ def test_underscore_spellings_reach_the_settings(capsys: pytest.CaptureFixture[s
         main(["run", "--quant_type", "mix", "--cache_size=64", "--window_size", "8", "--print_config"])
     assert caught.value.code == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["quant_type", "['mix']", "flag"] in lines
+    assert ["methods", "['mix']", "flag"] in lines
     assert ["cache_size", "[64]", "flag"] in lines
     assert ["seed", "0", "default"] in lines
 

@@ -100,5 +100,5 @@ def test_without_ray_the_extra_is_named(tiny_folder: Path, monkeypatch: pytest.M
     config = RunConfig(executor="ray")
     with pytest.raises(UserError, match=r"--executor=ray needs Ray: pip install 'arkv-bench\[ray\]'"):
         make_executor(config, {model.name: model}, CELLS, None)  # type: ignore[arg-type]
-    local = dataclasses.replace(config, executor="local")
+    local = config.changed(executor="local")
     assert make_executor(local, {model.name: model}, CELLS, None).status() == ""  # type: ignore[arg-type]

@@ -25,7 +25,8 @@ from bench.methods.grid import OwnMethod, grid
 from bench.methods.plugins import Plugins
 from bench.runs.folder import SAMPLES, read_record
 from bench.runs.run import Outcome, execute
-from bench.settings.run import RunConfig, load_preset
+from bench.settings.presets import load_preset
+from bench.settings.run import RunConfig
 from tasks.base import Document, Generate
 from tests.bench.conftest import SENTENCES, read_lines
 from tests.conftest import ROOT
@@ -164,7 +165,7 @@ def test_unknown_names_are_errors_where_no_plugin_failed(long_folder: Path, tmp_
         go(long_folder, tmp_path / "run", file, tasks=("phone-bok",))
     with pytest.raises(UserError, match=r"--plugin=nowhere\.py: no such file"):
         go(long_folder, tmp_path / "run", Path("nowhere.py"))
-    with pytest.raises(UserError, match="run only where --plugin names it"):
+    with pytest.raises(UserError, match=r"no setting 'plugin': .*only --plugin sets it"):
         load_preset(str(write(tmp_path / "preset.yaml", "plugin: my_cache.py")))
     assert not (tmp_path / "run").exists()
 

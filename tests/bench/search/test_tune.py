@@ -27,7 +27,9 @@ from bench.search.objective import KL, SCORE, Objective
 from bench.search.output import write_preset
 from bench.search.parameters import DEFAULTS, PARAMETERS
 from bench.search.study import Study, search
-from bench.settings.run import METHOD_SETTINGS, RunConfig, resolve
+from bench.settings.presets import resolve
+from bench.settings.run import METHOD_SETTINGS
+from bench.settings.tune import TuneSettings
 from tasks.base import Compare
 
 pytest.importorskip("optuna")
@@ -51,7 +53,7 @@ def configured(folder: Path, run: dict[str, Any] | None = None, **settings: Any)
         "device": "cpu",
         "dtype": "float32",
     }
-    return TuneConfig(run=RunConfig(**{**defaults, **(run or {})}), **{"n_trials": 3, "held_out": 5, **settings})
+    return TuneConfig(run=TuneSettings(**{**defaults, "n_trials": 3, "held_out": 5, **(run or {}), **settings}))
 
 
 def commanded(folder: Path, outdir: Path, *more: str) -> list[str]:
@@ -154,8 +156,8 @@ def test_prompts_are_recorded_with_the_queries_of_any_trial(
         ({"quant_type": ("window",)}, {"params": ("gamma",)}, "ranks tokens by age"),
         ({"budget_unit": "bytes"}, {"params": ("decode_rate",)}, "give a smaller --chunk"),
         ({"quant_type": ("window",)}, {}, "nothing can be searched"),
-        ({"quant_type": ("mix", "quant")}, {}, "--quant-type=mix,quant: give one"),
-        ({"quant_type": ("full",)}, {}, "--quant-type=full: give one"),
+        ({"quant_type": ("mix", "quant")}, {}, "--methods=mix,quant: give one"),
+        ({"quant_type": ("full",)}, {}, "--methods=full: give one"),
         ({}, {"n_trials": 0}, "--n-trials=0"),
         ({}, {"held_out": 2}, "--held-out=2: give 5 or more"),
         ({}, {"chunk": 0}, "--chunk=0"),
@@ -301,7 +303,7 @@ def test_the_preset_is_one_of_run(done: Path) -> None:
     config, _ = resolve({}, str(done / "preset.yaml"))
     chosen = json.loads((done / "tune.json").read_text())["chosen"]["params"]
     assert {name: getattr(config, name) for name in DEFAULTS["tokens"]} == chosen
-    assert (config.quant_type, config.cache_size, config.window_size) == (("full", "mix"), (64,), (8,))
+    assert (config.methods, config.cache_size, config.window_size) == (("full", "mix"), (64,), (8,))
     assert config.quant_format == ("int8",)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from bench.errors import UserError
-from bench.settings.run import RunConfig, load_preset, preset_description, preset_names, resolve
+from bench.settings.presets import load_preset, preset_description, preset_names, resolve
+from bench.settings.run import RunConfig
 
 
 def refused(**flags: object) -> UserError:
@@ -21,7 +22,7 @@ def refused(**flags: object) -> UserError:
 def test_lists_are_read_in_order_without_repetitions() -> None:
     config, origin = resolve({"cache_size": "1024, 512,1024", "quant_type": "mix,full", "limit": 3}, None)
     assert config.cache_size == (1024, 512)
-    assert config.quant_type == ("mix", "full")
+    assert config.methods == ("mix", "full")
     assert (origin["cache_size"], origin["seed"]) == ("flag", "default")
 
 
@@ -47,14 +48,14 @@ def test_a_file_wins_over_the_preset_before_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", preset_names())
 def test_every_preset_loads_and_says_what_it_is(name: str) -> None:
     config, _ = resolve({}, name)
-    assert config.quant_type
+    assert config.methods
     assert preset_description(name)
 
 
 def test_the_demo_asks_long_prompts_of_all_five_methods() -> None:
     config, _ = resolve({}, "demo")
     assert min(config.lengths) >= 2000
-    assert config.quant_type == ("full", "window", "origin", "quant", "mix")
+    assert config.methods == ("full", "window", "origin", "quant", "mix")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_the_demo_asks_long_prompts_of_all_five_methods() -> None:
         ("", "setting: value"),
         ("a: [", "not valid YAML"),
         ("limit: many", "--limit: 'many' is not a whole number"),
-        ("trust_remote_code: perhaps", "neither true nor false"),
+        ("states: perhaps", "neither true nor false"),
         ("cache_size:", "a value is needed"),
     ],
 )

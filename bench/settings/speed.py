@@ -1,0 +1,39 @@
+"""Settings of the timings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from bench.settings.fields import Count, again, setting
+from bench.settings.run import OUTPUT, RunConfig, Variant
+
+TIMING = "What is timed"
+
+
+class SpeedConfig(RunConfig):
+    """Everything that ``arkv-bench speed`` can be told."""
+
+    not_offered: ClassVar[frozenset[str]] = frozenset(RunConfig.model_fields) - {
+        *("model", "methods", "cache_size", "budget_unit", "quant_format", "window_size", "device", "dtype", "outdir")
+    }
+
+    methods: tuple[str | Variant, ...] = again(
+        RunConfig,
+        "methods",
+        ("origin", "quant", "mix"),
+        help="Methods beside the stock full cache and the ceiling.",
+        unset=None,
+    )
+    cache_size: tuple[Annotated[int, Field(ge=2)], ...] = again(RunConfig, "cache_size", (1024,))
+    quant_format: tuple[str, ...] | None = again(RunConfig, "quant_format", ("int8",), unset=None)
+    window_size: tuple[Count, ...] = again(RunConfig, "window_size", (32,), unset=None)
+    context_lengths: tuple[Count, ...] = setting((2048,), "Prompt lengths in tokens.", TIMING, "grid")
+    new_tokens: Annotated[int, Field(ge=2)] = setting(32, "Decoding steps per measurement.", TIMING, "grid")
+    repetitions: Count = setting(3, "Measurements of every cell, all cells in turn.", TIMING, "grid")
+    model: tuple[str, ...] = again(RunConfig, "model", ("smollm2-135m",), help="Model, see list models.")
+    outdir: Path | None = again(
+        RunConfig, "outdir", None, help="Write speed.csv and record.json there.", panel=OUTPUT, unset=None
+    )
