@@ -97,10 +97,13 @@ def test_commands_and_options_named_here_exist() -> None:
 
     from bench.cli import app
 
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    group: Any = typer.main.get_command(app)
+    commands = group.commands
     for name in re.findall(r"arkv-bench ([a-z]+)", README):
         assert name in commands
-    options = {"--help"} | {option for command in commands.values() for item in command.params for option in item.opts}
+    options = {"--help"} | {
+        option for command in (group, *commands.values()) for item in command.params for option in item.opts
+    }
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README):
         assert option in options, option
 

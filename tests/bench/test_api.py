@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -127,6 +128,17 @@ def test_shares_and_tokens_of_one_s_own(tiny_folder: Path, tmp_path: Path) -> No
     before = (tmp_path / "run" / "samples.jsonl").read_bytes()
     assert len(call().rows) == 3
     assert (tmp_path / "run" / "samples.jsonl").read_bytes() == before
+
+
+def test_the_lines_of_the_tutorial(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    few = lines.replace("smollm2-135m", str(tiny_folder)).replace("outdir=", "lengths=[300], samples=2, outdir=")
+    exec(compile(few, "tutorial.md", "exec"), {})
+    assert "needle, exact_match" in capsys.readouterr().out
 
 
 def test_a_model_that_is_loaded_already(results: Results, tiny_folder: Path, tmp_path: Path) -> None:
