@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.test_architecture import imports
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = (ROOT / "arkv" / "VERSION").read_text(encoding="utf-8").strip()
@@ -63,6 +66,47 @@ def test_every_package_of_the_library_is_named() -> None:
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "arkv").rglob("*.py")}
     found = {".".join(folder.parts) for folder in folders if "build" not in folder.parts}
     assert set(settings(ROOT / "arkv")["tool"]["setuptools"]["packages"]) == found, "name it in arkv/pyproject.toml"
+
+
+IMPORTED_AS = {"lm-eval": "lm_eval", "pyyaml": "yaml"}
+"""Where the name of an import is not that of its distribution."""
+COMES_WITH = {"huggingface_hub": "transformers", "tokenizers": "transformers", "markupsafe": "jinja2"}
+"""Imports that a requirement brings along, since its own interface is made of them."""
+
+
+def imported(*folders: str) -> set[str]:
+    """What the sources in ``folders`` import of others, by top-level name."""
+    trees = [
+        ast.parse(path.read_text(encoding="utf-8")) for folder in folders for path in (ROOT / folder).rglob("*.py")
+    ]
+    found = {name for tree in trees for name, _ in imports(tree, "bench/file.py")}
+    return {name.split(".")[0] for name in found} - set(sys.stdlib_module_names) - {"arkv", "bench", "tasks"}
+
+
+def test_every_requirement_is_imported_or_says_what_it_is_for() -> None:
+    lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
+    needs = settings(ROOT)["project"]
+    found = imported("bench", "tasks")
+    for need in needs["dependencies"]:
+        name = re.split(r"[^\w-]", need)[0]
+        (line,) = (line for line in lines if line.strip().startswith(f'"{need}"'))
+        assert IMPORTED_AS.get(name, name) in found or "#" in line, f"{name}: nobody imports it"
+    assert {"ray", "optuna"} <= found
+
+
+def test_every_import_of_others_is_a_requirement() -> None:
+    needs = settings(ROOT)["project"]
+    asked = [*needs["dependencies"], *(need for extra in needs["optional-dependencies"].values() for need in extra)]
+    names = {re.split(r"[^\w-]", need)[0] for need in asked}
+    allowed = {IMPORTED_AS.get(name, name) for name in names}
+    assert {name for name in imported("bench", "tasks") if COMES_WITH.get(name, name) not in allowed} == set()
+
+
+def test_lm_eval_is_capped_below_its_next_minor() -> None:
+    (need,) = (need for need in settings(ROOT)["project"]["dependencies"] if need.startswith("lm-eval"))
+    (_, least), (_, limit) = (re.split(r"(?<=[<=])(?=\d)", part) for part in need.split("]")[1].split(","))
+    major, minor = least.split(".")[:2]
+    assert limit == f"{major}.{int(minor) + 1}"
 
 
 # What is built -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """Kernels: the operations of a decoding step (:mod:`arkv.kernels.twin` says what they do), quantizing, and the
-attention of a prompt's newest queries. In C on CPUs, where they have been built (:mod:`arkv.kernels.cpu`); in Triton on
+attention of a prompt's newest queries. In C on CPUs, where they can be compiled (:mod:`arkv.kernels.cpu`); in Triton on
 GPUs (:mod:`arkv.kernels.gpu`), imported by need; elsewhere in torch's operations."""
 
 from __future__ import annotations

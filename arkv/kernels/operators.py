@@ -18,7 +18,7 @@ from arkv.kernels import twin
 from arkv.kernels.cpu import quantize as cpu_quantize
 from arkv.kernels.cpu import score as cpu_score
 from arkv.kernels.cpu import steps
-from arkv.kernels.cpu.building import NUMBER_TYPES, is_built
+from arkv.kernels.cpu.building import NUMBER_TYPES, library
 from arkv.kernels.cpu.pools import Table, pools_of, table_of
 
 LIBRARY = torch.library.Library("arkv", "DEF")
@@ -42,8 +42,8 @@ def _table(
     rows: torch.Tensor, tensors: Sequence[torch.Tensor], formats: Sequence[str], group: int, dtype: torch.dtype
 ) -> Table | None:
     """Of the pools, where the C functions serve."""
-    serves = rows.is_cpu and group <= steps.MAX_GROUP and dtype in NUMBER_TYPES and is_built() and rows.is_contiguous()
-    return table_of(tensors, formats) if serves else None
+    serves = rows.is_cpu and group <= steps.MAX_GROUP and dtype in NUMBER_TYPES and rows.is_contiguous()
+    return table_of(tensors, formats) if serves and library() is not None else None
 
 
 def _gpu(rows: torch.Tensor, tensors: Sequence[torch.Tensor], group: int) -> Any:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 
 class Finding(NamedTuple):
@@ -20,67 +23,88 @@ class Finding(NamedTuple):
     found: str
 
 
-EXTRAS = {
-    "peers": {"kvpress": "kvpress", "optimum-quanto": "optimum.quanto", "hqq": "hqq"},
-    "ray": {"ray": "ray"},
-    "tune": {"optuna": "optuna"},
-}
-CORE = [
-    "torch",
-    "transformers",
-    "lm-eval",
-    "datasets",
-    "rouge",
-    "jieba",
-    "fuzzywuzzy",
-    "typer",
-    "rich",
-    "pandas",
-    "gguf",
-]
+def _requirements() -> dict[str, list[Requirement]]:
+    """What the two distributions ask for, by extra; "" is what everybody needs.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: one of them is not installed.
+    """
+    from packaging.requirements import Requirement
+
+    found: dict[str, list[Requirement]] = {"": []}
+    known: set[str] = set()
+    for distribution in ("arkv", "arkv-bench"):
+        extras = metadata.metadata(distribution).get_all("Provides-Extra") or []
+        for requirement in map(Requirement, metadata.requires(distribution) or []):
+            if requirement.name in known:  # its range is the library's
+                continue
+            known.add(requirement.name)
+            for extra in ("", *extras):
+                if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                    found.setdefault(extra, []).append(requirement)
+                    break
+    return found
 
 
-def _version(package: str) -> str | None:
+def _lacking(requirement: Requirement) -> str | None:
+    """What is wrong with the version that is installed; None where nothing is."""
     try:
-        return metadata.version(package)
+        version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
-        return None
+        return "missing"
+    return None if requirement.specifier.contains(version, prereleases=True) else f"{version} is installed"
 
 
 def _packages() -> Iterator[Finding]:
-    for package in CORE:
-        version = _version(package)
-        yield Finding(version is not None, package, version or "missing: run scripts/setup_env.sh")
-    version = _version("transformers")
-    if version is not None:
-        major, minor = (int(part) for part in version.split(".")[:2])
-        supported = (5, 2) <= (major, minor) < (6, 0)
-        yield Finding(supported, "transformers version", "supported" if supported else "use >= 5.2 and < 6")
-    for extra, packages in EXTRAS.items():
-        missing = [name for name in packages if _version(name) is None]
-        found = "installed" if not missing else f"without {', '.join(missing)}: pip install 'arkv-bench[{extra}]'"
-        yield Finding(None if missing else True, f"extra {extra}", found)
+    try:
+        needed = _requirements()
+    except metadata.PackageNotFoundError as error:
+        yield Finding(
+            False, "packages", f"{error.name} is not installed: pip install ./arkv . (or scripts/setup_env.sh)"
+        )
+        return
+    for requirement in needed.pop(""):
+        wrong = _lacking(requirement)
+        asked = f"{requirement.name}{requirement.specifier}"
+        found = metadata.version(requirement.name) if wrong is None else f"{wrong}: pip install '{asked}'"
+        yield Finding(wrong is None, requirement.name, found)
+    for extra, requirements in needed.items():
+        lacking = [item.name for item in requirements if _lacking(item)]
+        found = "installed" if not lacking else f"without {', '.join(lacking)}: pip install 'arkv-bench[{extra}]'"
+        yield Finding(None if lacking else True, f"extra {extra}", found)
+
+
+def _kernels() -> Finding:
+    """Compiles them, as the first use would: only that shows whether it works here."""
+    from arkv.kernels.cpu import building
+    from bench.models.kernels import announce_compiling
+
+    try:
+        announce_compiling()
+        path = building.build()
+    except building.NotBuilt as error:
+        why = str(error).partition("\n")[0]
+        return Finding(None, "CPU kernels", f"not compiled, so that decoding on the CPU is slower: {why}")
+    if building.library() is None:
+        return Finding(None, "CPU kernels", f"{path} does not load: delete it, then run python -m arkv.kernels")
+    return Finding(True, "CPU kernels", f"compiled: {path}")
 
 
 def _devices() -> Iterator[Finding]:
     if find_spec("torch") is None:
-        yield Finding(False, "device", "torch is missing")
+        yield Finding(False, "device", "torch is missing: pip install torch")
         return
     import torch
 
     yield Finding(True, "device cpu", f"{torch.get_num_threads()} threads")
-    from arkv.kernels.cpu import building
-
-    built = building.is_built()
-    found = "built" if built else "not built, and so slower: python -m arkv.kernels (needs a C compiler)"
-    yield Finding(True if built else None, "CPU kernels", found)
+    yield _kernels()
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             found = f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
             yield Finding(True, f"device cuda:{index}", found)
     else:
-        yield Finding(None, "device cuda", "none: everything runs on the CPU")
+        yield Finding(None, "device cuda", "none (torch sees no NVIDIA GPU): everything runs on the CPU")
     for name in ("float32", "bfloat16", "float16", "float8_e4m3fn"):
         dtype = getattr(torch, name)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,25 +116,33 @@ def _devices() -> Iterator[Finding]:
         yield Finding(works, f"dtype {name}", found)
 
 
+def _index() -> str:
+    from bench.models.index import Index, without_key
+
+    return ", ".join(map(without_key, Index().urls)) or "the folders of find-links"
+
+
 def _models() -> Iterator[Finding]:
     from bench.models.embedded import list_models
     from bench.models.storage import cache_root
 
+    root = cache_root()
     for row in list_models():
-        found = f"in {cache_root()}" if row.present else "not fetched yet: the first run does it (PyPI)"
+        found = f"in {root}" if row.present else f"not fetched yet: the first run does it, from {_index()}"
         yield Finding(True if row.present else None, f"model {row.name}", found)
 
 
 def _data(data_dir: Path | None) -> Iterator[Finding]:
     yield Finding(True, "task needle", "generated, needs no data")
     if data_dir is None:
-        yield Finding(None, "local data", "none given: pass --data-dir to have a folder checked")
+        yield Finding(None, "local data", "none given: doctor --data-dir FOLDER looks through one")
         return
     if not data_dir.is_dir():
-        yield Finding(False, "local data", f"{data_dir} is no folder")
+        yield Finding(False, "local data", f"{data_dir} is no folder: give one that holds TASK/test.jsonl")
         return
     folders = sorted(item.name for item in data_dir.iterdir() if item.is_dir() and any(item.glob("*.jsonl")))
-    yield Finding(bool(folders), "local data", ", ".join(folders) or f"{data_dir} has no folder with JSONL files")
+    found = ", ".join(folders) or f"{data_dir} has no folder with JSONL files: rows are in TASK/test.jsonl"
+    yield Finding(bool(folders), "local data", found)
 
 
 def _safely(check: Callable[[], Iterator[Finding]], what: str) -> Iterator[Finding]:

@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
+from packaging.utils import canonicalize_name
+
 from bench.errors import UserError
 
 PYPI = "https://pypi.org/simple"
@@ -97,7 +99,7 @@ class Index:
         for folder in self.folders:
             if folder is not None and (folder / file).is_file():
                 return Offer((folder / file).resolve().as_uri())
-        project = re.sub(r"[-_.]+", "-", requirement.partition("==")[0].strip()).lower()
+        project = canonicalize_name(requirement.partition("==")[0].strip())
         answers = []
         for index in self.urls:
             try:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bench.errors import UserError
 from bench.models import embedded, gguf
 from bench.models.hub import fetch_hub
+from bench.models.kernels import prepare_kernels
 from bench.models.library import check_complete, load_transformers, transformers_errors
 from bench.models.references import ModelSource, resolve
 from bench.models.storage import remembered_sha256
@@ -113,9 +114,10 @@ def load(
     if own := sorted(_OWN_KWARGS & extra.keys()):
         raise UserError(f"model_kwargs cannot set {', '.join(own)}", exit_code=2)
     resolve(reference)
-    target = _device(device)
+    target = find_device(device)
     torch_dtype = _dtype(dtype, target)
     described = describe(reference, trust_remote_code=trust_remote_code)
+    prepare_kernels(target)
 
     library = load_transformers()
     if attn_implementation is not None:
@@ -186,7 +188,8 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is the first of cuda, mps and cpu. Raises :class:`UserError` on others."""
     import torch
 
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}

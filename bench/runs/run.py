@@ -21,7 +21,8 @@ from bench.executors import Answered, Executor, Unit, make_executor
 from bench.harness.tasks import HarnessTasks
 from bench.methods.grid import Cell, grid
 from bench.methods.plugins import TASKS, Plugins
-from bench.models.loading import DescribedModel, LoadedModel, describe
+from bench.models.kernels import prepare_kernels
+from bench.models.loading import DescribedModel, LoadedModel, describe, find_device
 from bench.progress import ProgressReporter, progress_bars
 from bench.runs import folder as records
 from bench.runs.curve import curve_rows
@@ -210,6 +211,8 @@ def execute(
     outcome = Outcome(path, failures=failures)
     for line in failure_lines(outcome.failures):
         console.print(f"[red]{escape(line)}[/red]", highlight=False)
+    if config.executor == "local":
+        prepare_kernels(find_device(config.device))  # before the record says whether they are there
     started = records.now()
     models: dict[str, DescribedModel] = {model.name: model for model in own_models}
     for reference in config.model:

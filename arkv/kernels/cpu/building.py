@@ -1,29 +1,40 @@
 """Building the C functions for CPUs, and loading them.
 
-They are compiled for the machine they run on, once, by::
+They are compiled for the machine they run on, once: by whatever needs them first, which takes a quarter of a minute, or
+ahead of that by::
 
     python -m arkv.kernels
 
-which needs a C compiler (``$CC`` or ``cc``). The library lies beside this module, where Python keeps what it compiles,
-or among the user's caches where that cannot be written, under a name that its sources, the compiler's options, the
-processor and torch decide. Where there is none of that name, nothing is compiled and torch's operations serve.
+It needs a C compiler (``$CC`` or ``cc``). The library lies among the user's caches, under a name that its sources, the
+compiler's options, the processor, the C library and torch decide. Where it cannot be compiled, a line in the log says
+why, and torch's operations serve.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 NUMBER_TYPES = {torch.bfloat16: 16, torch.float32: 32}
 """As in ``numbers.h``."""
@@ -57,39 +68,27 @@ class NotBuilt(RuntimeError):
 
 
 def library_path() -> Path:
-    """Where the library for this machine lies, or would."""
+    """Where the library for this machine lies, or would: ``kernels`` in ``$ARKV_CACHE``, else ``arkv`` in
+    ``$XDG_CACHE_HOME`` or ``~/.cache``."""
     digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in [*_HEADERS, *_SOURCES]))
-    for part in (*_OPTIONS, _processor(), torch.__version__, *map(str, _openmp())):
+    for part in (*_OPTIONS, _processor(), _c_library(), torch.__version__, *map(str, _openmp())):
         digest.update(part.encode() + b"\0")
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    paths = [
-        folder / f"native-{digest.hexdigest()[:16]}.so" for folder in (_FOLDER / "__pycache__", Path(caches) / "arkv")
-    ]
-    for path in paths:
-        if path.exists():
-            return path
-    return next((path for path in paths if _is_writable(path.parent)), paths[-1])
-
-
-def _is_writable(folder: Path) -> bool:
-    """Whether files can be made in ``folder``, which need not be there yet."""
-    while not folder.exists():
-        folder = folder.parent
-    return os.access(folder, os.W_OK)
+    if own := os.environ.get("ARKV_CACHE"):
+        folder = Path(os.path.expanduser(own)) / "kernels"
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "arkv"
+    return folder / f"native-{digest.hexdigest()[:16]}.so"
 
 
 def build() -> Path:
-    """Compile the library unless it is there. Raises :class:`NotBuilt`."""
+    """Compile the library unless it is there, once for all processes that ask. Raises :class:`NotBuilt`."""
     path = library_path()
     if path.exists():
         return path
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        space = tempfile.TemporaryDirectory(dir=path.parent)
-    except OSError as error:
-        raise NotBuilt(f"{path.parent} cannot be written: {error}") from None
-    with space as name:
+    with _alone(path), tempfile.TemporaryDirectory(dir=path.parent) as name:
+        if path.exists():  # by another process, in the meantime
+            return path
         objects, linked = [Path(name) / f"{source.stem}.o" for source in _SOURCES], Path(name) / "native.so"
         # In two steps: torch's own OpenMP, which has its threads already, is linked, not the compiler's.
         openmp = [str(path) for path in _openmp()] or ["-fopenmp"]
@@ -109,6 +108,25 @@ def build() -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold the lock of the library ``path``, whose folder is made; :class:`NotBuilt` where it cannot be written."""
+    lock = path.with_suffix(".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise NotBuilt(f"{path.parent} cannot be written: {error}; set ARKV_CACHE") from None
+    with file:
+        if fcntl is not None:  # else several may compile, and the last one's stays
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # Whoever waits for it still finds the library there, before it would compile.
+            lock.unlink(missing_ok=True)
+
+
 def _openmp() -> list[Path]:
     """The OpenMP library that torch brings along; none where it uses the system's."""
     root = Path(torch.__file__).parent
@@ -125,13 +143,29 @@ def _processor() -> str:
     return f"{platform.machine()} {sorted(set(found))}"
 
 
+def _c_library() -> str:
+    """The C library and its version: what is linked with a newer one does not load with an older one."""
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION") or ""
+    except (AttributeError, ValueError, OSError):
+        return platform.system()
+
+
 @cache
 def library() -> ctypes.CDLL | None:
-    """The functions, if they have been built for this machine."""
-    path = library_path()
-    if not path.exists() or sys.byteorder != "little":
+    """The functions, compiled first where they are not there; None where that cannot be done, which the log says."""
+    if sys.byteorder != "little":
         return None
-    found = ctypes.CDLL(str(path))
+    path = library_path()
+    try:
+        if not path.exists():
+            logger.info("compiling the CPU kernels into %s, once for this machine", path.parent)
+            build()
+        found = ctypes.CDLL(str(path))
+    except (NotBuilt, OSError) as error:
+        why = str(error).partition("\n")[0]
+        logger.warning("no CPU kernels, so that torch's operations serve, which are slower: %s", why)
+        return None
     for name, arguments in _ARGUMENTS.items():
         getattr(found, name).argtypes = arguments
     for name in ("arkv_attend", "arkv_smooth", "arkv_summary_space", "arkv_has_tiles"):
@@ -140,5 +174,5 @@ def library() -> ctypes.CDLL | None:
 
 
 def is_built() -> bool:
-    """Whether :func:`library` is there."""
-    return library() is not None
+    """Whether the functions are there, without compiling them."""
+    return library_path().exists()

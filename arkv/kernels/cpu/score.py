@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from arkv.kernels.cpu.building import NUMBER_TYPES, is_built, library
+from arkv.kernels.cpu.building import NUMBER_TYPES, library
 
 if TYPE_CHECKING:
     from arkv.scores.attention import Summary
@@ -38,7 +38,7 @@ class _Summary(ctypes.Structure):
 
 def supported(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether :func:`summarize` can serve queries and keys of ``dtype``."""
-    return device.type == "cpu" and dtype in NUMBER_TYPES and is_built()
+    return device.type == "cpu" and dtype in NUMBER_TYPES and library() is not None
 
 
 @cache

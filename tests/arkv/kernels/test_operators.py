@@ -55,6 +55,7 @@ def step(mine: Case, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 @pytest.fixture
 def unbuilt(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
     monkeypatch.setattr(building, "library_path", lambda: tmp_path / "nothing.so")
+    monkeypatch.setenv("CC", "nowhere-cc")
     building.library.cache_clear()
     yield
     building.library.cache_clear()
