@@ -175,9 +175,12 @@ class Press(Method):
         return known if len(known) == len(found) else None
 
     def planned_bytes(self, sizes: Sizes, tokens: int, asked: Asked) -> int | None:
-        """Of all tokens where a press only masks them."""
-        masks = any(PRESSES[part].masks for part in self.parts)
-        return sizes.full_bytes(tokens if masks else asked.kept(tokens))
+        """Of all tokens, and the places of those that are masked, where a press only masks them."""
+        kept = asked.kept(tokens)
+        if not any(PRESSES[part].masks for part in self.parts):
+            return sizes.full_bytes(kept)
+        place = 3 * torch.int64.itemsize
+        return sizes.full_bytes(tokens) + sizes.layers * sizes.kv_heads * (tokens - kept) * place
 
 
 def make_press(name: str) -> tuple[Press, str]:

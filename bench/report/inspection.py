@@ -74,11 +74,18 @@ def _number(value: float) -> str:
 
 def layer_table(found: Inspection) -> Lines:
     """Statistics, budget and states of each layer."""
+    counts = [(found.states == code).sum(dim=-1).float().mean(dim=-1).tolist() for code in (2, 1, 0)]
+    states = ["Original", "Quantized", "Evicted"]
+    meaning = "Original, Quantized, Evicted: tokens of the prompt after compression, means over KV heads"
+    if not found.statistics:
+        lines = [
+            [str(layer), *(f"{column[place]:.1f}" for column in counts)] for place, layer in enumerate(found.layers)
+        ]
+        return "Layers", ["layer", *states], lines, [meaning]
     headers = [
         *["layer", "entropy", "variance", "kurtosis", "OQ score", "OQ ratio"],
-        *["budget", "slots O", "slots Q", "Original", "Quantized", "Evicted"],
+        *["budget", "slots O", "slots Q", *states],
     ]
-    counts = [(found.states == code).sum(dim=-1).float().mean(dim=-1).tolist() for code in (2, 1, 0)]
     lines = [
         [
             str(item.layer),
@@ -92,8 +99,7 @@ def layer_table(found: Inspection) -> Lines:
     notes = [
         f"entropy, variance, kurtosis: of the attention of the last {found.window_size} prompt tokens over the others; "
         "OQ ratio: a layer's OQ score over the largest" + ("" if found.uses_oq else "; this method does not use it"),
-        "budget: tokens per KV head at model precision; slots O and Q: what it became beside the window; "
-        "Original, Quantized, Evicted: tokens of the prompt after compression, means over KV heads",
+        f"budget: tokens per KV head at model precision; slots O and Q: what it became beside the window; {meaning}",
     ]
     return "Layers", headers, lines, notes
 

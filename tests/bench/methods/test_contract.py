@@ -1,0 +1,203 @@
+"""What every method that is offered keeps to, one by one: those of the suite, of libraries, and of a plugin."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from transformers import cache_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from arkv import storage_bytes
+from bench.costs.plan import model_size
+from bench.costs.speed import SpeedBench
+from bench.engine.engine import Engine, Measurement
+from bench.extend import EVICTED, ORIGINAL, QUANTIZED, Method, keep_tokens
+from bench.methods.cell import Cell, Held
+from bench.methods.grid import OwnMethod, grid
+from bench.methods.hf import FP8_LAYER
+from bench.methods.names import BACKENDS, PRESSES, usable_presses
+from bench.methods.prompt import Prompt
+from bench.methods.reading import forward, record
+from bench.names import DESCRIPTIONS, FULL, HF, KVPRESS
+from tasks.base import Document, Generate
+
+LENGTH, STEPS = 203, 3
+TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
+"""Of the tiny model: layers, key and value, KV heads, head dim, bytes of a float."""
+
+
+class Newest(Method):
+    """As a plugin has it: nothing but what it must say."""
+
+    name = "newest"
+
+    def compress(self, model: Any, prompt: Prompt, budget: Any) -> Any:
+        kept = torch.arange(prompt.tokens - budget.tokens, prompt.tokens)
+        return keep_tokens(prompt, [kept for _ in prompt.layers])
+
+
+OWN = {"newest": OwnMethod(Newest(), "1")}
+LIBRARIES = [f"{HF}:{name}" for name in BACKENDS if name != "fp8" or hasattr(cache_utils, FP8_LAYER)]
+LIBRARIES += [f"{KVPRESS}:{name}" for name in usable_presses()]
+NEEDS = {name: name.partition(":")[0] for name in LIBRARIES}
+NEEDS |= {name: "hqq" if "hqq" in name else "optimum.quanto" for name in LIBRARIES if name.startswith(HF)}
+OFFERED = [*DESCRIPTIONS, *OWN, *LIBRARIES]
+
+
+@pytest.fixture(params=OFFERED)
+def cell(request: pytest.FixtureRequest) -> Cell:
+    """The method at a quarter of each prompt's bytes."""
+    name = request.param
+    if name in NEEDS and find_spec(NEEDS[name].partition(".")[0]) is None:
+        pytest.skip(f"{NEEDS[name]} is not installed")
+    (cell,) = grid([name], [{"cache_ratio": 0.25}], [8], None, {"budget_unit": "bytes"}, OWN)
+    return cell
+
+
+@pytest.fixture(autouse=True)
+def _no_trace(tiny: Any, cell: Cell) -> Iterator[None]:
+    """Afterwards the model, transformers and the random numbers are as they were."""
+
+    def trace() -> list[Any]:
+        model = tiny.model
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+        return [
+            dict(ALL_ATTENTION_FUNCTIONS.items()),
+            torch.get_rng_state().tolist(),
+            model.config.to_dict(),
+            [parameter.requires_grad for parameter in model.parameters()],
+            [parameter.grad for parameter in model.parameters()],
+            [{*vars(module), *module._modules} for module in model.modules()],
+            [[list(getattr(module, name)) for name in hooks] for module in model.modules()],
+            [parameter.sum().item() for parameter in model.parameters()],
+        ]
+
+    # What comes with the import of a library is no method's.
+    before = trace()
+    yield
+    assert trace() == before
+
+
+def prompt_ids(seed: int = 0, length: int = LENGTH) -> list[int]:
+    return torch.randint(1, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.inference_mode()
+def recorded(tiny: Any, cell: Cell) -> Prompt:
+    (prompt,) = record(tiny.model, [prompt_ids()], cell.recorded_queries)
+    return prompt
+
+
+@torch.inference_mode()
+def decode(tiny: Any, cell: Cell, cache: Any, steps: int = STEPS) -> torch.Tensor:
+    """Logits [T, V] behind given tokens."""
+    with cell.decoding(tiny.model, [cache]):
+        return torch.cat([forward(tiny.model, [cache], [[5 + step]])[0] for step in range(steps)])
+
+
+def counts(held: Held) -> tuple[float, float, float]:
+    return held.original, held.quantized, held.evicted
+
+
+@torch.inference_mode()
+def test_the_budget_the_states_and_what_follows(tiny: Any, cell: Cell) -> None:
+    prompt = recorded(tiny, cell)
+    made = cell.compress(tiny.model, prompt)
+    held = cell.held(made.cache, prompt)
+    assert made.logits is not None
+    assert made.logits.shape == (1, tiny.model.config.vocab_size)
+    assert made.kv_bytes == held.kv_bytes == storage_bytes(made.cache)
+    assert held.full_kv_bytes == LENGTH * TOKEN_BYTES
+    assert sum(counts(held)) == pytest.approx(LENGTH)
+    assert min(counts(held)) >= 0
+    # Something is really compressed, and what quantizes says so.
+    assert (held.quantized + held.evicted > 0) is (cell.method != FULL)
+    assert (held.quantized > 0) is cell.quantizes
+    # Bytes within the budget, or the excess is said in words.
+    most = held.full_kv_bytes if not cell.impl.has_budget else cell.asked.of(prompt).nbytes
+    over = held.kv_bytes > 1.02 * most
+    masks = any(PRESSES[part].masks for part in getattr(cell.impl, "parts", ()))
+    assert over is masks
+    assert cell.impl.limits or not (over or (cell.method.startswith(HF) and not cell.impl.has_budget))
+    # Decoding goes on from it, every token counted once.
+    decode(tiny, cell, made.cache)
+    after = cell.held(made.cache, prompt)
+    assert sum(counts(after)) == pytest.approx(LENGTH + STEPS)
+    assert after.full_kv_bytes == (LENGTH + STEPS) * TOKEN_BYTES
+
+
+@torch.inference_mode()
+def test_a_fork_goes_its_own_way(tiny: Any, cell: Cell) -> None:
+    prompt = recorded(tiny, cell)
+    cache = cell.compress(tiny.model, prompt).cache
+    before = cell.held(cache, prompt)
+    with cell.decoding(tiny.model, [cache]):
+        first, second = cell.fork(cache), cell.fork(cache)
+    ahead = decode(tiny, cell, first)
+    assert cell.held(cache, prompt) == before
+    assert torch.equal(decode(tiny, cell, second), ahead)
+    assert torch.equal(decode(tiny, cell, cache), ahead)
+    assert torch.isfinite(ahead).all()
+
+
+@torch.inference_mode()
+def test_the_states_map_is_what_is_counted(tiny: Any, cell: Cell) -> None:
+    prompt = recorded(tiny, cell)
+    cache = cell.compress(tiny.model, prompt).cache
+    for _ in range(2):
+        codes, held = cell.states(cache), cell.held(cache, prompt)
+        if codes is None:
+            # A press leaves no sign of the tokens that it has removed.
+            assert cell.method.startswith(KVPRESS)
+            assert held.kv_bytes < held.full_kv_bytes
+            return
+        assert list(codes) == [0, 1]
+        for code, count in ((ORIGINAL, held.original), (QUANTIZED, held.quantized), (EVICTED, held.evicted)):
+            shares = [float((item == code).float().sum(dim=-1).mean()) for item in codes.values()]
+            assert sum(shares) / 2 == pytest.approx(count)
+        decode(tiny, cell, cache)
+
+
+def test_documents_side_by_side_are_answered_as_alone(tiny: Any, cell: Cell) -> None:
+    questions = [
+        Document(id=str(seed), request=Generate(prompt_ids=tuple(prompt_ids(seed, length)), max_new_tokens=4))
+        for seed, length in ((1, LENGTH), (2, 150))
+    ]
+    found: list[Mapping[str, Measurement]] = []
+    for batch_size in (1, 2):
+        engine = Engine(tiny.model, tiny.tokenizer, [cell], batch_size=batch_size)
+        outcomes = list(engine.answer_batch([(question, [cell]) for question in questions]))
+        assert all(isinstance(item, Measurement) for _, item in outcomes), outcomes
+        found.append({question.id: item for question, item in outcomes if isinstance(item, Measurement)})
+    times = dict.fromkeys(("prefill_s", "compress_s", "ttft_ms", "decode_s", "tpot_ms"), 0.0)
+    for name, alone in found[0].items():
+        one, other = (asdict(replace(item, cell=None, **times)) for item in (alone, found[1][name]))  # type: ignore[arg-type]
+        one["oq_ratios"] = pytest.approx(one["oq_ratios"], rel=1e-3)
+        assert one == other
+
+
+def test_it_is_timed_and_planned(tiny: Any, cell: Cell) -> None:
+    bench = SpeedBench(tiny.model, [cell], prompt_ids(), new_tokens=2)
+    timings = list(bench.measure(LENGTH, 0))
+    assert [timing.method for timing in timings] == ([FULL] if cell.method == FULL else [FULL, cell.method])
+    mine = timings[-1]
+    assert mine.kv_bytes <= timings[0].kv_bytes * 1.3
+    planned = cell.planned_bytes(model_size(tiny, "float32"), LENGTH)
+    if planned is None:
+        assert cell.quantizes
+    else:
+        assert 0.4 * planned <= mine.kv_bytes <= 1.1 * planned + 3 * TOKEN_BYTES
+
+
+def test_a_cell_reaches_another_process(cell: Cell) -> None:
+    again = pickle.loads(pickle.dumps(cell))
+    assert again == cell
+    assert (again.label, again.quant_format, again.recorded_queries) == (
+        *(cell.label, cell.quant_format, cell.recorded_queries),
+    )
