@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from bench.methods.base import Method
 
 
 class What(str, Enum):
@@ -31,14 +34,18 @@ def list_things(
     rows: list[tuple[str, ...]]
     failures: list[dict[str, str]] = []
     if what is What.METHODS:
-        from bench.methods import plugins
-        from bench.methods.names import descriptions
+        from importlib.metadata import entry_points
 
-        found = plugins.Plugins(_split(plugin))
-        found.load_installed(plugins.METHODS)
-        failures = found.failures
+        from bench.methods.names import METHOD_GROUP, descriptions
+
         rows = list(descriptions())
-        rows += [(name, own.method.description or "a method of a plugin") for name, own in found.methods.items()]
+        if plugin or entry_points(group=METHOD_GROUP):
+            from bench.methods import plugins
+
+            found = plugins.Plugins(_split(plugin))
+            found.load_installed(plugins.METHODS)
+            failures = found.failures
+            rows += [(name, _described(own.method)) for name, own in found.methods.items()]
     elif what is What.TASKS:
         from bench.harness import tasks as harness
         from bench.methods import plugins
@@ -82,6 +89,12 @@ def list_things(
         typer.echo(f"arkv-bench: plugin {failure['plugin']}: {failure['error']}", err=True)
     if failures:
         raise typer.Exit(1)
+
+
+def _described(method: Method) -> str:
+    """A plugin's method in a line."""
+    text = method.description or "a method of a plugin"
+    return f"{text}: {method.limits}" if method.limits else text
 
 
 def _split(files: list[str] | None) -> list[str]:

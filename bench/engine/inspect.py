@@ -373,7 +373,7 @@ def cells_to_map(folder: Path, model: str, task: str, document: Document, cells:
     }
     if len(prompt_of(document)[0]) < 2:
         return []
-    return [cell for cell in cells if cell.method != FULL and cell.key not in known]
+    return [cell for cell in cells if cell.method != FULL and cell.impl.knows_states and cell.key not in known]
 
 
 @torch.inference_mode()

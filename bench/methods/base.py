@@ -77,6 +77,9 @@ class Method(ABC):
     has_budget: bool = True
     """False for a method of one size: it is measured once, whatever budgets are asked for."""
 
+    knows_states: bool = True
+    """False for a method whose caches never know which tokens they hold, so that nobody asks for :meth:`states`."""
+
     # --- Before the prompt is read ---
 
     queries: int = 32

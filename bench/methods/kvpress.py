@@ -77,10 +77,17 @@ class Press(Method):
     one_by_one = True
 
     def __init__(self, name: str) -> None:
+        _classes(name)
         self.name = name
         self.limits = limits_of(name)
         self.parts = name.partition(":")[2].split("+")
-        _classes(name)
+        # What is removed leaves no sign of which tokens these were.
+        self.knows_states = self._masks
+
+    @property
+    def _masks(self) -> bool:
+        """Whether tokens stay stored and are masked."""
+        return any(PRESSES[part].masks for part in self.parts)
 
     def compress(self, model: PreTrainedModel, prompt: Prompt, budget: Budget) -> Cache:
         """The cache alone, of a prefill of the press's own."""
@@ -177,7 +184,7 @@ class Press(Method):
     def planned_bytes(self, sizes: Sizes, tokens: int, asked: Asked) -> int | None:
         """Of all tokens, and the places of those that are masked, where a press only masks them."""
         kept = asked.kept(tokens)
-        if not any(PRESSES[part].masks for part in self.parts):
+        if not self._masks:
             return sizes.full_bytes(kept)
         place = 3 * torch.int64.itemsize
         return sizes.full_bytes(tokens) + sizes.layers * sizes.kv_heads * (tokens - kept) * place

@@ -20,6 +20,9 @@ BACKENDS: Mapping[str, tuple[str, int]] = {
 }
 """Backend of transformers and bits of each ``hf:`` method."""
 
+METHOD_GROUP, TASK_GROUP = "arkv_bench.methods", "arkv_bench.tasks"
+"""Entry points by which installed packages offer methods and tasks."""
+
 
 @dataclass(frozen=True)
 class Press:
@@ -96,6 +99,11 @@ PRESSES: Mapping[str, Press] = {
 A test holds the table to the installed library."""
 
 
+AT_PREFILL = "compresses at prefill only, the answer's tokens come on top"
+MASKS = f"masks tokens of single heads, which stay stored, so that it frees no bytes; {AT_PREFILL}"
+"""What a press cannot meet."""
+
+
 def library_of(method: str) -> str | None:
     """The library that a method's name asks for: ``hf:fp8`` is one of ``hf``. None for a plain name."""
     library, colon, _ = method.partition(":")
@@ -105,6 +113,10 @@ def library_of(method: str) -> str | None:
 def limits_of(method: str) -> str:
     """What a method cannot meet, by its name alone; empty where nothing is known."""
     library = library_of(method)
+    if library == KVPRESS:
+        parts = method.partition(":")[2].split("+")
+        masks = any(PRESSES[part].masks for part in parts if part in PRESSES)
+        return MASKS if masks else AT_PREFILL
     return LIMITS.get(method) or LIMITS.get(library or "", "")
 
 

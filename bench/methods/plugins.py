@@ -27,12 +27,13 @@ from typing import Any
 from bench.errors import OthersCode, UserError, show_traceback
 from bench.methods.base import Method
 from bench.methods.grid import OwnMethod, is_known
+from bench.methods.names import METHOD_GROUP, TASK_GROUP
 from bench.settings.variants import Variant
 from tasks.base import Answer, Document, Evaluation, Metric, Task, TaskGroup, TaskSettings
 from tasks.registry import TASKS as BUILT_IN_TASKS
 from tasks.registry import TaskSource
 
-METHODS, TASKS = "arkv_bench.methods", "arkv_bench.tasks"
+METHODS, TASKS = METHOD_GROUP, TASK_GROUP
 """Groups of entry points."""
 
 

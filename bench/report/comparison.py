@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bench.judge.comparison import by_budget, not_exercised
-from bench.names import BUDGET_UNITS, FULL, KVPRESS, LIMITS, TRISTATE
+from bench.methods.names import limits_of
+from bench.names import BUDGET_UNITS, FULL, TRISTATE
 from bench.report.columns import TOLERANCE, budget_cell, off_budget
 from bench.report.rows import Row
 from bench.report.wording import percent_text, score_text
@@ -77,8 +78,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 def _why_off(row: Row) -> str:
     """Why a method does not stand at the bytes asked for; empty where nothing here knows."""
-    if row["method"].startswith(KVPRESS):
-        return f"{KVPRESS} {LIMITS[KVPRESS]}"
+    if limits := limits_of(row["method"]):
+        return f"{row['method']}: {limits}"
     if row["method"] not in TRISTATE:
         return ""
     if row["kv_share_of_prompt"] > row["cache_ratio"]:

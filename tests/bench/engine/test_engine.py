@@ -203,6 +203,37 @@ def test_times_are_those_of_the_parts(tiny: Any) -> None:
     assert (single.generated_tokens, single.tpot_ms, single.decode_tokens_per_s) == (1, None, None)
 
 
+@pytest.mark.parametrize(
+    ("budget", "settings"),
+    [
+        ({"cache_size": 512}, {}),
+        ({"cache_size": 1024}, {"budget_unit": "bytes"}),
+        ({"cache_ratio": 0.25}, {"budget_unit": "bytes"}),
+        ({"cache_ratio": 1.0}, {}),
+    ],
+    ids=str,
+)
+def test_the_warm_up_compresses(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, budget: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    """With every cell, whatever its budget: else the first document would pay for what compression sets up once."""
+    grid_ = grid([*METHODS, "kvpress:knorm"], [budget], [], None, settings)
+    outcomes: list[Measurement | Failure] = []
+    original = Engine.answer
+
+    def noted(self: Engine, *arguments: Any) -> Any:
+        for outcome in original(self, *arguments):
+            outcomes.append(outcome)
+            yield outcome
+
+    monkeypatch.setattr(Engine, "answer", noted)
+    Engine(tiny.model, tiny.tokenizer, grid_).warm_up()
+    compressed = {item.cell.method: item.tokens_quantized + item.tokens_evicted for item in measured_only(outcomes)}
+    assert list(compressed) == [*METHODS, "kvpress:knorm"]
+    assert compressed.pop("full") == 0
+    assert min(compressed.values()) > 50
+
+
 # --- Scoring given texts ---
 
 

@@ -20,7 +20,8 @@ from bench.engine.inspect import (
     words,
 )
 from bench.errors import UserError
-from bench.methods.grid import tristate_cell
+from bench.extend import Method, keep_tokens
+from bench.methods.grid import OwnMethod, grid, tristate_cell
 from bench.methods.reading import record
 from bench.methods.states import EVICTED, ORIGINAL, QUANTIZED, state_codes
 from bench.report.inspection import to_html
@@ -91,6 +92,35 @@ def test_a_budget_that_holds_all(tiny: Any) -> None:
     assert not roomy.compressed
     assert all(word.kept == word.original == 4 for word in words(roomy))
     assert "Nothing was compressed" in to_html(roomy)
+
+
+class Newest(Method):
+    name = "newest"
+
+    def compress(self, model: Any, prompt: Any, budget: Any) -> Any:
+        kept = torch.arange(prompt.tokens - budget.tokens, prompt.tokens)
+        return keep_tokens(prompt, [kept for _ in prompt.layers])
+
+
+def test_a_method_of_a_plugin_is_looked_into_as_well(tiny: Any) -> None:
+    (cell,) = grid(["newest"], [{"cache_size": 64}], [], None, {}, {"newest": OwnMethod(Newest(), "1")})
+    ids = tiny.tokenizer(TEXT)["input_ids"]
+    names = {"model": "tiny", "source": "a text", "label": cell.label}
+    mine = inspect_prompt(tiny.model, tiny.tokenizer, cell, ids, steps=3, continuation=(5, 6, 7), names=names)
+    assert (mine.layers, mine.statistics) == ([0, 1], [])
+    assert bool((mine.states[..., :-64] == EVICTED).all())
+    assert bool((mine.states[..., -64:] == ORIGINAL).all())
+    assert [step.original for step in mine.steps] == [[65, 65], [66, 66], [67, 67]]
+    layers, changes, steps = Parsed(to_html(mine)).tables
+    assert [len(table) for table in (layers, changes, steps)] == [3, 3, 4]
+    assert layers[0] == ["layer", "Original", "Quantized", "Evicted"]
+
+
+def test_a_cache_that_does_not_know_its_tokens_says_so(tiny: Any) -> None:
+    (cell,) = grid(["kvpress:knorm"], [{"cache_size": 64}], [], None, {})
+    names = {"model": "tiny", "source": "a text", "label": cell.label}
+    with pytest.raises(UserError, match="kvpress:knorm: its cache does not know which tokens it holds"):
+        inspect_prompt(tiny.model, tiny.tokenizer, cell, tiny.tokenizer(TEXT)["input_ids"], steps=1, names=names)
 
 
 def test_words_are_the_text(tiny: Any, found: Inspection) -> None:
