@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from bench.commands.output import write
+import typer
+
+from bench.commands.output import say_newest, write
 from bench.errors import UserError
 from bench.settings.inspect import InspectConfig
 from bench.settings.options import PRESET, given, takes
@@ -16,22 +19,78 @@ if TYPE_CHECKING:
     from tasks.base import Document
 
 
+FIRST = ("cache_size", "cache_ratio", "window_size", "quant_format")
+"""Settings of which a run may have several, and a prompt has one."""
+BUDGETS = {"cache_size", "cache_ratio"}
+RUN_OF_PROMPT = Annotated[
+    Path | None, typer.Argument(metavar="RUN", help="A run to take model, prompt and method of.", show_default=False)
+]
+
+
 @takes(InspectConfig)
-def inspect(preset: PRESET = None, **typed: Any) -> None:
+def inspect(run: RUN_OF_PROMPT = None, preset: PRESET = None, **typed: Any) -> None:
     """Show what a method did to one prompt: statistics and budget of each layer, a map of the states, the words that
     were kept, and what decoding demoted and evicted.
 
+    With a run, or without --text and --task, the model, the prompt and the method are those of that run: its first task
+    and budget, mix or else its first method; what is typed wins.
+
+    [bold]arkv-bench inspect runs/demo --doc 2[/bold]
     [bold]arkv-bench inspect --text README.md --cache-size 512[/bold]
     [bold]arkv-bench inspect --task needle --doc 3 --cache-ratio 0.125 --budget-unit bytes --html look.html[/bold]
     """
     from bench.settings.presets import resolve
 
-    config, origin = resolve(given(typed), preset, InspectConfig)
+    flags = given(typed)
+    if run is not None or not flags.keys() & {"prompt_file", "task"}:
+        flags = _of_run(run, flags)
+    config, origin = resolve(flags, preset, InspectConfig)
     if (config.prompt_file is None) == (config.task is None):
         raise UserError("give --text FILE or --task NAME, one of them", exit_code=2)
     # A preset's folder is that of a run, and its tasks are those of one.
     outdir = config.outdir if origin["outdir"] == "flag" else None
     _inspect(config.changed(tasks=config.task or "needle", outdir=outdir))
+
+
+def _of_run(run: Path | None, typed: Mapping[str, Any]) -> dict[str, Any]:
+    """What was typed, with the settings of a run, or of the newest one, for what was not.
+
+    Raises:
+        UserError: no run, or one with nothing to inspect.
+    """
+    from bench.names import FULL
+    from bench.records.record import read_record
+    from bench.runs.kinds import newest_run
+    from bench.settings.fields import setting_of
+
+    if run is None:
+        try:
+            run = newest_run()
+        except UserError as error:
+            raise UserError(f"give --text FILE or --task NAME, or a run to take a document of: {error}", 2) from None
+        say_newest(run)
+    record = read_record(run)
+    taken: dict[str, Any] = {}
+    for name, value in record.settings.items():
+        field = InspectConfig.model_fields.get(name)
+        if field is None or name == "tasks" or (typed.keys() & BUDGETS and name in BUDGETS):
+            continue
+        if setting_of(field).flag_only or setting_of(field).affects not in ("answer", "grid"):
+            continue
+        taken[name] = value[:1] if name in ("model", *FIRST) and isinstance(value, list) else value
+    methods = [method for method in _listed(record.settings, "methods", "quant_type") if method != FULL]
+    tasks = [*record.tasks, *_listed(record.settings, "tasks")]
+    if not methods or not tasks:
+        raise UserError(f"{run} has measured nothing but {FULL}: give --methods NAME --cache-size N", exit_code=2)
+    taken["methods"] = ["mix"] if "mix" in methods else methods[:1]
+    if "prompt_file" not in typed:
+        taken["task"] = tasks[0]
+    return {**taken, **typed}
+
+
+def _listed(settings: Mapping[str, Any], *names: str) -> list[Any]:
+    """The list under the first of the names that there is."""
+    return next((list(settings[name]) for name in names if settings.get(name)), [])
 
 
 def _inspect(run: InspectConfig) -> None:
@@ -130,10 +189,12 @@ def _document(run: RunConfig, loaded: LoadedModel, doc: str) -> Document:
         names = ", ".join(task.name for task, _ in tasks[:5])
         raise UserError(f"--task={run.tasks[0]}: {len(tasks)} tasks; give one of {names}, ...", exit_code=2)
     ((task, _),) = tasks
-    samples = run.samples if number is None else max(run.samples, number + 1)
-    run = run.changed(limit=None if number is None else number + 1, samples=samples)
+    run = run.changed(limit=None if number is None else number + 1)
     documents = list(task.load(task_settings(run, loaded, task)))
     if number is not None:
+        if number >= len(documents):
+            # Of a generated task there are as many as are asked for.
+            documents = list(task.load(task_settings(run.changed(samples=number + 1), loaded, task)))
         if number >= len(documents):
             raise UserError(f"--doc={doc}: {task.name} has documents 0 to {len(documents) - 1}", exit_code=2)
         return documents[number]

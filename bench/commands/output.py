@@ -21,8 +21,13 @@ def named_or_newest(runs: Sequence[Path] | None) -> list[Path]:
     from bench.runs.kinds import newest_run
 
     newest = newest_run()
-    typer.echo(f"arkv-bench: no run named, so this is the newest one, {newest}", err=True)
+    say_newest(newest)
     return [newest]
+
+
+def say_newest(run: Path) -> None:
+    """Name the run that was taken because none was named."""
+    typer.echo(f"arkv-bench: no run named, so this is the newest one, {run}", err=True)
 
 
 def write(path: Path, text: str, *, quiet: bool = False) -> None:

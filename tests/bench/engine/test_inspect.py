@@ -191,6 +191,32 @@ def test_a_document_of_a_task(tiny_folder: Path, capsys: pytest.CaptureFixture[s
     assert "needle, 200-" in capsys.readouterr().out
 
 
+def test_a_document_of_a_run(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest one where none is named: its model, prompts and method; what is typed wins."""
+    monkeypatch.chdir(tmp_path)
+    grid = ["--methods", "full,origin,mix", "--cache-ratio", "0.5,0.25", "--window-size", "8,16", "--tasks", "needle"]
+    data = ["--lengths", "210,250", "--samples", "2", "--device", "cpu", "--dtype", "float32", "--seed", "3"]
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--model", str(tiny_folder), *grid, *data, "--outdir", "runs/mine"])
+    assert ended.value.code == 0
+    asked = {json.loads(line)["document"] for line in (tmp_path / "runs/mine/samples.jsonl").read_text().splitlines()}
+    for named, said in ([], "the newest one, runs/mine"), (["runs/mine", "--methods", "origin"], ""):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["inspect", *named, "--doc", "3", "--steps", "2", "--outdir", f"look{len(named)}"])
+        assert ended.value.code == 0
+        assert said in capsys.readouterr().err
+        details = json.loads((tmp_path / f"look{len(named)}" / "inspect.json").read_text())
+        assert details["document"] in asked
+        assert details["label"].startswith("origin" if named else "mix")
+        assert "50 %" in details["label"]
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", "runs/mine", "--cache-size", "40", "--steps", "2", "--outdir", "other"])
+    assert json.loads((tmp_path / "other" / "inspect.json").read_text())["label"].startswith("mix C=40")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said", "status"),
     [
