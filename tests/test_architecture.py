@@ -83,6 +83,69 @@ def calls(tree: ast.AST, *names: str) -> list[int]:
     ]
 
 
+FLOORS = (
+    {"errors", "names", "progress", "telemetry"},
+    {"files", "settings", "models", "harness"},
+    {"records", "methods"},
+    {"judge", "engine"},
+    {"executors"},
+    {"runs"},
+    {"costs", "search", "report"},
+    {"gate"},
+    {"commands"},
+    {"cli", "api"},
+)
+"""The folders and single files of bench, from the bottom: each uses only what stands on a lower floor."""
+PARTS_OF = {"extend": "methods"}
+"""A file beside the folders that belongs to one: what a plugin imports has a short name."""
+UPWARDS = {
+    ("engine", "runs"): "states maps are written by the engine's inspection",
+    ("executors", "runs"): "the hardware of a worker is told as that of the driver",
+    ("judge", "runs"): "the comparison of samples reads them as the run keeps them",
+    ("report", "costs"): "timings of speed are read where they are made",
+}
+"""What is not so yet, and why."""
+
+
+def room(module: str) -> str | None:
+    """The folder or file of bench that a module belongs to; None for others, and for bench itself."""
+    names = module.split(".")
+    return PARTS_OF.get(names[1], names[1]) if names[0] == "bench" and len(names) > 1 else None
+
+
+def used_rooms(tree: ast.AST, source: str) -> set[str]:
+    """What a file of bench imports of bench, outside its own room; ``from bench import errors`` too."""
+    modules = {module for module, _ in imports(tree, source)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "bench" and not node.level:
+            modules |= {f"bench.{alias.name}" for alias in node.names}
+    return {found for module in modules if (found := room(module)) is not None}
+
+
+def arrows() -> dict[tuple[str, str], list[str]]:
+    """Which room of bench uses which other one, with the files that do."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for source in SOURCES:
+        mine = room(source.removesuffix(".py").removesuffix("/__init__").replace("/", "."))
+        if mine is not None:
+            for other in used_rooms(parse(source), source) - {mine}:
+                found.setdefault((mine, other), []).append(source)
+    return found
+
+
+def test_every_room_of_bench_has_a_floor() -> None:
+    standing = {item for floor in FLOORS for item in floor}
+    rooms = {room(source.removesuffix(".py").removesuffix("/__init__").replace("/", ".")) for source in SOURCES}
+    assert standing == rooms - {None}
+
+
+def test_each_room_uses_what_stands_below_it() -> None:
+    floor_of = {item: number for number, floor in enumerate(FLOORS) for item in floor}
+    upwards = {arrow: files for arrow, files in arrows().items() if floor_of[arrow[1]] >= floor_of[arrow[0]]}
+    assert upwards.keys() - UPWARDS.keys() == set(), upwards
+    assert UPWARDS.keys() - upwards.keys() == set(), "these are mended: take them out of the list"
+
+
 def test_every_package_has_sources() -> None:
     assert {source.split("/")[0] for source in SOURCES} == set(PACKAGES)
 
@@ -124,6 +187,24 @@ def test_nothing_left_from_debugging(source: str) -> None:
 )
 def test_the_import_rule_itself(source: str, code: str, allowed: bool) -> None:
     assert (wrong_imports(ast.parse(code), source) == []) is allowed
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "used"),
+    [
+        (
+            "bench/report/page.py",
+            "from bench.report.runs import Run\nfrom bench.names import FULL",
+            {"report", "names"},
+        ),
+        ("bench/cli.py", "from bench import errors", {"errors"}),
+        ("bench/runs/run.py", "def f():\n    import bench.engine.engine", {"engine"}),
+        ("bench/runs/run.py", "from bench.extend import Method", {"methods"}),
+        ("bench/runs/run.py", "from tasks.base import Task", set()),
+    ],
+)
+def test_the_rule_of_floors_itself(source: str, code: str, used: set[str]) -> None:
+    assert used_rooms(ast.parse(code), source) == used
 
 
 @pytest.mark.parametrize(

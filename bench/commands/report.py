@@ -23,7 +23,7 @@ class Format(str, Enum):
 def report(
     runs: Annotated[
         list[Path] | None,
-        typer.Argument(help="Run folders. Default: the newest under runs.", metavar="RUN...", show_default=False),
+        typer.Argument(help="Run folders. Default: the newest under runs.", metavar="RUN", show_default=False),
     ] = None,
     format: Annotated[Format, typer.Option(help="terminal, markdown or csv.")] = Format.TERMINAL,
     against: Annotated[
