@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import csv
+import json
 import os
 import re
 import shutil
@@ -10,13 +12,16 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from email.message import Message
 from email.parser import Parser
+from importlib.metadata import PathDistribution, distribution
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.test_architecture import imports
 
@@ -112,12 +117,12 @@ def test_lm_eval_is_capped_below_its_next_minor() -> None:
 # What is built -------------------------------------------------------------------------------------------------------
 
 
-def run(*command: object, **options: Any) -> str:
+def run(*command: object, errors: bool = False, **options: Any) -> str:
     done = subprocess.run(
         list(map(str, command)), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, **options
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
-    return done.stdout
+    return done.stdout + (done.stderr if errors else "")
 
 
 class Built:
@@ -249,11 +254,19 @@ class Installed:
         folders = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
         shared.write_text("".join(f"{path}\n" for path in folders), encoding="utf-8")
 
-    def run(self, program: str, *arguments: object, under: Sequence[str] = ()) -> str:
-        """Outside of the repository, with nothing of it on the path, and a home of its own."""
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-        environment |= {"HOME": str(self.folder), "XDG_CACHE_HOME": str(self.folder / "cache")}
-        return run(*under, self.bin / program, *arguments, cwd=self.folder, env=environment)
+    def run(
+        self,
+        program: str,
+        *arguments: object,
+        under: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        errors: bool = False,
+    ) -> str:
+        """Outside of the repository, with nothing of it on the path, and a home of its own; ``errors`` adds stderr."""
+        more = dict(environment or {})
+        variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "ARKV"))}
+        variables |= {"HOME": str(self.folder), "XDG_CACHE_HOME": str(self.folder / "cache"), **more}
+        return run(*under, self.bin / program, *arguments, cwd=self.folder, env=variables, errors=errors)
 
 
 @pytest.fixture(scope="module")
@@ -299,3 +312,80 @@ def test_the_suite_answers_beside_the_library(built: Built, tmp_path: Path) -> N
     code = "import arkv, bench, tasks; print(arkv.__file__, bench.__file__, tasks.__file__)"
     places = [str(installed.packages / name / "__init__.py") for name in ("arkv", "bench", "tasks")]
     assert installed.run("python", "-c", code).split() == places
+
+
+class Required(Installed):
+    """An environment with both wheels and what they ask for, and what that asks for: no pip, no extras, no tools.
+
+    Those packages are links to the ones that the tests run with, so that nothing is downloaded.
+    """
+
+    def __init__(self, folder: Path, *wheels: Path) -> None:
+        self.folder = folder
+        run(sys.executable, "-m", "venv", "--without-pip", folder / "env")
+        self.bin = folder / "env" / "bin"
+        (self.packages,) = (folder / "env" / "lib").glob("python*/site-packages")
+        self.pip("install", "-q", "--no-deps", "--no-index", *wheels)
+        own = {wheel.name.split("-")[0].replace("_", "-") for wheel in wheels}
+        for name in self.needed(*wheels) - own:
+            for file in distribution(name).files or []:
+                source, target = Path(str(distribution(name).locate_file(file.parts[0]))), self.packages / file.parts[0]
+                if file.parts[0] != ".." and not target.exists():
+                    target.symlink_to(source.resolve())
+
+    def pip(self, *arguments: object) -> str:
+        """Pip from outside."""
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", self.bin / "python"]
+        return run(*pip, *arguments, cwd=self.folder)
+
+    def needed(self, *wheels: Path) -> set[str]:
+        """All that has to be installed, by canonical name."""
+        found: set[str] = set()
+        waiting: list[tuple[str, str]] = []
+
+        def ask(requirements: Sequence[str], extra: str) -> None:
+            for requirement in map(Requirement, requirements):
+                if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                    waiting.extend((canonicalize_name(requirement.name), part) for part in ("", *requirement.extras))
+
+        for wheel in wheels:
+            (about,) = self.packages.glob(f"{wheel.name.split('-')[0]}-*.dist-info")
+            ask(PathDistribution(about).requires or [], "")
+        seen: set[tuple[str, str]] = set()
+        while waiting:
+            name, extra = item = waiting.pop()
+            if item not in seen and not name.startswith("arkv"):
+                seen.add(item)
+                found.add(name)
+                ask(distribution(name).requires or [], extra)
+        return found
+
+
+@pytest.mark.slow
+def test_a_demo_in_an_empty_environment(built: Built, tmp_path: Path) -> None:
+    """As after `pip install arkv-bench`: no checkout, no pip, no extras; the kernels are compiled by the first use."""
+    from bench.models.storage import cache_root
+
+    installed = Required(tmp_path, built.wheel("arkv"), built.wheel("arkv_bench"))
+    assert "No broken requirements" in installed.pip("check")
+    absent = (
+        "from importlib.util import find_spec as f; print([n for n in ('pip', 'kvpress', 'optuna', 'pytest') if f(n)])"
+    )
+    assert installed.run("python", "-c", absent) == "[]\n"
+    # The model of this user's cache, or fetched into it.
+    (cache_root() / "models").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "models").symlink_to(cache_root() / "models")
+
+    few = ["--lengths", "600", "--samples", "2", "--continuation", "4", "--cache-ratio", "0.25"]
+    arguments = ["run", "--preset", "demo", *few, "--outdir", "runs/first"]
+    environment = {"ARKV_CACHE": str(tmp_path / "own"), "TQDM_DISABLE": "1"}
+    first = installed.run("arkv-bench", *arguments, environment=environment, errors=True)
+    record = json.loads((tmp_path / "runs" / "first" / "record.json").read_text())
+    assert record["hardware"]["cpu_kernel"] is (shutil.which("cc") is not None)
+    assert ("Compiling the CPU kernels" in first) is (shutil.which("cc") is not None)
+    with open(tmp_path / "runs" / "first" / "results.csv", newline="") as file:
+        methods = {row["method"] for row in csv.DictReader(file)}
+    assert {"full", "window", "mix"} <= methods
+    assert "mix" in installed.run("arkv-bench", "report", environment=environment)
+    assert "Compiling" not in installed.run("arkv-bench", "doctor", environment=environment, errors=True)
