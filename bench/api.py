@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     import pandas
     from rich.console import Console
 
-    from bench.gate.check import Report
+    from bench.gate.findings import Report
     from bench.models.loading import LoadedModel
     from bench.records.record import Record
+    from bench.records.row import Row
     from bench.records.sample import Sample
-    from bench.report.rows import Row
 
 LOADED_ALREADY = ("dtype", "device", "device_map", "model_kwargs", "trust_remote_code")
 """Settings about the loading of a model, which mean nothing for one that is loaded."""
@@ -71,7 +71,7 @@ class Results:
         import pandas
 
         if what == "rows":
-            return pandas.DataFrame(self.rows)
+            return pandas.DataFrame([row.model_dump(exclude={"run"}) for row in self.rows])
         if what != "samples":
             raise UserError(f"to_pandas({what!r}): give 'rows' or 'samples'", exit_code=2)
         from dataclasses import asdict
@@ -102,19 +102,22 @@ class Results:
 
         Args:
             baseline: results, or a folder of a run or a baseline.
-            tolerances: fields of :class:`bench.gate.check.Tolerances`.
+            tolerances: fields of :class:`bench.gate.findings.Tolerances`.
 
         Raises:
             UserError: the two must not be compared.
         """
         from rich.console import Console
 
-        from bench.gate import check as gate
+        from bench.gate.comparing import check
+        from bench.gate.findings import Tolerances
+        from bench.gate.reading import read
+        from bench.gate.writing import lines, summary
 
         folder = baseline.path if isinstance(baseline, Results) else Path(baseline)
-        report = gate.check(gate.read(self.path), gate.read(folder), gate.Tolerances(**tolerances))
+        report = check(read(self.path), read(folder), Tolerances(**tolerances))
         console = Console()
-        for line in (*gate.lines(report), gate.summary(report)):
+        for line in (*lines(report), summary(report)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         return report
 
@@ -142,7 +145,7 @@ def load_run(path: str | Path | None = None) -> Results:
         UserError: no run folder, or a file of it is damaged.
     """
     from bench.records.record import read_record
-    from bench.report.rows import read_results
+    from bench.records.row import read_results
 
     folder = newest_run() if path is None else Path(path)
     return Results(folder, read_results(folder), read_record(folder))
@@ -183,7 +186,7 @@ def evaluate(
     from rich.console import Console
 
     from bench.records.record import read_record
-    from bench.report.rows import read_results
+    from bench.records.row import read_results
     from bench.runs.run import execute
     from bench.settings.presets import resolve
 

@@ -12,9 +12,7 @@ A text is ``pydoc`` (the English reference text that comes with Python), a plain
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
-import io
 import json
 import time
 from pathlib import Path
@@ -23,6 +21,9 @@ from typing import Any
 import torch
 
 from arkv import CacheConfig, PrefillCache, TriStateCache, attach
+from bench.files.csv_ import csv_text
+from bench.files.json_ import json_text
+from bench.files.text import write_atomic
 from bench.models.loading import load
 from bench.runs import folder as records
 
@@ -133,11 +134,7 @@ def main() -> None:
             )
     if options.outdir is not None:
         options.outdir.mkdir(parents=True, exist_ok=True)
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        records.write_atomic(options.outdir / "fidelity.csv", buffer.getvalue())
+        write_atomic(options.outdir / "fidelity.csv", csv_text(COLUMNS, rows, digits=None))
         record = {
             "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()},
             "texts_sha256": hashes,
@@ -147,7 +144,7 @@ def main() -> None:
         }
         record["settings"]["text"] = sorted(hashes)
         record["settings"]["outdir"] = options.outdir.name
-        records.write_atomic(options.outdir / "record.json", json.dumps(record, indent=2) + "\n")
+        write_atomic(options.outdir / "record.json", json_text(record))
 
 
 if __name__ == "__main__":

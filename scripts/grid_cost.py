@@ -15,9 +15,6 @@ it counted so often is given too, and the other one, which is stricter, is the r
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,9 @@ from rich.console import Console
 
 from bench.engine.engine import Engine, Failure
 from bench.errors import UserError
+from bench.files.csv_ import csv_text
+from bench.files.json_ import json_text
+from bench.files.text import write_atomic
 from bench.methods.grid import Cell, grid
 from bench.models.loading import LoadedModel, load
 from bench.names import FULL
@@ -150,12 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     options.outdir.mkdir(parents=True, exist_ok=True)
-    records.write_atomic(options.outdir / "grid_cost.csv", buffer.getvalue())
+    write_atomic(options.outdir / "grid_cost.csv", csv_text(COLUMNS, rows, digits=None))
     record = {
         "settings": {**vars(options), "outdir": options.outdir.name},
         "cells": {cell.key: cell.label for cell in cells},
@@ -164,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "model": {"name": model.name, "fingerprint": model.fingerprint, "dtype": model.dtype, "device": model.device},
         **records.environment(),
     }
-    records.write_atomic(options.outdir / "record.json", json.dumps(record, indent=2) + "\n")
+    write_atomic(options.outdir / "record.json", json_text(record))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ is not as it must be.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import io
 import json
 import sys
 import tempfile
@@ -30,6 +28,9 @@ from lm_eval.models.huggingface import HFLM
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bench.engine.engine import Engine, Failure
+from bench.files.csv_ import csv_text
+from bench.files.json_ import json_text
+from bench.files.text import write_atomic
 from bench.harness.task import HarnessTask
 from bench.methods.grid import full_cell, grid
 from bench.models.loading import load
@@ -217,12 +218,9 @@ def main() -> None:
                 print("passed" if row.passed else "FAILED", row, flush=True)
     if options.outdir is not None:
         options.outdir.mkdir(parents=True, exist_ok=True)
-        buffer = io.StringIO()
-        columns = [field.name for field in dataclasses.fields(Row)]
-        writer = csv.DictWriter(buffer, [*columns, "passed"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**dataclasses.asdict(row), "passed": row.passed} for row in rows)
-        records.write_atomic(options.outdir / "parity.csv", buffer.getvalue())
+        columns = [*(field.name for field in dataclasses.fields(Row)), "passed"]
+        lines = [{**dataclasses.asdict(row), "passed": row.passed} for row in rows]
+        write_atomic(options.outdir / "parity.csv", csv_text(columns, lines, digits=None))
         record = {
             "command": "scripts/parity.py",
             "started": started,
@@ -231,7 +229,7 @@ def main() -> None:
             "model": {"name": smollm2.name, "fingerprint": smollm2.fingerprint, "dtype": smollm2.dtype},
             **records.environment(),
         }
-        records.write_atomic(options.outdir / "record.json", json.dumps(record, indent=2) + "\n")
+        write_atomic(options.outdir / "record.json", json_text(record))
     sys.exit(not all(row.passed for row in rows))
 
 

@@ -11,10 +11,7 @@ cold L2 cache. Writes ``kernels.csv`` and ``record.json``.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
-import io
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -30,6 +27,9 @@ from arkv.formats.base import CENTER_DTYPE
 from arkv.kernels import gpu, twin
 from arkv.pools import Part, Plane, Pool
 from arkv.store import Store
+from bench.files.csv_ import csv_text
+from bench.files.json_ import json_text
+from bench.files.text import write_atomic
 from bench.runs import folder as records
 
 COLUMNS = ["attention", "quant_format", "context_length", "kv_bytes", "max_error", "repetition", "ms"]
@@ -150,14 +150,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> Table:
 def write(outdir: Path, rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
     """``kernels.csv`` and ``record.json``."""
     outdir.mkdir(parents=True, exist_ok=True)
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    records.write_atomic(outdir / "kernels.csv", buffer.getvalue())
+    write_atomic(outdir / "kernels.csv", csv_text(COLUMNS, rows, digits=None))
     settings = {**vars(options), "outdir": outdir.name}
     record = {"settings": settings, "finished": records.now(), **records.environment()}
-    records.write_atomic(outdir / "record.json", json.dumps(record, indent=2) + "\n")
+    write_atomic(outdir / "record.json", json_text(record))
 
 
 @torch.inference_mode()

@@ -11,12 +11,13 @@ model counts for neither.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.files.json_ import json_text
+from bench.files.text import write_atomic
 from bench.models.loading import LoadedModel, load
 from bench.runs import folder as records
 from bench.search.config import TuneConfig
@@ -95,7 +96,7 @@ def main() -> None:
             "model": {"name": model.name, "fingerprint": model.fingerprint, "dtype": model.dtype},
             **records.environment(),
         }
-        records.write_atomic(options.outdir / "time.json", json.dumps(record, indent=2) + "\n")
+        write_atomic(options.outdir / "time.json", json_text(record))
 
 
 if __name__ == "__main__":

@@ -66,10 +66,13 @@ def check(
         raise UserError("give --against FOLDER, the baseline: a folder that --update wrote, or another run", 2)
     (folder,) = named_or_newest([run] if run is not None else None)
 
-    from bench.gate import check as gate
+    from bench.gate.comparing import check as compare
+    from bench.gate.findings import Tolerances
+    from bench.gate.reading import read, write_baseline
+    from bench.gate.writing import lines, summary, to_markdown
     from bench.report.wording import bytes_text
 
-    tolerances = gate.Tolerances(
+    tolerances = Tolerances(
         score=score_tolerance,
         divergence=kl_tolerance,
         kv_bytes=bytes_tolerance,
@@ -77,14 +80,14 @@ def check(
         judge_speed=not no_speed,
     )
     if update:
-        size = gate.write_baseline(folder, against)
+        size = write_baseline(folder, against)
         typer.echo(f"wrote {against}, {bytes_text(size)}")
         return
-    report = gate.check(gate.read(folder), gate.read(against), tolerances, partial=partial)
-    for line in gate.lines(report):
+    report = compare(read(folder), read(against), tolerances, partial=partial)
+    for line in lines(report):
         typer.echo(line)
-    typer.echo(gate.summary(report))
-    text = gate.to_markdown(report)
+    typer.echo(summary(report))
+    text = to_markdown(report)
     if markdown is not None:
         write(markdown, text, quiet=True)
     if summary_file := os.environ.get("GITHUB_STEP_SUMMARY"):

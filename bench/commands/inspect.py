@@ -94,15 +94,15 @@ def _listed(settings: Mapping[str, Any], *names: str) -> list[Any]:
 
 
 def _inspect(run: InspectConfig) -> None:
-    import json
-
     from rich.console import Console
 
-    from bench.engine.inspect import inspect_prompt, prompt_of, states_map, write_maps
+    from bench.engine.inspect import inspect_prompt, prompt_of, states_map
+    from bench.files.json_ import json_text, known_numbers
     from bench.methods.grid import grid
     from bench.methods.plugins import Plugins
     from bench.models.loading import load
     from bench.names import FULL
+    from bench.records.states import MapRecord, write_maps
     from bench.report.inspection import print_inspection, to_html
     from bench.runs import folder as records
     from bench.runs.kinds import INSPECTION, claim
@@ -149,16 +149,16 @@ def _inspect(run: InspectConfig) -> None:
             raise UserError(f"--outdir {outdir}: cannot be made ({error.strerror})") from None
         where = {"model": loaded.name, "task": "text" if text is not None else run.tasks[0], "document": document_id}
         shown = {**where, "cell": cell.key, "label": cell.label}
-        write_maps(outdir, [{**shown, "map": states_map(found.states, found.layers)}])
+        write_maps(outdir, [MapRecord(**shown, map=states_map(found.states, found.layers))])
         details = {
             **shown,
             "command": records.command_line(),
             "fingerprint": loaded.fingerprint,
             "prompt_tokens": found.prompt_tokens,
-            "layers": [vars(item) for item in found.statistics],
+            "layers": [known_numbers(vars(item)) for item in found.statistics],
             "steps": [vars(step) for step in found.steps],
         }
-        write(outdir / "inspect.json", json.dumps(details, ensure_ascii=False, indent=1) + "\n")
+        write(outdir / "inspect.json", json_text(details, indent=1))
 
 
 def _read(path: Path, tokens: int | None, loaded: LoadedModel, steps: int) -> tuple[int, ...]:

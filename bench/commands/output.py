@@ -7,8 +7,6 @@ from pathlib import Path
 
 import typer
 
-from bench.errors import UserError
-
 
 def named_or_newest(runs: Sequence[Path] | None) -> list[Path]:
     """The folders that were typed, or the newest run, which a line on standard error names.
@@ -31,18 +29,13 @@ def say_newest(run: Path) -> None:
 
 
 def write(path: Path, text: str, *, quiet: bool = False) -> None:
-    """Write a file that was asked for, and say so unless ``quiet``.
+    """Write a file that was asked for, its folder too, and say so unless ``quiet``.
 
     Raises:
         UserError: it cannot be written.
     """
-    from bench.runs.folder import write_atomic
+    from bench.files.text import write_output
 
-    try:
-        write_atomic(path, text)
-    except OSError as error:
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: cannot be written (there is no folder {path.parent})") from None
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    write_output(path, text)
     if not quiet:
         typer.echo(f"wrote {path}")

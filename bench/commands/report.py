@@ -68,9 +68,10 @@ def report(
             _write_page(folders, html, figures)
         if output is None:
             return
+    from bench.records.row import read_results
     from bench.report import against as published
     from bench.report import averages
-    from bench.report.rows import headline, read_results
+    from bench.report.rows import headline, run_names
     from bench.report.terminal import print_comparison
     from bench.report.writing import to_csv, to_markdown
 
@@ -91,7 +92,7 @@ def report(
     if pairs is not None:
         text = published.to_csv(pairs) if format is Format.CSV else published.to_markdown(pairs)
     elif format is Format.CSV:
-        text = to_csv(tables)
+        text = to_csv(dict(zip(run_names(folders), tables, strict=True)))
     else:
         text = to_markdown([headline(table) for table in tables]) + "".join(
             f"\n{averages.to_markdown(table)}" for table in tables
@@ -103,7 +104,8 @@ def report(
 
 
 def _write_latex(runs: list[Path], latex: Path) -> None:
-    from bench.report.rows import headline, read_results
+    from bench.records.row import read_results
+    from bench.report.rows import headline
     from bench.report.writing import to_latex
 
     write(latex, to_latex([headline(read_results(path)) for path in runs]))

@@ -82,7 +82,7 @@ def _summarize(outcome: Outcome, console: Console) -> None:
     if asked_for := headline(outcome.rows):
         print_comparison([asked_for], console)
         print_averages(outcome.rows, console)
-    if parts := len({row["task"] for row in outcome.rows} - {row["task"] for row in asked_for}):
+    if parts := len({row.task for row in outcome.rows} - {row.task for row in asked_for}):
         console.print(f"{parts} tasks and groups that these consist of have rows of their own in results.csv.")
     if outcome.failures:
         typer.echo("arkv-bench: not everything could be measured:", err=True)

@@ -17,13 +17,14 @@ def speed(**typed: Any) -> None:
     """
     from rich.console import Console
 
-    from bench.costs.speed import SpeedBench, summarize, to_csv
+    from bench.costs.speed import SpeedBench
     from bench.errors import UserError
     from bench.methods.grid import grid
     from bench.methods.plugins import Plugins
     from bench.models.loading import load
-    from bench.names import FULL
+    from bench.names import FULL, RECORD, SPEED
     from bench.progress import ProgressReporter
+    from bench.records.timing import SpeedRecord, speed_record_text, summarize, timings_csv
     from bench.report.speed import LEGEND, speed_table
     from bench.runs import folder as records
     from bench.runs.kinds import TIMINGS, claim
@@ -68,15 +69,10 @@ def speed(**typed: Any) -> None:
     for line in LEGEND:
         console.print(line, markup=False, highlight=False)
     if outdir is not None:
-        import json
+        from bench.commands.output import write
 
-        outdir.mkdir(parents=True, exist_ok=True)
-        records.write_atomic(outdir / "speed.csv", to_csv(timings))
-        record = {
-            "command": records.command_line(),
-            "finished": records.now(),
-            "model": {"name": loaded.name, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype},
-            **records.environment(),
-        }
-        records.write_atomic(outdir / "record.json", json.dumps(record, indent=2) + "\n")
-        console.print(f"wrote {outdir / 'speed.csv'}", markup=False, highlight=False)
+        facts = {"name": loaded.name, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype}
+        about = {"command": records.command_line(), "finished": records.now(), "model": facts}
+        record = SpeedRecord.model_validate({**about, **records.environment()})
+        write(outdir / RECORD, speed_record_text(record), quiet=True)
+        write(outdir / SPEED, timings_csv(timings))

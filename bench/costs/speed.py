@@ -7,10 +7,7 @@ turn, so that a machine whose speed drifts slows all of them alike; medians and 
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -24,35 +21,8 @@ from bench.methods.grid import full_cell
 from bench.methods.prompt import Prompt
 from bench.methods.reading import record
 from bench.names import CEILING, FULL
+from bench.records.timing import Timing
 from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
-
-COLUMNS = [
-    *["method", "quant_format", "context_length", "cache_size", "prefill_s", "compress_s", "ttft_ms", "tpot_ms"],
-    *["decode_tokens_per_s", "kv_bytes", "peak_memory_bytes", "repetition"],
-]
-"""One line per repetition of a cell."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """One repetition of one cell."""
-
-    method: str
-    quant_format: str | None
-    context_length: int
-    cache_size: int | None
-    prefill_s: float
-    """The whole prompt, compression included, as the library does it."""
-    compress_s: float | None
-    """Compression alone, of a prefill that is there."""
-    ttft_ms: float
-    tpot_ms: float
-    """Median over the decoding steps."""
-    decode_tokens_per_s: float
-    kv_bytes: int
-    peak_memory_bytes: int | None
-    """Device memory, weights included; unknown on the CPU."""
-    repetition: int
 
 
 class SpeedBench:
@@ -143,58 +113,3 @@ def _newest(cache: Cache, tokens: int, config: Any) -> DynamicCache:
         assert values is not None
         ceiling.update(keys[:, :, -tokens:].clone(), values[:, :, -tokens:].clone(), index)
     return ceiling
-
-
-def to_csv(timings: Sequence[Timing]) -> str:
-    """All repetitions, one line each."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    for timing in timings:
-        writer.writerow({key: "" if value is None else value for key, value in asdict(timing).items()})
-    return buffer.getvalue()
-
-
-def summarize(timings: Sequence[Timing]) -> list[dict[str, Any]]:
-    """A row per cell: medians, the spread of ms per token, and ratios to ``full`` and the ceiling of the same context.
-
-    ``vs_full`` and ``vs_ceiling`` are how many times faster the cell decodes, medians over repetitions of the ratio
-    within a repetition.
-    """
-    keys = dict.fromkeys((t.context_length, t.cache_size, t.method, t.quant_format) for t in timings)
-    by_cell = {
-        key: [t for t in timings if (t.context_length, t.cache_size, t.method, t.quant_format) == key] for key in keys
-    }
-    rows = []
-    for (length, size, method, quant_format), mine in by_cell.items():
-        full = by_cell.get((length, None, FULL, None), [])
-        ceiling = by_cell.get((length, size, CEILING, None), [])
-        tpot = [t.tpot_ms for t in mine]
-        compress = [t.compress_s for t in mine if t.compress_s is not None]
-        rows.append(
-            {
-                "context_length": length,
-                "cache_size": size,
-                "method": method,
-                "quant_format": quant_format,
-                "prefill_s": median(t.prefill_s for t in mine),
-                "prefill_vs_full": _ratio(mine, full, "prefill_s"),
-                "compress_s": median(compress) if compress else None,
-                "ttft_ms": median(t.ttft_ms for t in mine),
-                "tpot_ms": median(tpot),
-                "tpot_min": min(tpot),
-                "tpot_max": max(tpot),
-                "decode_tokens_per_s": median(t.decode_tokens_per_s for t in mine),
-                "vs_full": _ratio(mine, full, "decode_tokens_per_s"),
-                "vs_ceiling": _ratio(mine, ceiling, "decode_tokens_per_s"),
-                "kv_bytes": median(t.kv_bytes for t in mine),
-            }
-        )
-    return rows
-
-
-def _ratio(mine: Sequence[Timing], other: Sequence[Timing], name: str) -> float | None:
-    """Median over repetitions of this cell's number over the other's."""
-    theirs = {t.repetition: getattr(t, name) for t in other}
-    ratios = [getattr(t, name) / theirs[t.repetition] for t in mine if t.repetition in theirs]
-    return median(ratios) if ratios else None

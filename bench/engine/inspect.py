@@ -6,10 +6,9 @@ Letters: ``L`` compressible layers, ``H`` KV heads, ``N`` tokens seen, ``W`` win
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ from bench.methods.reading import forward, record
 from bench.methods.states import EVICTED, ORIGINAL, QUANTIZED
 from bench.models.loading import LoadedModel
 from bench.names import FULL
-from bench.runs import folder as records
-from bench.runs.folder import STATES
+from bench.records.states import StatesMap, read_maps
 from tasks.base import Compare, Document, Generate, LogLikelihood
 
 BINS = 96
@@ -71,18 +69,6 @@ class Step:
     """Positions that most heads of all layers demoted, and how many did."""
     most_lost: list[tuple[int, int]]
     """Likewise evicted."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StatesMap:
-    """Shares of KV heads that hold the tokens of a prompt, by layer and by bin of neighbouring positions."""
-
-    tokens: int
-    heads: int
-    layers: list[int]
-    original: list[list[float]]
-    """[L][bins]; what is neither Original nor Quantized is Evicted."""
-    quantized: list[list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,9 +353,7 @@ def cells_to_map(folder: Path, model: str, task: str, document: Document, cells:
     """The cells whose states map of a document the folder lacks, as far as their methods may know it; none for a prompt
     too short for one."""
     known = {
-        item["cell"]
-        for item in read_maps(folder)
-        if (item["model"], item["task"], item["document"]) == (model, task, document.id)
+        item.cell for item in read_maps(folder) if (item.model, item.task, item.document) == (model, task, document.id)
     }
     if len(prompt_of(document)[0]) < 2:
         return []
@@ -396,30 +380,3 @@ def map_states(
             continue
         maps[cell.key] = states_map(codes, layers)
     return maps
-
-
-def read_maps(folder: Path) -> list[dict[str, Any]]:
-    """States maps of a folder: ``model``, ``task``, ``document``, ``cell``, ``label`` and ``map``; none without a file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    file = folder / STATES
-    if not file.is_file():
-        return []
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))["maps"]
-        return [{**item, "map": StatesMap(**item["map"])} for item in found]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file}: not a file of states maps ({type(error).__name__}: {error}); remove it") from None
-
-
-def write_maps(folder: Path, maps: Sequence[Mapping[str, Any]]) -> None:
-    """Add maps to those of a folder; one of the same model, task and cell is replaced."""
-
-    def key(item: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple(str(item[name]) for name in ("model", "task", "cell"))
-
-    together = {key(item): item for item in [*read_maps(folder), *maps]}
-    content = {"maps": [{**item, "map": asdict(item["map"])} for item in together.values()]}
-    records.write_atomic(folder / STATES, json.dumps(content, ensure_ascii=False) + "\n")

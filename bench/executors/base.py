@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from bench.engine.engine import Engine, Failure, Measurement
-from bench.engine.inspect import StatesMap, map_states
+from bench.engine.inspect import map_states
 from bench.methods.grid import Cell
 from bench.models.loading import DescribedModel, LoadedModel, load
+from bench.records.states import StatesMap
 from bench.settings.run import RunConfig
 from tasks.base import Compare, Document, Generate, LogLikelihood
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from bench.engine.inspect import StatesMap
 from bench.errors import UserError
 from bench.executors.base import Answered, Answerer, Executor, Setup, Unit
 from bench.methods.grid import Cell
+from bench.records.states import StatesMap
 from tasks.base import Document
 
 

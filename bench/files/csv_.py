@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -91,6 +92,15 @@ def read_models(path: Path, model: type[Model], needed: Sequence[str], remedy: s
             column, problem = said(error)
             raise UserError(f"{path}, line {line}, column {column!r}: {_of_cell(problem)}") from None
     return models
+
+
+def finite(text: str) -> float | None:
+    """The number that a cell holds; None where it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _of_cell(problem: str) -> str:

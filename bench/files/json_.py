@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,14 @@ T = TypeVar("T")
 def json_text(content: Mapping[str, Any], indent: int | None = 2) -> str:
     """A whole file. Raises :class:`ValueError` for a number that is not finite."""
     return json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def known_numbers(content: Mapping[str, Any]) -> dict[str, Any]:
+    """With None in the place of NaN and infinity, which JSON does not know."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in content.items()
+    }
 
 
 def read_json(path: Path, kind: TypeAdapter[T], what: str) -> T:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
+
+_OBEYED = re.compile(r"[\\|*<`]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""What Markdown would take for markup; an underscore within a word is none."""
 
 
 def in_markdown(text: str) -> str:
     """``text`` in a cell of a table, as it stands."""
-    for char in "\\|*_<`":
-        text = text.replace(char, f"\\{char}")
-    return text.replace("\n", " ")
+    return _OBEYED.sub(r"\\\g<0>", text).replace("\n", " ")
 
 
 def markdown_table(

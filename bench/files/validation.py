@@ -28,6 +28,8 @@ _WORDS = {
     "float_parsing": "no number",
     "float_type": "no number",
     "finite_number": "no number",
+    "greater_than": "no number that can be",
+    "greater_than_equal": "no number that can be",
 }
 _LONGEST = 40
 """Characters of a value that are shown."""

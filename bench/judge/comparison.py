@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import isclose
 from operator import itemgetter
-from typing import Any
 
+from bench.judge.budgets import by_budget
 from bench.judge.stats import (
-    ALPHA,
     UNBOUNDED,
     benjamini_hochberg,
     compare,
@@ -21,40 +20,20 @@ from bench.judge.stats import (
     mean_interval,
     p_value,
 )
+from bench.judge.verdict import ALPHA
 from bench.names import FULL
-from bench.runs.folder import STATISTICS
+from bench.records.row import STATISTICS, Row
+from bench.records.sample import Measured
 from tasks.base import Metric
 
-Row = dict[str, Any]
 Scores = Mapping[tuple[str, str], float]
 """One score per document, whose key is its task and id: those of a group may share ids."""
 
 
-def not_exercised(row: Mapping[str, Any]) -> bool:
-    """Nothing was compressed: the row says nothing about its method."""
-    return row["method"] != FULL and row["compressed_documents"] == 0
-
-
-def by_budget(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows of one task and metric in groups that had the same budget, in the order of first appearance.
-
-    ``full`` is a group of its own, and so is a method of one size, which has no budget. Methods without a window join
-    the others unless the run compares windows.
-    """
-    windows = {row["window_size"] for row in rows if row["window_size"] is not None}
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        budget = tuple(row[name] for name in ("budget_unit", "cache_size", "cache_ratio"))
-        window = row["window_size"] if len(windows) > 1 else None
-        key = (row["cell"],) if budget[1:] == (None, None) else (*budget, window)
-        groups.setdefault(key, []).append(row)
-    return list(groups.values())
-
-
 def add_statistics(
-    rows: Sequence[Row], samples: Iterable[Mapping[str, Any]], metrics: Iterable[Metric] = (), *, seed: int = 0
+    rows: Sequence[Row], samples: Iterable[Measured], metrics: Iterable[Metric] = (), *, seed: int = 0
 ) -> None:
-    """Fill the columns :data:`bench.runs.folder.STATISTICS` of the rows of one model and task or group.
+    """Fill the columns :data:`bench.records.row.STATISTICS` of the rows of one model and task or group.
 
     None is unknown; a score that is no mean over documents, such as a perplexity, gets none.
 
@@ -69,46 +48,47 @@ def add_statistics(
     unknown = set()
     # Resamples are drawn by place: the order in which a run was continued must not matter.
     for document, sample in sorted(((_document(sample), sample) for sample in samples), key=itemgetter(0)):
-        for metric, score in sample["scores"].items():
+        for metric, score in sample.scores.items():
             if score is None:
-                unknown.add((metric, sample["cell"]))
+                unknown.add((metric, sample.cell))
             else:
-                scores.setdefault((metric, sample["cell"]), {})[document] = score
+                scores.setdefault((metric, sample.cell), {})[document] = score
     for key in unknown:
         scores.pop(key, None)
     for row in rows:
-        row.update(dict.fromkeys(STATISTICS))
+        for name in STATISTICS:
+            setattr(row, name, None)
     ranges = {metric.name: (metric.low, metric.high) for metric in metrics}
-    for metric in dict.fromkeys(row["metric"] for row in rows):
+    for metric in dict.fromkeys(row.metric for row in rows):
         bounds = ranges.get(metric, UNBOUNDED)
-        mine = [row for row in rows if row["metric"] == metric]
-        by_cell = {row["cell"]: scores[metric, row["cell"]] for row in mine if _averages(row, scores)}
+        mine = [row for row in rows if row.metric == metric]
+        by_cell = {row.cell: scores[metric, row.cell] for row in mine if _averages(row, scores)}
         # A divergence of the full cache from itself is 0 in every document and yet no proportion.
         binary = is_binary(*(list(found.values()) for (name, _), found in scores.items() if name == metric))
         for row in mine:
-            if row["cell"] in by_cell:
-                _add_interval(row, by_cell[row["cell"]], binary, bounds, seed)
-        _add_differences([row for row in mine if row["method"] != FULL], by_cell, bounds, seed)
+            if row.cell in by_cell:
+                _add_interval(row, by_cell[row.cell], binary, bounds, seed)
+        _add_differences([row for row in mine if row.method != FULL], by_cell, bounds, seed)
         for group in by_budget(mine):
             _mark_leading(group, by_cell, seed)
 
 
-def _document(sample: Mapping[str, Any]) -> tuple[str, str]:
-    return str(sample["task"]), str(sample["document"])
+def _document(sample: Measured) -> tuple[str, str]:
+    return sample.task, sample.document
 
 
 def _averages(row: Row, scores: Mapping[tuple[str, str], Scores]) -> bool:
     """Whether the score is the mean over documents, so that statistics of that mean are statistics of the score."""
-    found = scores.get((row["metric"], row["cell"]))
+    found = scores.get((row.metric, row.cell))
     if not found:
         return False
-    return isclose(sum(found.values()) / len(found), row["score"], rel_tol=1e-6, abs_tol=1e-9)
+    return isclose(sum(found.values()) / len(found), row.score, rel_tol=1e-6, abs_tol=1e-9)
 
 
 def _add_interval(row: Row, scores: Scores, binary: bool, bounds: tuple[float, float], seed: int) -> None:
     interval = mean_interval(list(scores.values()), binary=binary, bounds=bounds, seed=seed)
     if interval is not None:
-        row["score_low"], row["score_high"] = interval
+        row.score_low, row.score_high = interval
 
 
 def _paired(mine: Scores | None, other: Scores | None) -> tuple[list[float], list[float]] | None:
@@ -123,36 +103,36 @@ def _add_differences(
 ) -> None:
     tested = []
     for row in rows:
-        paired = _paired(by_cell.get(row["cell"]), by_cell.get(FULL))
+        paired = _paired(by_cell.get(row.cell), by_cell.get(FULL))
         if paired is None:
             continue
         found = compare(*paired, bounds=bounds, seed=seed)
-        row["difference"] = found.difference
-        if not_exercised(row):
+        row.difference = found.difference
+        if row.not_exercised:
             continue
-        row["detectable_difference"] = found.detectable
+        row.detectable_difference = found.detectable
         if found.interval is not None:
-            row["difference_low"], row["difference_high"] = found.interval
+            row.difference_low, row.difference_high = found.interval
         if found.p_value is not None:
-            row["p_value"] = found.p_value
+            row.p_value = found.p_value
             tested.append(row)
-    p_values = [row["p_value"] for row in tested]
+    p_values = [row.p_value for row in tested if row.p_value is not None]
     for row, p_holm, p_bh in zip(tested, holm(p_values), benjamini_hochberg(p_values), strict=True):
-        row["p_holm"], row["p_bh"] = p_holm, p_bh
+        row.p_holm, row.p_bh = p_holm, p_bh
 
 
 def _mark_leading(group: Sequence[Row], by_cell: Mapping[str, Scores], seed: int) -> None:
     """Mark the best of a budget together with all that cannot be told from it; nobody where that is every row."""
-    playing = [row for row in group if row["method"] != FULL and not not_exercised(row) and row["cell"] in by_cell]
+    playing = [row for row in group if row.method != FULL and not row.not_exercised and row.cell in by_cell]
     if len(playing) < 2:
         return
-    sign = 1 if playing[0]["higher_is_better"] else -1
-    best, *others = sorted(playing, key=lambda row: -sign * row["score"])
+    sign = 1 if playing[0].higher_is_better else -1
+    best, *others = sorted(playing, key=lambda row: -sign * row.score)
     p_values = []
     for row in others:
-        paired = _paired(by_cell[row["cell"]], by_cell[best["cell"]])
+        paired = _paired(by_cell[row.cell], by_cell[best.cell])
         found = None if paired is None else p_value(*paired, seed=seed)
         p_values.append(1.0 if found is None else found)
     behind = [adjusted < ALPHA for adjusted in holm(p_values)]
     for row, is_behind in zip([best, *others], [False, *behind], strict=True):
-        row["leading"] = any(behind) and not is_behind
+        row.leading = any(behind) and not is_behind

@@ -28,14 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from bench.judge.verdict import ALPHA, LEVEL
 from bench.names import LEAST_DOCUMENTS
 
 Array = NDArray[np.float64]
 
-LEVEL = 0.95
-"""Confidence of every interval."""
-ALPHA = 1.0 - LEVEL
-"""Adjusted p-values below this are called distinguishable."""
 POWER = 0.8
 """Chance of being found that the smallest detectable difference has."""
 RESAMPLES = 4999
@@ -336,17 +333,3 @@ def _paired(scores: Sequence[float], baseline: Sequence[float]) -> Array:
     if len(scores) != len(baseline) or not len(scores):
         raise ValueError(f"paired scores of the same documents are needed, not {len(scores)} and {len(baseline)}")
     return np.asarray(scores, dtype=float) - np.asarray(baseline, dtype=float)
-
-
-def verdict(difference: float, p_adjusted: float | None, *, higher_is_better: bool = True) -> str:
-    """What a table may say of a difference: its direction only together with the adjusted p, and only below 0.05."""
-    if p_adjusted is None:
-        return ""
-    if p_adjusted >= ALPHA or difference == 0:
-        return "not distinguishable"
-    return f"{'better' if (difference > 0) == higher_is_better else 'worse'}, p {p_text(p_adjusted)}"
-
-
-def p_text(p: float) -> str:
-    """``0.031``, or ``<0.001``."""
-    return "<0.001" if p < 0.001 else f"{p:.3f}"

@@ -25,7 +25,15 @@ class Fingerprint(BaseModel):
     data: dict[str, str] = Field(default_factory=dict)
     """Hash of each task's rows; may grow, task by task."""
     plugins: dict[str, str] = Field(default_factory=dict)
-    """Hash of each plugin file; may grow."""
+    """Hash of each plugin file; may grow, as do the next three."""
+    definitions: dict[str, str] = Field(default_factory=dict)
+    """Hash of each task's definition."""
+    libraries: dict[str, str] = Field(default_factory=dict)
+    """Versions of libraries whose methods are asked for."""
+    loaded: dict[str, str] = Field(default_factory=dict)
+    """Precision and kind of device of each model."""
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """Hashes of the files beside the weights that answers depend on."""
 
 
 class Start(BaseModel):
@@ -33,12 +41,13 @@ class Start(BaseModel):
 
     model_config = _OPEN
 
-    started: str
-    command: str = ""
+    started: str | None = None
+    finished: str | None = None
+    command: str | None = None
     commit: str | None = None
     dirty: bool | None = None
-    packages: dict[str, str] = Field(default_factory=dict)
-    hardware: dict[str, Any] = Field(default_factory=dict)
+    packages: dict[str, str] | None = None
+    hardware: dict[str, Any] | None = None
 
 
 class ModelRecord(BaseModel):
@@ -104,6 +113,10 @@ class Record(Versioned):
     executor: dict[str, Any] = Field(default_factory=dict)
     fingerprint: Fingerprint
 
+    def as_given(self) -> dict[str, Any]:
+        """What the file holds, or what was given to make it."""
+        return self.model_dump(exclude_unset=True)
+
 
 _RECORD = TypeAdapter(Record)
 
@@ -118,6 +131,6 @@ def read_record(path: Path) -> Record:
 
 def record_text(record: Record) -> str:
     """What ``record.json`` holds: everything that was given, of the format of now."""
-    content = record.model_dump(exclude_unset=True)
+    content = record.as_given()
     content.pop("format_version", None)
     return json_text({"format_version": FORMAT_VERSION, **content})

@@ -4,17 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from bench.errors import UserError
-from bench.files.csv_ import csv_text, read_models
-from bench.names import FULL, RESULTS
+from bench.files.csv_ import DIGITS, csv_text, read_models
+from bench.names import BUDGET_UNITS, FULL, RESULTS
 
 Share = Annotated[float, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
+
+
+def _unit(text: str) -> str:
+    if text not in BUDGET_UNITS:
+        raise ValueError(f"{text!r} is neither {' nor '.join(BUDGET_UNITS)}")
+    return text
+
+
+def _truth(value: Any) -> Any:
+    """A cell is True or False and nothing else that could be meant so."""
+    if isinstance(value, str):
+        if value not in ("True", "False"):
+            raise ValueError(f"{value!r} is neither True nor False")
+        return value == "True"
+    return value
+
+
+Truth = Annotated[bool, BeforeValidator(_truth)]
 
 
 class Row(BaseModel):
@@ -27,7 +45,7 @@ class Row(BaseModel):
     metric: str
     method: str
     quant_format: str | None = None
-    budget_unit: Literal["tokens", "bytes"] | None = None
+    budget_unit: Annotated[str, AfterValidator(_unit)] | None = None
     cache_size: Count | None = None
     window_size: Count | None = None
     cache_ratio: Amount | None = None
@@ -51,7 +69,7 @@ class Row(BaseModel):
     p_bh: Share | None = None
     detectable_difference: Amount | None = None
     """The smallest that so many documents would have shown."""
-    leading: bool | None = None
+    leading: Truth | None = None
     """The best of its budget, or not to be told from it; None where nobody is."""
     kv_bytes_mean: Amount | None = None
     kv_bytes_peak: Count | None = None
@@ -74,7 +92,7 @@ class Row(BaseModel):
     """Means over documents, as are the tokens generated."""
     generated_tokens: Amount | None = None
     truncated_documents: Count | None = None
-    higher_is_better: bool
+    higher_is_better: Truth
     cell: str
     part_of: str | None = None
     """The group of tasks that the row was asked for through."""
@@ -96,9 +114,9 @@ plain and adjusted over the table, the smallest difference that so many document
 is the best of its budget or cannot be told from it."""
 
 
-def rows_csv(rows: Iterable[Row], *, of_runs: bool = False) -> str:
-    """The rows as CSV, with a column for the run if they are ``of_runs``."""
-    return csv_text([RUN, *COLUMNS] if of_runs else COLUMNS, rows)
+def rows_csv(rows: Iterable[Row], *, of_runs: bool = False, digits: int | None = DIGITS) -> str:
+    """The rows as CSV, with a column for the run if they are ``of_runs``; ``digits`` as :func:`csv_text` takes them."""
+    return csv_text([RUN, *COLUMNS] if of_runs else COLUMNS, rows, digits)
 
 
 def read_results(path: Path) -> list[Row]:

@@ -8,10 +8,11 @@ from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from bench.files.json_ import read_lines
+from bench.files.validation import said
 from tasks.base import Answer, Compared, Generated, LogLikelihoods, Scored
 
 Key = tuple[str, str, str, str, str]
@@ -23,6 +24,10 @@ Amount = Annotated[float, Field(ge=0)]
 
 REMEDY = "remove the line to have it measured again"
 _CONFIG = ConfigDict(allow_inf_nan=False)
+
+
+class NotFinite(ValueError):
+    """A sample with NaN or infinity in it, which JSON does not know, or with a value that makes no sense."""
 
 
 @dataclass(kw_only=True, slots=True, config=_CONFIG)
@@ -138,31 +143,57 @@ _SAMPLE: TypeAdapter[Sample] = TypeAdapter(Sample)
 _ANSWERED: TypeAdapter[Sample] = TypeAdapter(Annotated[Sample, AfterValidator(_has_answer)])
 
 
-def sample_line(sample: Sample) -> str:
+def make_sample(**values: Any) -> Sample:
+    """A sample of what has been measured. Raises :class:`NotFinite`."""
+    try:
+        return Sample(**values)
+    except ValidationError as error:
+        name, problem = said(error)
+        if any(item["type"] == "finite_number" for item in error.errors(include_url=False)):
+            raise NotFinite("the answer holds numbers that are not finite") from None
+        raise NotFinite(f"{name}: {problem}") from None
+
+
+def sample_line(sample: Sample, digits: int | None = None) -> str:
     """The line of a sample, without its end.
+
+    Args:
+        digits: significant ones of every float; None writes what reads back as the same number.
 
     Raises:
         ValueError, TypeError: it holds what JSON cannot, such as a number that is not finite.
     """
     content = {name: getattr(sample, name) for name in LINE}
     content["compared"] = None if sample.compared is None else asdict(sample.compared)
-    return json.dumps(content, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_rounded(content, digits), ensure_ascii=False, allow_nan=False)
+
+
+def _rounded(value: Any, digits: int | None) -> Any:
+    if digits is None:
+        return value
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item, digits) for key, item in value.items()}
+    return [_rounded(item, digits) for item in value] if isinstance(value, list) else value
 
 
 class Samples(Mapping[Key, Measured]):
     """The samples of a file by what they answer, without their answers, which are read when they are asked for.
 
     Args:
-        path: the file; may be absent.
+        path: the file; may be absent, and None is no file at all.
         answered: refuse lines without an answer, which only a baseline may have.
 
     Raises:
         UserError: a line makes no sense (file, line and field are named).
     """
 
-    def __init__(self, path: Path, *, answered: bool = False) -> None:
+    def __init__(self, path: Path | None = None, *, answered: bool = False) -> None:
         self.path = path
         self._samples: dict[Key, Measured] = {}
+        if path is None:
+            return
         adapter = _ANSWERED if answered else _SAMPLE
         for place, sample in read_lines(path, lambda line: adapter.validate_json(line, strict=True), REMEDY):
             self.add(sample, place)
@@ -174,7 +205,9 @@ class Samples(Mapping[Key, Measured]):
         self._samples[small.key] = small
 
     def whole(self, wanted: Iterable[Measured]) -> Iterator[Sample]:
-        """These with their answers, read one by one. Raises as the class, where the file has been changed."""
+        """These with their answers, read one by one."""
+        if self.path is None or not self._samples:
+            return
         with open(self.path, "rb") as file:
             for item in wanted:
                 file.seek(item.place)

@@ -120,11 +120,11 @@ class SpeedRow(BaseModel):
 
 def summarize(timings: Sequence[Timing]) -> list[SpeedRow]:
     """A row per cell, in the order of first appearance."""
-    by_cell: dict[tuple[int, int | None, str, str | None], list[Timing]] = Field(default_factory=dict)
+    by_cell: dict[tuple[int, int | None, str, str | None], list[Timing]] = {}
     for item in timings:
         key = (item.context_length, item.cache_size, item.method, item.quant_format)
         by_cell.setdefault(key, []).append(item)
-    rows = Field(default_factory=list)
+    rows = []
     for (length, size, method, quant_format), mine in by_cell.items():
         full = by_cell.get((length, None, FULL, None), [])
         ceiling = by_cell.get((length, size, CEILING, None), [])

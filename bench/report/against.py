@@ -6,8 +6,6 @@ The published figures are a CSV file with the columns ``model``, ``method``, ``b
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,9 +17,11 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.errors import UserError
+from bench.files.csv_ import csv_text, finite, read_cells
+from bench.files.markdown import markdown_table
+from bench.files.text import printable
 from bench.names import FULL
-from bench.report.rows import Row
-from bench.report.wording import printable
+from bench.records.row import Row
 from tasks.longbench.datasets import DATASETS
 
 NEEDED = ("model", "method", "budget", "task", "performance")
@@ -33,6 +33,7 @@ SHARES = ("acc", "acc_norm", "exact_match")
 """Metrics between 0 and 1, published in percent. LongBench's are in percent here too."""
 
 HEADERS = ("model", "task", "metric", "method", "budget", "n", "here", "published", "difference")
+ON_THE_LEFT = ("model", "task", "metric", "method")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,8 @@ class Pair:
         """Under :data:`HEADERS`."""
         row = self.row
         numbers = (f"{self.here:.2f}", f"{self.published:.2f}", f"{self.difference:+.2f}")
-        budget = "" if row["cache_size"] is None else str(row["cache_size"])
-        return [row["model"], row["task"], row["metric"], row["method"], budget, str(row["n"]), *numbers]
+        budget = "" if row.cache_size is None else str(row.cache_size)
+        return [row.model, row.task, row.metric, row.method, budget, str(row.n), *numbers]
 
 
 Key = tuple[str, str, str, int | None]
@@ -66,33 +67,15 @@ def read_published(path: Path) -> dict[Key, float]:
         UserError: no such file, a missing column, or a cell that makes no sense (line and column are named).
     """
     figures: dict[Key, float] = {}
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as handle:
-            reader = csv.DictReader(handle)
-            missing = [name for name in NEEDED if name not in (reader.fieldnames or [])]
-            if missing:
-                raise UserError(f"{path}: no column {missing[0]!r}; published figures need {', '.join(NEEDED)}")
-            for raw in reader:
-                where = f"{path}, line {reader.line_num}"
-                budget = raw["budget"] or ""
-                if budget and not budget.isdecimal():
-                    raise UserError(f"{where}, column 'budget': {printable(budget)!r} is no number of tokens")
-                try:
-                    performance = float(raw["performance"] or "")
-                except ValueError:
-                    raise UserError(f"{where}, column 'performance': {raw['performance']!r} is no number") from None
-                method = (raw["method"] or "").casefold()
-                key = (
-                    _model(raw["model"] or ""),
-                    _task(raw["task"] or ""),
-                    METHODS.get(method, method),
-                    int(budget) if budget else None,
-                )
-                figures[key] = performance
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not a CSV file in UTF-8 ({error})") from None
+    for line, cells in read_cells(path, NEEDED, f"published figures need {', '.join(NEEDED)}"):
+        budget, performance = cells["budget"], cells["performance"]
+        if budget and not budget.isdecimal():
+            raise UserError(f"{path}, line {line}, column 'budget': {printable(budget)!r} is no number of tokens")
+        if (value := finite(performance)) is None:
+            raise UserError(f"{path}, line {line}, column 'performance': {printable(performance)!r} is no number")
+        method = cells["method"].casefold()
+        size = int(budget) if budget else None
+        figures[_model(cells["model"]), _task(cells["task"]), METHODS.get(method, method), size] = value
     if not figures:
         raise UserError(f"{path} has no rows")
     return figures
@@ -126,19 +109,19 @@ def pair(rows: Sequence[Row], figures: dict[Key, float]) -> list[Pair]:
     """
     pairs = []
     for row in rows:
-        metric = row["metric"].partition(",")[0]
-        in_percent = row["task"].startswith("longbench:")
-        if in_percent and row["metric"] != DATASETS[row["task"].partition(":")[2]].metric:
+        metric = row.metric.partition(",")[0]
+        in_percent = row.task.startswith("longbench:")
+        if in_percent and row.metric != DATASETS[row.task.partition(":")[2]].metric:
             continue
         if not in_percent and metric not in SHARES:
             continue
-        if row["method"] != FULL and (row["budget_unit"] != "tokens" or row["cache_size"] is None):
+        if row.method != FULL and (row.budget_unit != "tokens" or row.cache_size is None):
             continue
-        published = figures.get((_model(row["model"]), row["task"], row["method"], row["cache_size"]))
+        published = figures.get((_model(row.model), row.task, row.method, row.cache_size))
         if published is not None:
-            pairs.append(Pair(row=row, here=row["score"] * (1 if in_percent else 100), published=published))
+            pairs.append(Pair(row=row, here=row.score * (1 if in_percent else 100), published=published))
     if not pairs:
-        here = ", ".join(sorted({_model(row["model"]) for row in rows}))
+        here = ", ".join(sorted({_model(row.model) for row in rows}))
         there = ", ".join(sorted({model for model, *_ in figures}))
         raise UserError(
             f"no row has a published figure: models here: {here}; published: {there}; "
@@ -151,8 +134,8 @@ def means(pairs: Sequence[Pair]) -> list[list[str]]:
     """A line per model, method and budget with the means over the tasks of one scale, where there are several."""
     groups: dict[tuple[str, str, int | None], list[Pair]] = {}
     for item in pairs:
-        if item.row["task"].startswith("longbench:"):
-            groups.setdefault((item.row["model"], item.row["method"], item.row["cache_size"]), []).append(item)
+        if item.row.task.startswith("longbench:"):
+            groups.setdefault((item.row.model, item.row.method, item.row.cache_size), []).append(item)
     lines = []
     for (model, method, cache_size), mine in groups.items():
         if len(mine) < 2:
@@ -172,7 +155,7 @@ def print_against(pairs: Sequence[Pair], console: Console) -> None:
         title="Beside published figures, in percent", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False
     )
     for header in HEADERS:
-        table.add_column(header, justify="left" if header in ("model", "task", "metric", "method") else "right")
+        table.add_column(header, justify="left" if header in ON_THE_LEFT else "right")
     for item in pairs:
         table.add_row(*map(Text, item.cells()))
     table.add_section()
@@ -184,12 +167,10 @@ def print_against(pairs: Sequence[Pair], console: Console) -> None:
 
 def to_markdown(pairs: Sequence[Pair]) -> str:
     """The pairs and their means as Markdown."""
-    lines = [list(HEADERS), ["---"] * len(HEADERS), *(item.cells() for item in pairs), *means(pairs)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    right = [place for place, name in enumerate(HEADERS) if name not in ON_THE_LEFT]
+    return "\n".join([*markdown_table(HEADERS, [*(item.cells() for item in pairs), *means(pairs)], right=right), ""])
 
 
 def to_csv(pairs: Sequence[Pair]) -> str:
     """The pairs, without their means."""
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows([HEADERS, *(item.cells() for item in pairs)])
-    return buffer.getvalue()
+    return csv_text(HEADERS, [item.cells() for item in pairs])

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench.files.markdown import in_markdown, markdown_table
+from bench.records.row import Row
 from bench.report.columns import BUDGET
-from bench.report.rows import Row
 from tasks.longbench.averages import averages
 from tasks.longbench.datasets import DATASETS, EXTENDED
 
@@ -23,9 +23,9 @@ def run_averages(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
     """The tables: a title, and lines of cells, of which the first line are the headers. None without LongBench rows."""
     groups: dict[tuple[str, str], dict[str, list[tuple[Row, str]]]] = {}
     for row in rows:
-        benchmark, _, name = row["task"].partition(":")
-        if name in BENCHMARKS.get(benchmark, ()) and row["metric"] == DATASETS[name].metric:
-            groups.setdefault((benchmark, row["model"]), {}).setdefault(row["cell"], []).append((row, name))
+        benchmark, _, name = row.task.partition(":")
+        if name in BENCHMARKS.get(benchmark, ()) and row.metric == DATASETS[name].metric:
+            groups.setdefault((benchmark, row.model), {}).setdefault(row.cell, []).append((row, name))
     return [
         (f"{benchmark}, averages, {model}", _lines(benchmark, cells)) for (benchmark, model), cells in groups.items()
     ]
@@ -33,14 +33,14 @@ def run_averages(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
 
 def _lines(benchmark: str, cells: Mapping[str, Sequence[tuple[Row, str]]]) -> list[list[str]]:
     means = {
-        key: {mean.kind: mean for mean in averages({name: row["score"] for row, name in mine}, BENCHMARKS[benchmark])}
+        key: {mean.kind: mean for mean in averages({name: row.score for row, name in mine}, BENCHMARKS[benchmark])}
         for key, mine in cells.items()
     }
     kinds = max(means.values(), key=len)
     lines = [["budget", "method", *kinds]]
     for key, mine in cells.items():
         first = mine[0][0]
-        method = " ".join(filter(None, (first["method"], first["quant_format"])))
+        method = " ".join(filter(None, (first.method, first.quant_format)))
         scores = []
         for kind in kinds:
             mean = means[key].get(kind)
@@ -86,7 +86,7 @@ def print_averages(rows: Sequence[Row], console: Console) -> None:
 def to_markdown(rows: Sequence[Row]) -> str:
     """The averages of a run as Markdown; nothing without LongBench tasks."""
     parts: list[str] = []
-    for title, lines in run_averages(rows):
-        header: list[Any] = ["---" if name == "method" else "---:" for name in lines[0]]
-        parts += [f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in (lines[0], header, *lines[1:])), ""]
+    for title, (headers, *lines) in run_averages(rows):
+        right = [place for place, name in enumerate(headers) if name != "method"]
+        parts += [f"**{in_markdown(title)}**", "", *markdown_table(headers, lines, right=right), ""]
     return "\n".join([*parts, LEGEND, ""]) if parts else ""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from bench.judge.comparison import not_exercised
-from bench.judge.stats import ALPHA, p_text, verdict
-from bench.report.rows import Row
+from bench.judge.verdict import ALPHA, p_text, verdict
+from bench.records.row import Row
 from bench.report.wording import bytes_text, interval_text, number_text, percent_text, score_text
 
 TOLERANCE = 0.02
@@ -16,33 +15,33 @@ TOLERANCE = 0.02
 
 def budget_cell(row: Row) -> str:
     """A budget as it was asked for: a share of the prompt, or tokens per layer."""
-    if row["cache_ratio"] is not None:
-        return f"{100 * row['cache_ratio']:g} %"
-    return "" if row["cache_size"] is None else str(row["cache_size"])
+    if row.cache_ratio is not None:
+        return f"{100 * row.cache_ratio:g} %"
+    return "" if row.cache_size is None else str(row.cache_size)
 
 
 def _states(row: Row) -> str:
-    shares = [row[f"{state}_share"] for state in ("original", "quantized", "evicted")]
-    return "" if None in shares else "/".join(f"{100 * share:.0f}" for share in shares)
+    shares = (row.original_share, row.quantized_share, row.evicted_share)
+    return "" if None in shares else "/".join(f"{100 * (share or 0):.0f}" for share in shares)
 
 
 def _share(row: Row) -> str:
-    return percent_text(row["kv_share"]) + ("*" if off_budget(row) else "")
+    return percent_text(row.kv_share) + ("*" if off_budget(row) else "")
 
 
 def off_budget(row: Row) -> bool:
     """The bytes are more than 2 % away from the share of bytes that was asked for."""
-    if row["budget_unit"] != "bytes" or not row["cache_ratio"] or not row["kv_share_of_prompt"] or not_exercised(row):
+    if row.budget_unit != "bytes" or not row.cache_ratio or not row.kv_share_of_prompt or row.not_exercised:
         return False
-    return bool(abs(row["kv_share_of_prompt"] / row["cache_ratio"] - 1) > TOLERANCE)
+    return bool(abs(row.kv_share_of_prompt / row.cache_ratio - 1) > TOLERANCE)
 
 
 def _against_full(row: Row) -> str:
-    if not_exercised(row):
+    if row.not_exercised:
         return "not exercised"
-    if row["difference"] is None:
+    if row.difference is None:
         return ""
-    return verdict(row["difference"], row["p_holm"], higher_is_better=row["higher_is_better"])
+    return verdict(row.difference, row.p_holm, higher_is_better=row.higher_is_better)
 
 
 @dataclass(frozen=True)
@@ -62,35 +61,35 @@ def _two_lines(above: str, below: str) -> str:
 
 def _method(row: Row) -> str:
     """A peer's name stands before the library it comes from."""
-    library, _, name = row["method"].rpartition(":")
-    return _two_lines(name, "not exercised" if not_exercised(row) else library or row["quant_format"] or "")
+    library, _, name = row.method.rpartition(":")
+    return _two_lines(name, "not exercised" if row.not_exercised else library or row.quant_format or "")
 
 
 def _score(row: Row) -> str:
-    return _two_lines(score_text(row["score"]), interval_text(row["score_low"], row["score_high"]))
+    return _two_lines(score_text(row.score), interval_text(row.score_low, row.score_high))
 
 
 def _difference(row: Row) -> str:
-    interval = interval_text(row["difference_low"], row["difference_high"])
-    return _two_lines(score_text(row["difference"], sign="+"), interval)
+    interval = interval_text(row.difference_low, row.difference_high)
+    return _two_lines(score_text(row.difference, sign="+"), interval)
 
 
 BUDGET = Column("budget", budget_cell, needed=True)
 AGAINST_FULL = Column("against full", _against_full, left=True)
 STATES = Column("O/Q/E %", _states)
-TTFT = Column("TTFT s", lambda row: "" if row["ttft_ms"] is None else number_text(row["ttft_ms"] / 1000, 2))
-TPOT = Column("TPOT ms", lambda row: number_text(row["tpot_ms"], 1))
+TTFT = Column("TTFT s", lambda row: "" if row.ttft_ms is None else number_text(row.ttft_ms / 1000, 2))
+TPOT = Column("TPOT ms", lambda row: number_text(row.tpot_ms, 1))
 
 EVERYTHING = (
     BUDGET,
-    Column("method", lambda row: row["method"], left=True),
-    Column("format", lambda row: row["quant_format"] or ""),
-    Column("score", lambda row: score_text(row["score"])),
-    Column("95 % interval", lambda row: interval_text(row["score_low"], row["score_high"])),
-    Column("minus full", lambda row: score_text(row["difference"], sign="+")),
-    Column("95 % interval", lambda row: interval_text(row["difference_low"], row["difference_high"])),
+    Column("method", lambda row: row.method, left=True),
+    Column("format", lambda row: row.quant_format or ""),
+    Column("score", lambda row: score_text(row.score)),
+    Column("95 % interval", lambda row: interval_text(row.score_low, row.score_high)),
+    Column("minus full", lambda row: score_text(row.difference, sign="+")),
+    Column("95 % interval", lambda row: interval_text(row.difference_low, row.difference_high)),
     AGAINST_FULL,
-    Column("KV bytes", lambda row: bytes_text(row["kv_bytes_mean"])),
+    Column("KV bytes", lambda row: bytes_text(row.kv_bytes_mean)),
     Column("KV of full", _share),
     STATES,
     TTFT,
@@ -101,14 +100,14 @@ EVERYTHING = (
 METHOD = Column("method", _method, left=True, needed=True)
 SCORE = Column("score", _score, needed=True)
 DIFFERENCE = Column("minus full", _difference, needed=True)
-SHARE = Column("KV\nof full", lambda row: _two_lines(_share(row), bytes_text(row["kv_bytes_mean"])), needed=True)
+SHARE = Column("KV\nof full", lambda row: _two_lines(_share(row), bytes_text(row.kv_bytes_mean)), needed=True)
 
 STACKED = (
     BUDGET,
     METHOD,
     SCORE,
     DIFFERENCE,
-    Column("p", lambda row: "" if row["p_holm"] is None else p_text(row["p_holm"])),
+    Column("p", lambda row: "" if row.p_holm is None else p_text(row.p_holm)),
     SHARE,
     STATES,
     Column("TTFT s\nTPOT ms", lambda row: _two_lines(TTFT.cell(row), TPOT.cell(row))),

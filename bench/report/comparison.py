@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from bench.judge.comparison import by_budget, not_exercised
+from bench.judge.budgets import by_budget
 from bench.methods.names import limits_of
 from bench.names import BUDGET_UNITS, FULL, TRISTATE
+from bench.records.row import Row
 from bench.report.columns import TOLERANCE, budget_cell, off_budget
-from bench.report.rows import Row
 from bench.report.wording import percent_text, score_text
 
 
@@ -24,14 +24,14 @@ class Comparison:
 
 def compare(rows: Sequence[Row]) -> list[Comparison]:
     """One comparison per model, task and metric, in the order of the rows."""
-    keys = dict.fromkeys((row["model"], row["task"], row["metric"]) for row in rows)
+    keys = dict.fromkeys((row.model, row.task, row.metric) for row in rows)
     comparisons = []
     for model, task, metric in keys:
-        mine = [row for row in rows if (row["model"], row["task"], row["metric"]) == (model, task, metric)]
+        mine = [row for row in rows if (row.model, row.task, row.metric) == (model, task, metric)]
         groups = [sorted(group, key=_by_bytes) for group in by_budget(mine)]
         groups.sort(key=lambda group: _by_bytes(group[0]))
-        counts = sorted({row["n"] for row in mine})
-        direction = "higher" if mine[0]["higher_is_better"] else "lower"
+        counts = sorted({row.n for row in mine})
+        direction = "higher" if mine[0].higher_is_better else "lower"
         title = f"{task}, {metric} ({direction} is better), {model}, n={'-'.join(map(str, counts))}"
         comparisons.append(Comparison(title, groups, _notes(mine)))
     return comparisons
@@ -39,25 +39,23 @@ def compare(rows: Sequence[Row]) -> list[Comparison]:
 
 def _by_bytes(row: Row) -> tuple[bool, float]:
     """``full`` first, then most bytes first."""
-    return row["method"] != FULL, -(row["kv_bytes_mean"] or 0.0)
+    return row.method != FULL, -(row.kv_bytes_mean or 0.0)
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     notes = []
-    units = {row["budget_unit"] for row in rows if row["budget_unit"] is not None}
-    windows = sorted({row["window_size"] for row in rows if row["window_size"] is not None})
+    units = {row.budget_unit for row in rows if row.budget_unit is not None}
+    windows = sorted({row.window_size for row in rows if row.window_size is not None})
     window = f"; the newest {', '.join(map(str, windows))} tokens stay at model precision" if windows else ""
     if units:
         notes.append("budget: " + "; ".join(BUDGET_UNITS[unit] for unit in sorted(units)) + window)
-    if any(row["leading"] for row in rows):
+    if any(row.leading for row in rows):
         notes.append("bold: the best of a budget, and what cannot be told from it")
     notes += detectable(rows)
-    if any(map(not_exercised, rows)):
+    if any(row.not_exercised for row in rows):
         notes.append("not exercised: every prompt and answer fits the budget, so that nothing was compressed")
     off = [
-        f"{row['method']} {percent_text(row['kv_share_of_prompt'])} of {budget_cell(row)}"
-        for row in rows
-        if off_budget(row)
+        f"{row.method} {percent_text(row.kv_share_of_prompt)} of {budget_cell(row)}" for row in rows if off_budget(row)
     ]
     if off:
         notes.append(
@@ -65,34 +63,32 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         )
         notes += dict.fromkeys(filter(None, map(_why_off, filter(off_budget, rows))))
     for row in rows:
-        if row["method"] != FULL and row["cache_size"] is None and row["cache_ratio"] is None:
-            stands = f"{row['method']} stands at {percent_text(row['kv_share_of_prompt'])} of the prompt's bytes"
+        if row.method != FULL and row.cache_size is None and row.cache_ratio is None:
+            stands = f"{row.method} stands at {percent_text(row.kv_share_of_prompt)} of the prompt's bytes"
             notes.append(f"{stands}: it is of one size, whatever the budget")
-    truncated = max((row["truncated_documents"] or 0) for row in rows)
+    truncated = max((row.truncated_documents or 0) for row in rows)
     if truncated:
         notes.append(f"{truncated:.0f} prompts were longer than the context or --max-length and were cut")
-    if len({row["n"] for row in rows}) > 1:
+    if len({row.n for row in rows}) > 1:
         notes.append("the rows are over different numbers of documents: the run is not complete")
     return notes
 
 
 def _why_off(row: Row) -> str:
     """Why a method does not stand at the bytes asked for; empty where nothing here knows."""
-    if limits := limits_of(row["method"]):
-        return f"{row['method']}: {limits}"
-    if row["method"] not in TRISTATE:
+    if limits := limits_of(row.method):
+        return f"{row.method}: {limits}"
+    if row.method not in TRISTATE:
         return ""
-    if row["kv_share_of_prompt"] > row["cache_ratio"]:
-        return f"{row['method']}: the window and the sinks of prompts so short take more"
-    return (
-        f"{row['method']}: what is left is less than a token, or than a whole group of quantized ones, in every layer"
-    )
+    if (row.kv_share_of_prompt or 0.0) > (row.cache_ratio or 0.0):
+        return f"{row.method}: the window and the sinks of prompts so short take more"
+    return f"{row.method}: what is left is less than a token, or than a whole group of quantized ones, in every layer"
 
 
 def detectable(rows: Sequence[Row]) -> list[str]:
     """What differences to ``full`` so many documents could have shown."""
-    compared = [row for row in rows if row["p_value"] is not None]
-    known = sorted({score_text(row["detectable_difference"], 2) for row in compared} - {""}, key=float)
+    compared = [row for row in rows if row.p_value is not None]
+    known = sorted({score_text(row.detectable_difference, 2) for row in compared} - {""}, key=float)
     if known:
         span = " to ".join(dict.fromkeys((known[0], known[-1])))
         return [f"smallest difference to full that so many documents show in 4 of 5 cases: {span}"]

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.engine.inspect import Inspection, Word, states_map, words
+from bench.files.text import printable
 from bench.report.figures.layers import states_figure, steps_figure
 from bench.report.page import render
-from bench.report.wording import printable
 
 SHADES = 10
 """Steps from a word that no head holds to one that all hold."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from bench.files.json_ import json_text
+from bench.files.text import printable
 from bench.report import averages
 from bench.report.columns import LEGEND
 from bench.report.figures.canvas import Figure, file_name
@@ -20,7 +21,6 @@ from bench.report.paragraphs import answer, problems_of
 from bench.report.rows import headline
 from bench.report.runs import Run
 from bench.report.sections import FIGURED, run_sections, speed_sections
-from bench.report.wording import printable
 
 MAPS = 6
 """States maps that are drawn: each takes some 60 kB."""
@@ -29,12 +29,12 @@ MAPS = 6
 def _map_figures(runs: Sequence[Run]) -> tuple[list[Figure], int]:
     """States maps, those with Quantized tokens first, and how many are not drawn."""
     found = [(run, item) for run in runs for item in run.maps]
-    found.sort(key=lambda pair: not any(map(any, pair[1]["map"].quantized)))
+    found.sort(key=lambda pair: not any(map(any, pair[1].map.quantized)))
     figures = []
     for number, (run, item) in enumerate(found[:MAPS], start=1):
-        what = f"{item['task']}, document {item['document']}, {item['model']}: {item['label']}"
+        what = f"{item.task}, document {item.document}, {item.model}: {item.label}"
         title = printable(f"{what} ({run.name})" if len(runs) > 1 else what)
-        figures.append(states_figure(f"states-{number}-{file_name(str(item['cell']))}", item["map"], title))
+        figures.append(states_figure(f"states-{number}-{file_name(item.cell)}", item.map, title))
     return figures, len(found) - len(figures)
 
 
@@ -86,7 +86,7 @@ def build(runs: Sequence[Run]) -> Page:
         averages_legend=averages.LEGEND,
         drawn={figure.name: Markup(figure.inline_svg()) for figure in figures},
         problems={run.name: problems_of(run) for run in runs if run.is_run or problems_of(run)},
-        records={run.name: json.dumps(run.record, indent=2, ensure_ascii=False) for run in runs if run.record},
+        records={run.name: json_text(run.record.model_dump(exclude_unset=True)).rstrip() for run in runs if run.record},
         left_out=sum(len(run.rows) - len(headline(run.rows)) for run in runs),
         legend=LEGEND,
     )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from bench.judge.comparison import by_budget, not_exercised
-from bench.names import FULL, budget_text
+from bench.judge.budgets import by_budget
+from bench.names import FULL, RECORD, RESULTS, SAMPLES, budget_text
+from bench.records.record import Record
+from bench.records.row import Row
 from bench.report.columns import AGAINST_FULL, DIFFERENCE, SCORE
 from bench.report.comparison import detectable
-from bench.report.rows import Row, headline
+from bench.report.rows import headline
 from bench.report.runs import Run
-from bench.runs.folder import RECORD, RESULTS, SAMPLES
 
 LISTED = 50
 """Cut documents that are named one by one."""
@@ -18,7 +20,7 @@ LISTED = 50
 
 def named(row: Row) -> str:
     """A method with its format."""
-    return " ".join(filter(None, (row["method"], row["quant_format"])))
+    return " ".join(filter(None, (row.method, row.quant_format)))
 
 
 def _scored(row: Row) -> str:
@@ -47,22 +49,22 @@ def budget_sentences(rows: Sequence[Row]) -> list[str]:
     """
     sentences = []
     for group in by_budget(rows):
-        if group[0]["method"] == FULL:
+        if group[0].method == FULL:
             continue
-        budget = budget_text(*(group[0][name] for name in ("budget_unit", "cache_size", "cache_ratio")))
+        budget = budget_text(group[0].budget_unit, group[0].cache_size, group[0].cache_ratio)
         where = f"At {budget}" if budget else "Of one size whatever the budget"
-        playing = [row for row in group if not not_exercised(row)]
+        playing = [row for row in group if not row.not_exercised]
         if not playing:
             sentences.append(f"{where}, every prompt fits: nothing was compressed, so no method was put to the test.")
             continue
-        sign = 1 if playing[0]["higher_is_better"] else -1
-        best = max(playing, key=lambda row: sign * row["score"])
-        tops = [row for row in playing if row["score"] == best["score"]]
+        sign = 1 if playing[0].higher_is_better else -1
+        best = max(playing, key=lambda row: sign * row.score)
+        tops = [row for row in playing if row.score == best.score]
         if len(playing) == 1:
             sentences.append(f"{where}, {named(best)} scores {_scored(best)}: {_against(best)}.")
-        elif any(row["leading"] for row in playing):
-            equal = [named(row) for row in playing if row["leading"] and row is not best]
-            behind = [named(row) for row in playing if not row["leading"]]
+        elif any(row.leading for row in playing):
+            equal = [named(row) for row in playing if row.leading and row is not best]
+            behind = [named(row) for row in playing if not row.leading]
             also = f"not distinguishable from it: {in_words(equal)}; " if equal else ""
             sentences.append(
                 f"{where}, {named(best)} is best with {_scored(best)}, {_against(best)}; "
@@ -83,8 +85,8 @@ def answer(run: Run) -> str:
     """The paragraph on top: each task's first metric, budget by budget; a count of leaders where there are many."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in headline(run.rows):
-        mine = groups.setdefault((row["model"], row["task"]), [])
-        if not mine or row["metric"] == mine[0]["metric"]:
+        mine = groups.setdefault((row.model, row.task), [])
+        if not mine or row.metric == mine[0].metric:
             mine.append(row)
     if not groups:
         return "No task has ended yet: there is nothing to compare."
@@ -92,8 +94,8 @@ def answer(run: Run) -> str:
         return " ".join(_counts(groups))
     sentences = []
     for (model, task), rows in groups.items():
-        full = next((row for row in rows if row["method"] == FULL), None)
-        what = f"{task} ({rows[0]['metric']}, {model}, n={max(row['n'] for row in rows)})"
+        full = next((row for row in rows if row.method == FULL), None)
+        what = f"{task} ({rows[0].metric}, {model}, n={max(row.n for row in rows)})"
         said = f"the full cache scores {_scored(full)}" if full else "the full cache was not measured"
         sentences += [f"On {what}, {said}.", *budget_sentences(rows)]
         sentences += [f"{text[0].upper()}{text[1:]}." for text in detectable(rows)]
@@ -105,15 +107,15 @@ def _counts(groups: Mapping[tuple[str, str], Sequence[Row]]) -> list[str]:
     budgets: dict[str, list[list[Row]]] = {}
     for rows in groups.values():
         for group in by_budget(rows):
-            if group[0]["method"] != FULL:
+            if group[0].method != FULL:
                 first = group[0]
-                text = budget_text(first["budget_unit"], first["cache_size"], first["cache_ratio"])
-                budgets.setdefault(text, []).append([row for row in group if not not_exercised(row)])
+                text = budget_text(first.budget_unit, first.cache_size, first.cache_ratio)
+                budgets.setdefault(text, []).append([row for row in group if not row.not_exercised])
     sentences = [f"{len(groups)} comparisons of a model on a task, each by its first metric."]
     for budget, found in budgets.items():
         where = f"At {budget}" if budget else "Of one size whatever the budget"
-        told = [group for group in found if any(row["leading"] for row in group)]
-        leads = tally([named(row) for group in told for row in group if row["leading"]])
+        told = [group for group in found if any(row.leading for row in group)]
+        leads = tally([named(row) for group in told for row in group if row.leading])
         worse = tally([named(row) for group in found for row in group if AGAINST_FULL.cell(row).startswith("worse")])
         empty = sum(not group for group in found)
         said = f"best, or not distinguishable from the best, {leads}; " if told else ""
@@ -127,7 +129,7 @@ def _counts(groups: Mapping[tuple[str, str], Sequence[Row]]) -> list[str]:
 
 
 def tally(names: Sequence[str]) -> str:
-    return ", ".join(f"{name} in {names.count(name)}" for name in dict.fromkeys(names))
+    return ", ".join(f"{name} in {count}" for name, count in Counter(names).items())
 
 
 def problems_of(run: Run) -> list[str]:
@@ -137,21 +139,21 @@ def problems_of(run: Run) -> list[str]:
     if not run.is_run:
         return said if record is not None or not run.timings else [f"no {RECORD}: what was timed is unknown"]
     if not run.rows:
-        counts = tally([f"{sample['task']}, {sample['cell']}," for sample in run.samples])
+        counts = tally([f"{sample.task}, {sample.cell}," for sample in run.samples.values()])
         said.append(f"no {RESULTS}: no task has ended; {SAMPLES} holds {len(run.samples)} answers: {counts}")
     if record is None:
         said.append(f"no {RECORD}: what made these results is unknown, and so is whether they may be compared")
-    elif not record.get("finished"):
+    elif not record.finished:
         said.append("the run has not ended: these are the results so far")
     if not run.samples:
         said.append(f"no {SAMPLES}: no ratios by layer, and prompts cannot be compared with those of other runs")
-    for failure in (record or {}).get("failures", []):
-        what = ", ".join(failure[name] for name in ("task", "model") if name in failure)
-        said.append(f"failed: {what or 'plugin ' + failure['plugin']}: {failure['error']}")
+    for failure in record.failures if isinstance(record, Record) else []:
+        what = ", ".join(filter(None, (failure.task, failure.model))) or f"plugin {failure.plugin}"
+        said.append(f"failed: {what}: {failure.error}")
     cut: dict[tuple[str, str], dict[str, None]] = {}
-    for sample in run.samples:
-        if sample["truncated"]:
-            cut.setdefault((sample["task"], sample["model"]), {})[sample["document"]] = None
+    for sample in run.samples.values():
+        if sample.truncated:
+            cut.setdefault((sample.task, sample.model), {})[sample.document] = None
     for (task, model), documents in cut.items():
         more = "" if len(documents) <= LISTED else f" and {len(documents) - LISTED} more"
         named = ", ".join(list(documents)[:LISTED])

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from bench.costs.speed import Timing
-from bench.engine.inspect import read_maps
-from bench.errors import UserError
-from bench.names import SPEED
-from bench.report.rows import Row, read_results
-from bench.report.speed import read_timings
-from bench.report.wording import printable
-from bench.runs.folder import DATA, RECORD, RESULTS, SAMPLES, read_record, read_samples
-
-READ = ("model", "task", "document", "prompt_sha256", "cell", "truncated", "oq_ratios")
-"""What the page takes from a sample."""
+from bench.names import RECORD, RESULTS, SAMPLES, SPEED
+from bench.records.record import Fingerprint, Record, read_record
+from bench.records.row import Row, read_results
+from bench.records.sample import Samples
+from bench.records.states import MapRecord, read_maps
+from bench.records.timing import SpeedRecord, Timing, read_speed_record, read_timings
+from bench.report.rows import run_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,20 +21,20 @@ class Run:
 
     name: str
     rows: list[Row] = field(default_factory=list)
-    record: Mapping[str, Any] | None = None
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    record: Record | SpeedRecord | None = None
+    samples: Samples = field(default_factory=Samples)
     timings: list[Timing] = field(default_factory=list)
-    maps: list[dict[str, Any]] = field(default_factory=list)
-    """States maps, see :func:`bench.engine.inspect.read_maps`."""
+    maps: list[MapRecord] = field(default_factory=list)
 
     @property
     def is_run(self) -> bool:
         """The folder is one of ``arkv-bench run``, begun at least."""
         return bool(self.rows or self.samples)
 
-    def fingerprint(self, name: str, key: str) -> Any:
-        """A part of the record's fingerprint; None where it is unknown."""
-        return ((self.record or {}).get("fingerprint", {}).get(name) or {}).get(key)
+    @property
+    def of_run(self) -> Record:
+        """The record of a run; an empty one where there is none."""
+        return self.record if isinstance(self.record, Record) else Record(fingerprint=Fingerprint())
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -49,20 +43,18 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     Raises:
         UserError: a folder with nothing to report, or a damaged file in it.
     """
-    names = [path.resolve().name for path in paths]
     runs: list[Run] = []
-    for path, name in zip(paths, names, strict=True):
-        unique = name if names.count(name) == 1 else str(path)
-        if any(run.name == printable(unique) for run in runs):
+    for path, name in zip(paths, run_names(paths), strict=True):
+        if any(run.name == name for run in runs):
             continue
         timings = read_timings(path / SPEED) if (path / SPEED).is_file() else []
         maps = read_maps(path)
-        samples = _samples(path / SAMPLES)
+        samples = Samples(path / SAMPLES)
         # A run that was killed early has no results yet; folders of other commands never have.
         has_results = (path / RESULTS).is_file() or not (samples or timings or maps)
         runs.append(
             Run(
-                name=printable(unique),
+                name=name,
                 rows=read_results(path) if has_results else [],
                 record=_record(path, is_speed=bool(timings)),
                 samples=samples,
@@ -73,58 +65,45 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def _record(path: Path, *, is_speed: bool) -> Mapping[str, Any] | None:
-    file = path / RECORD
-    if not file.is_file():
+def _record(path: Path, *, is_speed: bool) -> Record | SpeedRecord | None:
+    if not (path / RECORD).is_file():
         return None
-    if not is_speed:
-        return read_record(path)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise UserError(f"{file} is not the record of arkv-bench speed")
-    return content
+    return read_speed_record(path) if is_speed else read_record(path)
 
 
-def _samples(file: Path) -> list[dict[str, Any]]:
-    samples = read_samples(file)
-    for sample in samples:
-        missing = [name for name in READ if not isinstance(sample, dict) or name not in sample]
-        if missing:
-            raise UserError(f"{file}: a sample has no {missing[0]!r}; the run's own command measures what is missing")
-    return samples
+def difference(first: Run, second: Run, model: str, task: str, documents: Container[str] | None = None) -> str | None:
+    """Why scores of the two on a model's task must not be compared; None where nothing speaks against it.
 
-
-def difference(first: Run, second: Run, model: str, task: str) -> str | None:
-    """Why scores of the two on a model's task must not be compared; None where nothing speaks against it."""
-    for what, part, key in (("fingerprint of the model", "models", model), ("hash of the data", DATA, task)):
-        mine, other = first.fingerprint(part, key), second.fingerprint(part, key)
+    Args:
+        documents: those that are to be compared; None are all.
+    """
+    known, others = first.of_run.fingerprint, second.of_run.fingerprint
+    for what, mine, other in (
+        ("fingerprint of the model", known.models.get(model), others.models.get(model)),
+        ("hash of the data", known.data.get(task), others.data.get(task)),
+    ):
         if mine and other and mine != other:
             return f"another {what} ({mine[:12]}… and {other[:12]}…)"
-    if not first.samples or not second.samples:
+    here, there = _prompts(first, model, task, documents), _prompts(second, model, task, documents)
+    if not here or not there:
         return None
-    mine, other = _prompts(first, model, task), _prompts(second, model, task)
-    if not mine or not other:
-        return None
-    if mine.keys() != other.keys():
-        return f"other documents ({len(mine)} and {len(other)}, {len(mine.keys() & other.keys())} in both)"
-    changed = sum(mine[document] != other[document] for document in mine)
-    return f"other prompts for {changed} of {len(mine)} documents" if changed else None
+    if here.keys() != there.keys():
+        return f"other documents ({len(here)} and {len(there)}, {len(here.keys() & there.keys())} in both)"
+    changed = sum(here[document] != there[document] for document in here)
+    return f"other prompts for {changed} of {len(here)} documents" if changed else None
 
 
-def _prompts(run: Run, model: str, task: str) -> dict[str, str]:
+def _prompts(run: Run, model: str, task: str, documents: Container[str] | None) -> dict[str, str]:
     return {
-        sample["document"]: sample["prompt_sha256"]
-        for sample in run.samples
-        if sample["model"] == model and sample["task"] == task
+        sample.document: sample.prompt_sha256
+        for sample in run.samples.values()
+        if sample.model == model and sample.task == task and (documents is None or sample.document in documents)
     }
 
 
 def comparable(runs: Sequence[Run], model: str, task: str) -> tuple[list[list[Run]], list[str]]:
     """The runs with rows of a model's task, in sets that may be compared, and a sentence for each that may not."""
-    having = [run for run in runs if any((row["model"], row["task"]) == (model, task) for row in run.rows)]
+    having = [run for run in runs if any((row.model, row.task) == (model, task) for row in run.rows)]
     sets: list[list[Run]] = []
     warnings = []
     for run in having:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.errors import UserError
+from bench.files.csv_ import csv_text
+from bench.files.json_ import json_text
+from bench.files.markdown import markdown_table
 from tasks.base import nearest
 from tasks.longbench.averages import Average, averages
 from tasks.longbench.datasets import BUCKETS, DATASETS, EXTENDED
 from tasks.longbench.predictions import FOLDER, FOLDER_E, FileScore, dataset_of, score_file
+
+ON_THE_LEFT = ("folder", "dataset", "metric")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,7 @@ def print_scores(scores: Sequence[FolderScores], console: Console) -> None:
     for item in scores:
         table = Table(title=item.name, title_justify="left", box=None)
         for column in _columns(item.extended)[1:]:
-            table.add_column(column, justify="left" if column in ("dataset", "metric") else "right")
+            table.add_column(column, justify="left" if column in ON_THE_LEFT else "right")
         for line in _lines(item):
             table.add_row(*map(Text, line[1:]), style="bold" if line[3] == "" else "")
         console.print(table)
@@ -134,16 +136,13 @@ def print_scores(scores: Sequence[FolderScores], console: Console) -> None:
 def to_markdown(scores: Sequence[FolderScores]) -> str:
     """One table over all folders."""
     columns = _columns(scores[0].extended)
-    rows = [columns, ["---"] * len(columns), *(line for item in scores for line in _lines(item))]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+    right = [place for place, name in enumerate(columns) if name not in ON_THE_LEFT]
+    return "\n".join([*markdown_table(columns, (line for item in scores for line in _lines(item)), right=right), ""])
 
 
 def to_csv(scores: Sequence[FolderScores]) -> str:
     """A line for each file and average, over all folders."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerows([_columns(scores[0].extended), *(line for item in scores for line in _lines(item))])
-    return buffer.getvalue()
+    return csv_text(_columns(scores[0].extended), (line for item in scores for line in _lines(item)))
 
 
 def to_json(scores: Sequence[FolderScores]) -> str:
@@ -174,4 +173,4 @@ def to_json(scores: Sequence[FolderScores]) -> str:
                 for average in item.averages
             },
         }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    return json_text(content)

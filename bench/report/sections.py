@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.costs.speed import summarize
-from bench.judge.comparison import not_exercised
+from bench.files.text import printable
+from bench.records.row import Row
+from bench.records.sample import Measured, Sample
+from bench.records.timing import SpeedRecord, summarize
 from bench.report.columns import AGAINST_FULL, BUDGET, DIFFERENCE, METHOD, SCORE, SHARE, STATES, TPOT, TTFT, Column
 from bench.report.comparison import compare
 from bench.report.figures.canvas import Figure, file_name
@@ -18,11 +20,10 @@ from bench.report.figures.layers import oq_figure
 from bench.report.figures.scores import score_figure
 from bench.report.figures.times import share_figure, speed_figure, time_figure
 from bench.report.paragraphs import in_words, named
-from bench.report.rows import Row, headline
+from bench.report.rows import headline
 from bench.report.runs import Run, comparable
 from bench.report.speed import COLUMNS as SPEED_COLUMNS
 from bench.report.speed import LEGEND as SPEED_LEGEND
-from bench.report.wording import printable
 
 FIGURED = 40
 """Comparisons that get figures: more would make the page too large for a phone, and nobody looks at more."""
@@ -62,62 +63,73 @@ class Section:
     figures: list[Figure] = field(default_factory=list)
 
 
-def _value(name: str) -> Callable[[Row], Any]:
-    return lambda row: row[name]
-
-
 ORDERED: tuple[tuple[Column, Callable[[Row], Any]], ...] = (
-    (BUDGET, lambda row: row["cache_ratio"] if row["cache_ratio"] is not None else row["cache_size"]),
+    (BUDGET, lambda row: row.cache_ratio if row.cache_ratio is not None else row.cache_size),
     (METHOD, lambda row: named(row).casefold()),
-    (SCORE, _value("score")),
-    (DIFFERENCE, _value("difference")),
-    (AGAINST_FULL, _value("p_holm")),
-    (SHARE, _value("kv_bytes_mean")),
-    (STATES, _value("original_share")),
-    (TTFT, _value("ttft_ms")),
-    (TPOT, _value("tpot_ms")),
+    (SCORE, lambda row: row.score),
+    (DIFFERENCE, lambda row: row.difference),
+    (AGAINST_FULL, lambda row: row.p_holm),
+    (SHARE, lambda row: row.kv_bytes_mean),
+    (STATES, lambda row: row.original_share),
+    (TTFT, lambda row: row.ttft_ms),
+    (TPOT, lambda row: row.tpot_ms),
 )
 """The columns of the page, and by what each is sorted."""
-RUN = Column("run", lambda row: row["run"], left=True)
+RUN = Column("run", lambda row: row.run or "", left=True)
 
 
 def run_sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
     """The comparisons, and why some of the runs must not be compared."""
     sections: list[Section] = []
     warnings: list[str] = []
-    keys = dict.fromkeys((row["model"], row["task"]) for run in runs for row in headline(run.rows))
+    keys = dict.fromkeys((row.model, row.task) for run in runs for row in headline(run.rows))
     for model, task in keys:
         sets, reasons = comparable(runs, model, task)
         warnings += reasons
         for together in sets:
             several = len(together) > 1
             rows = [
-                {**row, "run": run.name if several else None}
+                row.model_copy(update={"run": run.name if several else None})
                 for run in together
                 for row in run.rows
-                if (row["model"], row["task"]) == (model, task)
+                if (row.model, row.task) == (model, task)
             ]
             suffix = f", {together[0].name}" if len(sets) > 1 else ""
-            samples = [
-                sample
-                for run in together
-                for sample in run.samples
-                if sample["model"] == model and sample["task"] == task
-            ]
-            sections += _of_task(rows, samples, suffix, several, len(sections))
+            sections += _of_task(rows, _TaskSamples(together, model, task), suffix, several, len(sections))
     return sections, warnings
 
 
-def _of_task(
-    rows: Sequence[Row], samples: Sequence[Mapping[str, Any]], suffix: str, several: bool, done: int
-) -> list[Section]:
+class _TaskSamples:
+    """The samples of some runs on a model's task."""
+
+    def __init__(self, runs: Sequence[Run], model: str, task: str) -> None:
+        self._of_runs = [
+            (run.samples, [item for item in run.samples.values() if (item.model, item.task) == (model, task)])
+            for run in runs
+        ]
+
+    def measured(self) -> list[Measured]:
+        return [item for _, mine in self._of_runs for item in mine]
+
+    def whole(self) -> Iterator[Sample]:
+        """With their answers, read one by one."""
+        for samples, mine in self._of_runs:
+            yield from samples.whole(mine)
+
+    def compared(self) -> Iterator[Sample]:
+        """Those that are compared with the full cache token by token."""
+        for samples, mine in self._of_runs:
+            yield from samples.whole(item for item in mine if item.kind == "compared")
+
+
+def _of_task(rows: Sequence[Row], samples: _TaskSamples, suffix: str, several: bool, done: int) -> list[Section]:
     """One section per metric of a model's task; times and ratios stand with the first."""
     sections: list[Section] = []
-    columns = [*ORDERED[:2], (RUN, _value("run")), *ORDERED[2:]] if several else list(ORDERED)
+    columns = [*ORDERED[:2], (RUN, lambda row: row.run), *ORDERED[2:]] if several else list(ORDERED)
     columns = [item for item in columns if any(item[0].cell(row) for row in rows)]
     for comparison in compare(rows):
         mine = list(itertools.chain.from_iterable(comparison.groups))
-        name = f"{done + len(sections) + 1:02d}-{file_name(mine[0]['task'], mine[0]['metric'])}"
+        name = f"{done + len(sections) + 1:02d}-{file_name(mine[0].task, mine[0].metric)}"
         notes = list(comparison.notes)
         if several:
             notes.append("differences, p-values and bold are within each run; nothing is tested from run to run")
@@ -127,9 +139,9 @@ def _of_task(
             if not sections:
                 figures.append(time_figure(f"{name}-time", mine))
                 if done < SHARED:
-                    figures.append(share_figure(f"{name}-shares", mine, samples))
-                figures.append(oq_figure(f"{name}-oq", mine, samples))
-                figures.append(curve_figure(f"{name}-curve", mine, samples))
+                    figures.append(share_figure(f"{name}-shares", mine, samples.measured()))
+                figures.append(oq_figure(f"{name}-oq", mine, samples.whole()))
+                figures.append(curve_figure(f"{name}-curve", mine, samples.compared()))
         sections.append(
             Section(
                 title=comparison.title + suffix,
@@ -138,8 +150,8 @@ def _of_task(
                 lines=[
                     Line(
                         cells=[Cell(column.cell(row).split("\n"), order(row)) for column, order in columns],
-                        leading=bool(row["leading"]),
-                        exercised=not not_exercised(row),
+                        leading=bool(row.leading),
+                        exercised=not row.not_exercised,
                         first=place == 0,
                     )
                     for group in comparison.groups
@@ -157,20 +169,23 @@ def speed_sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
     sets: dict[str, list[Run]] = {}
     for run in runs:
         if run.timings:
-            record = run.record or {}
-            where = {"model": record.get("model"), "hardware": record.get("hardware")}
             # Timings without a record may be of anything.
-            sets.setdefault(json.dumps(where, sort_keys=True) if run.record else run.name, []).append(run)
+            where = run.name
+            if isinstance(run.record, SpeedRecord):
+                known = {"model": run.record.model.model_dump(), "hardware": run.record.hardware}
+                where = json.dumps(known, sort_keys=True)
+            sets.setdefault(where, []).append(run)
     sections = []
     for number, together in enumerate(sets.values(), start=1):
         names = ", ".join(run.name for run in together)
-        model = ((together[0].record or {}).get("model") or {}).get("name", "unknown model")
+        record = together[0].record
+        model = record.model.name if isinstance(record, SpeedRecord) else "unknown model"
         rows = [row for run in together for row in summarize(run.timings)]
-        rows.sort(key=lambda row: (row["context_length"], row["cache_size"] or 0))
-        lengths = [row["context_length"] for row in rows]
+        rows.sort(key=lambda row: (row.context_length, row.cache_size or 0))
+        lengths = [row.context_length for row in rows]
         sections.append(
             Section(
-                title=f"Speed over context lengths, {printable(str(model))} ({names})",
+                title=f"Speed over context lengths, {printable(model)} ({names})",
                 anchor=f"speed-{number}",
                 headers=[(header.replace("\n", " "), header in ("method", "format")) for header, _ in SPEED_COLUMNS],
                 lines=[

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench.records.row import Row
 from bench.report.columns import EVERYTHING, LEGEND, STACKED, Column
 from bench.report.comparison import Comparison, compare
-from bench.report.rows import Row
 
 
 def _table(comparison: Comparison, columns: Sequence[Column]) -> Table:
@@ -27,7 +27,7 @@ def _table(comparison: Comparison, columns: Sequence[Column]) -> Table:
         table.add_column(Text(header), justify="left" if column.left else "right", no_wrap=True)
     for group in comparison.groups:
         for row in group:
-            style = "bold" if row["leading"] else ""
+            style = "bold" if row.leading else ""
             cells = [Text(column.cell(row), style=style) for column in columns]
             table.add_row(*cells, end_section=row is group[-1])
     return table

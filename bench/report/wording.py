@@ -1,13 +1,8 @@
-"""How single values are written: scores, intervals, shares, bytes, names from files."""
+"""How single values are written: scores, intervals, shares, bytes."""
 
 from __future__ import annotations
 
 import math
-
-
-def printable(text: str) -> str:
-    """``text`` with everything that a terminal would obey written out: a name must not move the cursor."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def number_text(value: float | None, digits: int) -> str:

@@ -12,10 +12,8 @@ the same command continues.
 
 from __future__ import annotations
 
-import csv
 import errno
 import hashlib
-import io
 import json
 import os
 import platform
@@ -32,11 +30,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bench.errors import UserError
+from bench.files.text import write_atomic
+from bench.names import CURVE, RECORD, RESULTS, SAMPLES, STATES
+from bench.records.curve import CurveRow, curve_csv
+from bench.records.record import Record, read_record, record_text
+from bench.records.row import Row, rows_csv
+from bench.records.sample import NotFinite, Sample, Samples, sample_line
 from bench.settings.secrets import redacted_arguments
 
-SAMPLES, RECORD, RESULTS, STATES = "samples.jsonl", "record.json", "results.csv", "states.json"
-FORMAT_VERSION = 1
-CURVE = "curve.csv"
 DATA, PLUGINS, DEFINITIONS, LIBRARIES, LOADED = "data", "plugins", "definitions", "libraries", "loaded"
 GROWING = (DATA, PLUGINS, DEFINITIONS, LIBRARIES, LOADED)
 """Parts of the fingerprint that may grow: hashes of each task's rows and of its definition, of each plugin file,
@@ -52,90 +53,8 @@ MEANING = {
 REMEDY = "give another --outdir, or --fresh to start it anew"
 DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a file that cannot grow any more is reported with."""
-
-STATISTICS = [
-    *["score_low", "score_high", "difference", "difference_low", "difference_high"],
-    *["p_value", "p_holm", "p_bh", "detectable_difference", "leading"],
-]
-"""Columns of ``results.csv`` about how sure a score is: 95 % intervals over documents, the paired difference to
-``full`` with its p-value, plain and adjusted over the table, the smallest difference that so many documents would have
-shown, and whether the row is the best of its budget or cannot be told from it."""
-
-COLUMNS = [
-    *[
-        "model",
-        "task",
-        "metric",
-        "method",
-        "quant_format",
-        "budget_unit",
-        "cache_size",
-        "window_size",
-        "cache_ratio",
-        "n",
-    ],
-    *[
-        "score",
-        "score_full",
-        "retention",
-        *STATISTICS,
-        "kv_bytes_mean",
-        "kv_bytes_peak",
-        "kv_share",
-        "kv_share_of_prompt",
-    ],
-    *["original_share", "quantized_share", "evicted_share", "compressed_documents"],
-    *["prefill_s", "compress_s", "ttft_ms", "decode_tokens_per_s", "tpot_ms", "peak_memory_bytes"],
-    *["prompt_tokens", "generated_tokens", "truncated_documents", "higher_is_better", "cell"],
-    "part_of",
-]
-"""Columns of ``results.csv``; unknown is empty. ``part_of`` is the group of tasks that a row was asked for through."""
-
-
-CURVE_COLUMNS = [
-    *["model", "task", "method", "quant_format", "budget_unit", "cache_size", "cache_ratio", "window_size"],
-    *["position", "n", "kl", "kl_p95", "cell"],
-]
-"""Columns of ``curve.csv``; see :mod:`bench.runs.curve`."""
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """All samples of a file. A last line that a killed run left unfinished is no sample.
-
-    Raises:
-        UserError: another line is not JSON (file and line are named).
-    """
-    samples = []
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            samples.append(json.loads(line))
-        except ValueError:
-            if number == len(lines):
-                break
-            raise UserError(
-                f"{path}, line {number}: not valid JSON; remove the line to have it measured again"
-            ) from None
-    return samples
-
-
-class NotFinite(ValueError):
-    """A sample with NaN or infinity in it."""
+BLOCK = 1 << 16
+"""Bytes that are looked through at a time for the end of a line."""
 
 
 def lock_folder(path: Path, what: str) -> FileLock:
@@ -171,7 +90,8 @@ class RunFolder:
         self.path = path
         self.fresh = fresh
         self.fingerprint = json.loads(json.dumps(fingerprint))
-        self.samples: dict[tuple[str, ...], dict[str, Any]] = {}
+        self.samples = Samples()
+        """What has been answered, by what it answers; answers themselves are read from the file."""
         self.previous: dict[str, Any] | None = None
         """The record of the run that this one continues."""
 
@@ -188,7 +108,7 @@ class RunFolder:
         if self.fresh:
             # Only now that the lock is held: another run may be writing.
             clear(self.path)
-        old = read_record(self.path) if (self.path / RECORD).is_file() else None
+        old = read_record(self.path).as_given() if (self.path / RECORD).is_file() else None
         known = {} if old is None else dict(old["fingerprint"])
         for part in (DATA, DEFINITIONS, LOADED):
             self.fingerprint.setdefault(part, {})
@@ -203,8 +123,7 @@ class RunFolder:
                 stale.unlink()
         path = self.path / SAMPLES
         self._cut_unfinished_line(path)
-        for sample in read_samples(path):
-            self.samples[sample_key(sample)] = sample
+        self.samples = Samples(path, answered=True)
         # Open as long as the folder is. Unbuffered: what cannot be written is an error now, not when it is closed.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
@@ -213,10 +132,18 @@ class RunFolder:
         """A killed run can leave half a line; the next sample must not be appended to it."""
         if not path.is_file():
             return
-        content = path.read_bytes()
-        complete = content.rfind(b"\n") + 1
-        if complete < len(content):
-            with open(path, "r+b") as file:
+        with open(path, "r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            complete = end
+            while complete > 0:
+                begin = max(complete - BLOCK, 0)
+                file.seek(begin)
+                newline = file.read(complete - begin).rfind(b"\n")
+                if newline >= 0:
+                    complete = begin + newline + 1
+                    break
+                complete = begin
+            if complete < end:
                 file.truncate(complete)
 
     def __exit__(
@@ -225,7 +152,7 @@ class RunFolder:
         self._file.close()
         self._lock.release()
 
-    def append(self, sample: dict[str, Any]) -> None:
+    def append(self, sample: Sample) -> None:
         """Write one sample; it survives the process.
 
         Raises:
@@ -233,13 +160,14 @@ class RunFolder:
             OSError: it cannot be written.
         """
         try:
-            text = json.dumps(sample, ensure_ascii=False, allow_nan=False)
+            text = sample_line(sample)
         except ValueError:
             raise NotFinite("the answer holds numbers that are not finite") from None
+        place = self._file.seek(0, os.SEEK_END)
         line = memoryview(f"{text}\n".encode())
         while line:
             line = line[self._file.write(line) :]
-        self.samples[sample_key(sample)] = sample
+        self.samples.add(sample, place)
 
     def claim(self, part: str, name: str, value: str, said: str) -> None:
         """Note a fact that the folder's samples depend on; :meth:`write_record` keeps it.
@@ -259,26 +187,17 @@ class RunFolder:
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replace ``record.json``."""
-        content = {"format_version": FORMAT_VERSION, **record, "fingerprint": self.fingerprint}
-        write_atomic(self.path / RECORD, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        content = Record.model_validate({**record, "fingerprint": self.fingerprint})
+        write_atomic(self.path / RECORD, record_text(content))
 
-    def write_results(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def write_results(self, rows: Iterable[Row]) -> None:
         """Replace ``results.csv``."""
-        write_atomic(self.path / RESULTS, _csv(COLUMNS, rows))
+        write_atomic(self.path / RESULTS, rows_csv(rows))
 
-    def write_curve(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def write_curve(self, rows: Sequence[CurveRow]) -> None:
         """Replace ``curve.csv``; nothing where there are no rows."""
         if rows:
-            write_atomic(self.path / CURVE, _csv(CURVE_COLUMNS, rows))
-
-
-def _csv(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _cell(row.get(name)) for name in columns})
-    return buffer.getvalue()
+            write_atomic(self.path / CURVE, curve_csv(rows))
 
 
 def _differences(known: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
@@ -308,31 +227,6 @@ def clear(path: Path) -> None:
     """Remove the files of an earlier run, and nothing else."""
     for name in (SAMPLES, RECORD, RESULTS, CURVE, STATES):
         (path / name).unlink(missing_ok=True)
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "" if value is None else value
-
-
-def sample_key(sample: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a sample answers: model, task, document, what it was asked, cell."""
-    return tuple(sample[name] for name in ("model", "task", "document", "prompt_sha256", "cell"))
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """``record.json`` of a run folder. Raises :class:`UserError` when it is missing or damaged."""
-    file = path / RECORD
-    if not file.is_file():
-        raise UserError(f"{path} is no run folder: it has no {RECORD}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        raise UserError(f"{file}: not valid JSON") from None
-    if not isinstance(content, dict) or "fingerprint" not in content:
-        raise UserError(f"{file} is not the record of a run")
-    return content
 
 
 def environment() -> dict[str, Any]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from bench.files.text import write_atomic
 from bench.methods.grid import Cell
-from bench.runs.folder import write_atomic
+from bench.records.sample import Measured, Samples
 from tasks.base import Document, Generated, Task
 from tasks.longbench.datasets import DATASETS
 from tasks.longbench.predictions import FOLDER, FOLDER_E, dataset_of
@@ -33,7 +33,8 @@ def write_predictions(
     task: Task,
     documents: Sequence[Document],
     cells: Sequence[Cell],
-    samples: Mapping[tuple[str, str], Mapping[str, Any]],
+    samples: Mapping[tuple[str, str], Measured],
+    stored: Samples,
     *,
     model: str | None,
 ) -> None:
@@ -42,16 +43,20 @@ def write_predictions(
     Args:
         run: the run folder.
         samples: by document id and cell key.
+        stored: where their answers are read from.
         model: the folder to keep the models of a run apart, if it has several.
     """
     if not isinstance(task, LongBenchTask):
         return
     folder = run / (FOLDER_E if task.extended else FOLDER) / (model or "").replace("/", "_")
     for cell in cells:
+        asked = ((document.id, cell.key) for document in documents)
+        mine = [samples[key] for key in asked if key in samples]
+        answers = {item.document: item.text or "" for item in stored.whole(mine)}
         lines = [
-            json.dumps(task.prediction(document, Generated(text=sample["text"])), ensure_ascii=False)
+            json.dumps(task.prediction(document, Generated(text=answers[document.id])), ensure_ascii=False)
             for document in documents
-            if (sample := samples.get((document.id, cell.key))) is not None
+            if document.id in answers
         ]
         if lines:
             path = folder / cell.key / f"{task.dataset.name}.jsonl"

@@ -3,105 +3,89 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
-from typing import Any
 
 from bench.engine.engine import Measurement
 from bench.judge.comparison import add_statistics
 from bench.methods.grid import Cell
 from bench.names import FULL
+from bench.records.row import Row
+from bench.records.sample import Measured, Sample, Samples, make_sample
 from bench.runs.documents import evaluation_of, group_evaluation, group_metrics, scores_of
-from tasks.base import (
-    Answer,
-    Compared,
-    Document,
-    Evaluation,
-    Generated,
-    LogLikelihoods,
-    Metric,
-    Scored,
-    Task,
-    TaskGroup,
-)
-
-Sample = Mapping[str, Any]
+from tasks.base import Compared, Document, Evaluation, Generated, LogLikelihoods, Metric, Task, TaskError, TaskGroup
 
 
-def to_sample(model: str, task: Task, document: Document, prompt_hash: str, measured: Measurement) -> dict[str, Any]:
-    """One line of ``samples.jsonl``."""
+def to_sample(
+    model: str, task: Task, document: Document, prompt_hash: str, measured: Measurement, start: int | None = None
+) -> Sample:
+    """One line of ``samples.jsonl``.
+
+    Args:
+        start: which of the record's starts it is measured in.
+
+    Raises:
+        NotFinite: the answer holds numbers that are not finite.
+    """
     cell = measured.cell
     answer = measured.answer
     generated = answer if isinstance(answer, Generated) else None
-    scored = answer.scored if isinstance(answer, LogLikelihoods) else None
-    compared = answer if isinstance(answer, Compared) else None
     scores = {n: value if math.isfinite(value) else None for n, value in scores_of(task, document, answer).items()}
-    seen = measured.tokens_original + measured.tokens_quantized + measured.tokens_evicted
-    return {
-        "model": model,
-        "task": task.name,
-        "document": document.id,
-        "prompt_sha256": prompt_hash,
-        "cell": cell.key,
-        "method": cell.method,
-        "quant_format": cell.quant_format,
-        "budget_unit": cell.budget_unit,
-        "cache_size": cell.cache_size,
-        "cache_ratio": cell.cache_ratio,
-        "window_size": cell.window_size,
-        "score": scores[task.metrics[0].name],
-        "scores": scores,
-        "text": None if generated is None else generated.text,
-        "token_ids": None if generated is None else list(generated.token_ids),
-        "log_likelihoods": None if scored is None else [list(item) for item in scored],
-        "compared": None if compared is None else asdict(compared),
-        "reference": document.reference,
-        "info": dict(document.info),
-        "truncated": document.truncated,
-        "prompt_tokens": measured.prompt_tokens,
-        "generated_tokens": measured.generated_tokens,
-        "scored_tokens": measured.scored_tokens,
-        "prefills": measured.prefills,
-        "tokens_seen": round(seen),
-        "tokens_original": measured.tokens_original,
-        "tokens_quantized": measured.tokens_quantized,
-        "tokens_evicted": measured.tokens_evicted,
-        "kv_bytes": measured.kv_bytes,
-        "kv_bytes_peak": measured.kv_bytes_peak,
-        "full_kv_bytes": measured.full_kv_bytes,
-        "prefill_s": measured.prefill_s,
-        "compress_s": measured.compress_s,
-        "ttft_ms": measured.ttft_ms,
-        "decode_s": measured.decode_s,
-        "tpot_ms": measured.tpot_ms,
-        "decode_tokens_per_s": measured.decode_tokens_per_s,
-        "peak_memory_bytes": measured.peak_memory_bytes,
-        "oq_ratios": measured.oq_ratios,
-    }
+    return make_sample(
+        model=model,
+        task=task.name,
+        document=document.id,
+        prompt_sha256=prompt_hash,
+        cell=cell.key,
+        method=cell.method,
+        quant_format=cell.quant_format,
+        budget_unit=cell.budget_unit,
+        cache_size=cell.cache_size,
+        cache_ratio=cell.cache_ratio,
+        window_size=cell.window_size,
+        score=scores[task.metrics[0].name],
+        scores=scores,
+        text=None if generated is None else generated.text,
+        token_ids=None if generated is None else generated.token_ids,
+        log_likelihoods=answer.scored if isinstance(answer, LogLikelihoods) else None,
+        compared=answer if isinstance(answer, Compared) else None,
+        reference=document.reference,
+        info=dict(document.info),
+        truncated=document.truncated,
+        prompt_tokens=measured.prompt_tokens,
+        generated_tokens=measured.generated_tokens,
+        scored_tokens=measured.scored_tokens,
+        prefills=measured.prefills,
+        tokens_seen=round(measured.tokens_original + measured.tokens_quantized + measured.tokens_evicted),
+        tokens_original=measured.tokens_original,
+        tokens_quantized=measured.tokens_quantized,
+        tokens_evicted=measured.tokens_evicted,
+        kv_bytes=measured.kv_bytes,
+        kv_bytes_peak=measured.kv_bytes_peak,
+        full_kv_bytes=measured.full_kv_bytes,
+        prefill_s=measured.prefill_s,
+        compress_s=measured.compress_s,
+        ttft_ms=measured.ttft_ms,
+        decode_s=measured.decode_s,
+        tpot_ms=measured.tpot_ms,
+        decode_tokens_per_s=measured.decode_tokens_per_s,
+        peak_memory_bytes=measured.peak_memory_bytes,
+        oq_ratios=measured.oq_ratios,
+        start=start,
+    )
 
 
-def to_answer(sample: Sample) -> Answer:
-    """The answer that a line of ``samples.jsonl`` holds."""
-    if sample.get("compared") is not None:
-        return Compared(**{name: tuple(values) for name, values in sample["compared"].items()})
-    if sample["text"] is None:
-        return LogLikelihoods(scored=tuple(Scored(*item) for item in sample["log_likelihoods"]))
-    return Generated(text=sample["text"], token_ids=tuple(sample["token_ids"]))
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
 
 
-def _median(samples: Sequence[Sample], name: str) -> float | None:
-    values = [sample[name] for sample in samples if sample[name] is not None]
-    return median(values) if values else None
-
-
-def _prompt_bytes(sample: Sample) -> float:
+def _prompt_bytes(sample: Measured) -> float:
     """Bytes of the full cache of the prompt alone, which a budget as a share of the prompt is meant of."""
-    full: float = sample["full_kv_bytes"]
-    if sample["token_ids"] is None and sample["compared"] is None:
-        # Choices and texts are read from the compressed context: nothing has been added to it.
-        return full
-    return full * sample["prompt_tokens"] / sample["tokens_seen"]
+    # Choices and texts are read from the compressed context: nothing has been added to it.
+    if sample.kind == "scored" or not sample.tokens_seen:
+        return sample.full_kv_bytes
+    return sample.full_kv_bytes * sample.prompt_tokens / sample.tokens_seen
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -111,8 +95,11 @@ def _ratio(part: float, whole: float) -> float | None:
 class TaskResults:
     """What the cells of a grid made of one task.
 
+    Answers are read from the run's file one cell at a time, and not kept.
+
     Args:
         samples: by document id and cell key. Scores are compared with ``full`` on the same documents only.
+        stored: where their answers are read from.
     """
 
     def __init__(
@@ -120,10 +107,11 @@ class TaskResults:
         task: Task,
         documents: Sequence[Document],
         cells: Sequence[Cell],
-        samples: Mapping[tuple[str, str], Sample],
+        samples: Mapping[tuple[str, str], Measured],
+        stored: Samples,
     ) -> None:
         self.task = task
-        self.samples: dict[str, dict[str, Sample]] = {
+        self.samples: dict[str, dict[str, Measured]] = {
             cell.key: {
                 document.id: samples[document.id, cell.key]
                 for document in documents
@@ -132,28 +120,22 @@ class TaskResults:
             for cell in cells
         }
         """By cell key and document id; a cell may have none."""
-        self.evaluations: dict[str, Evaluation] = {
-            key: evaluation_of(task, documents, {name: to_answer(sample) for name, sample in taken.items()})
-            for key, taken in self.samples.items()
-            if taken
-        }
+
+        def evaluate(taken: Iterable[Measured]) -> Evaluation:
+            return evaluation_of(task, documents, {item.document: item.answer for item in stored.whole(taken)})
+
+        self.evaluations = {key: evaluate(taken.values()) for key, taken in self.samples.items() if taken}
         """Of each cell that has samples."""
-        self._documents = documents
-        # A cell that a stopped run left incomplete is compared on its own documents.
-        self._full_values = {
-            key: self._full(taken) for key, taken in self.samples.items() if taken and FULL in self.samples
-        }
+        self._full_values: dict[str, Evaluation | None] = {}
+        whole = self.samples.get(FULL, {})
+        for key, taken in self.samples.items():
+            if taken and whole.keys() == taken.keys():
+                self._full_values[key] = self.evaluations[FULL]
+            elif taken and whole.keys() > taken.keys():
+                # A cell that a stopped run left incomplete is compared on its own documents.
+                self._full_values[key] = evaluate(whole[document] for document in taken)
 
-    def _full(self, taken: Mapping[str, Sample]) -> Evaluation | None:
-        """What ``full`` scored on the documents of ``taken``; None where it lacks one."""
-        full = self.samples[FULL]
-        if not full.keys() >= taken.keys():
-            return None
-        if full.keys() == taken.keys():
-            return self.evaluations[FULL]
-        return evaluation_of(self.task, self._documents, {name: to_answer(full[name]) for name in taken})
-
-    def all_samples(self) -> list[Sample]:
+    def all_samples(self) -> list[Measured]:
         """Those of all cells."""
         return [sample for taken in self.samples.values() for sample in taken.values()]
 
@@ -162,17 +144,18 @@ class TaskResults:
         return self._full_values.get(cell.key)
 
 
-def rows(model: str, results: TaskResults, cells: Sequence[Cell], part_of: str | None = None) -> list[dict[str, Any]]:
+def rows(model: str, results: TaskResults, cells: Sequence[Cell], part_of: str | None = None) -> list[Row]:
     """Rows of ``results.csv`` for one model and task; ``part_of`` is the group that it was asked for through."""
     task = results.task
-    table = []
+    table: list[Row] = []
     for cell in cells:
         taken = list(results.samples[cell.key].values())
         if taken:
             full = results.full(cell)
-            table += _cell_rows(model, task.name, task.metrics, cell, taken, results.evaluations[cell.key], full)
+            mine = results.evaluations[cell.key]
+            table += _cell_rows(model, task.name, part_of, task.metrics, cell, taken, mine, full)
     add_statistics(table, results.all_samples(), task.metrics)
-    return [{**row, "part_of": part_of} for row in table]
+    return table
 
 
 def group_rows(
@@ -181,13 +164,13 @@ def group_rows(
     results: Mapping[str, TaskResults],
     cells: Sequence[Cell],
     part_of: str | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Rows of a group of tasks and of the groups in it, outermost first.
 
     Args:
         results: by task name. A group has no row where the results of one of its tasks are missing.
     """
-    table = []
+    table: list[Row] = []
     names = [task.name for task in group.tasks()]
     for cell in cells if results.keys() >= set(names) else ():
         mine = {name: results[name].samples[cell.key] for name in names}
@@ -201,12 +184,11 @@ def group_rows(
             # Tasks of other metrics do not count for this one.
             having = [name for name in names if metric.name in results[name].evaluations[cell.key].values]
             taken = [sample for name in having for sample in mine[name].values()]
-            table += _cell_rows(model, group.name, [metric], cell, taken, evaluation, full)
+            table += _cell_rows(model, group.name, part_of, [metric], cell, taken, evaluation, full)
     if table:
         add_statistics(
             table, [sample for name in names for sample in results[name].all_samples()], group_metrics(group)
         )
-    table = [{**row, "part_of": part_of} for row in table]
     for member in group.members:
         if isinstance(member, TaskGroup):
             table += group_rows(model, member, results, cells, group.name)
@@ -216,58 +198,66 @@ def group_rows(
 def _cell_rows(
     model: str,
     name: str,
+    part_of: str | None,
     metrics: Sequence[Metric],
     cell: Cell,
-    taken: Sequence[Sample],
+    taken: Sequence[Measured],
     evaluation: Evaluation,
     full_evaluation: Evaluation | None,
-) -> list[dict[str, Any]]:
-    """A row per metric of one cell; ``taken`` are its samples."""
-    seen = sum(sample["tokens_seen"] for sample in taken)
-    decoded = sum(max(sample["generated_tokens"] - 1, 0) for sample in taken)
+) -> list[Row]:
+    """A row per metric of one cell; ``taken`` are its samples.
+
+    Raises:
+        TaskError: a score over the documents is no number.
+    """
+    seen = sum(sample.tokens_seen for sample in taken)
+    kv_bytes = sum(sample.kv_bytes for sample in taken)
+    decoded = sum(max(sample.generated_tokens - 1, 0) for sample in taken)
     # Only of what was generated; the reading of given texts is not decoding.
-    decode_s = sum(sample["decode_s"] for sample in taken if sample["generated_tokens"])
-    peaks = [sample["peak_memory_bytes"] for sample in taken if sample["peak_memory_bytes"] is not None]
+    decode_s = sum(sample.decode_s for sample in taken if sample.generated_tokens)
     table = []
     for metric in metrics:
         if metric.name not in evaluation.values:
             continue
         score = evaluation.values[metric.name]
+        if not math.isfinite(score):
+            raise TaskError(f"{name}: {metric.name} of {cell.label} over {len(taken)} documents is {score}, no number")
         full = full_evaluation.values.get(metric.name) if full_evaluation is not None else None
         table.append(
-            {
-                "model": model,
-                "task": name,
-                "metric": metric.name,
-                "method": cell.method,
-                "quant_format": cell.quant_format,
-                "budget_unit": cell.budget_unit,
-                "cache_size": cell.cache_size,
-                "cache_ratio": cell.cache_ratio,
-                "window_size": cell.window_size,
-                "n": len(taken),
-                "score": score,
-                "score_full": full,
-                "retention": score / full if full else None,
-                "kv_bytes_mean": fmean(sample["kv_bytes"] for sample in taken),
-                "kv_bytes_peak": max(sample["kv_bytes_peak"] for sample in taken),
-                "kv_share": _ratio(sum(s["kv_bytes"] for s in taken), sum(s["full_kv_bytes"] for s in taken)),
-                "kv_share_of_prompt": _ratio(sum(s["kv_bytes"] for s in taken), sum(map(_prompt_bytes, taken))),
-                "original_share": _ratio(sum(s["tokens_original"] for s in taken), seen),
-                "quantized_share": _ratio(sum(s["tokens_quantized"] for s in taken), seen),
-                "evicted_share": _ratio(sum(s["tokens_evicted"] for s in taken), seen),
-                "compressed_documents": sum(s["tokens_quantized"] + s["tokens_evicted"] > 0 for s in taken),
-                "prefill_s": _median(taken, "prefill_s"),
-                "compress_s": _median(taken, "compress_s"),
-                "ttft_ms": _median(taken, "ttft_ms"),
-                "decode_tokens_per_s": decoded / decode_s if decoded else None,
-                "tpot_ms": 1000.0 * decode_s / decoded if decoded else None,
-                "peak_memory_bytes": max(peaks) if peaks else None,
-                "prompt_tokens": fmean(sample["prompt_tokens"] for sample in taken),
-                "generated_tokens": fmean(sample["generated_tokens"] for sample in taken),
-                "truncated_documents": sum(sample["truncated"] for sample in taken),
-                "higher_is_better": metric.higher_is_better,
-                "cell": cell.key,
-            }
+            Row(
+                model=model,
+                task=name,
+                metric=metric.name,
+                method=cell.method,
+                quant_format=cell.quant_format,
+                budget_unit=cell.budget_unit,
+                cache_size=cell.cache_size,
+                cache_ratio=cell.cache_ratio,
+                window_size=cell.window_size,
+                n=len(taken),
+                score=score,
+                score_full=full,
+                retention=score / full if full else None,
+                kv_bytes_mean=kv_bytes / len(taken),
+                kv_bytes_peak=max(sample.kv_bytes_peak for sample in taken),
+                kv_share=_ratio(kv_bytes, sum(sample.full_kv_bytes for sample in taken)),
+                kv_share_of_prompt=_ratio(kv_bytes, sum(map(_prompt_bytes, taken))),
+                original_share=_ratio(sum(sample.tokens_original for sample in taken), seen),
+                quantized_share=_ratio(sum(sample.tokens_quantized for sample in taken), seen),
+                evicted_share=_ratio(sum(sample.tokens_evicted for sample in taken), seen),
+                compressed_documents=sum(sample.tokens_quantized + sample.tokens_evicted > 0 for sample in taken),
+                prefill_s=_median(sample.prefill_s for sample in taken),
+                compress_s=_median(sample.compress_s for sample in taken),
+                ttft_ms=_median(sample.ttft_ms for sample in taken),
+                decode_tokens_per_s=_ratio(decoded, decode_s) if decoded else None,
+                tpot_ms=1000.0 * decode_s / decoded if decoded else None,
+                peak_memory_bytes=max(filter(None, (sample.peak_memory_bytes for sample in taken)), default=None),
+                prompt_tokens=fmean(sample.prompt_tokens for sample in taken),
+                generated_tokens=fmean(sample.generated_tokens for sample in taken),
+                truncated_documents=sum(sample.truncated for sample in taken),
+                higher_is_better=metric.higher_is_better,
+                cell=cell.key,
+                part_of=part_of,
+            )
         )
     return table

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from bench.engine.engine import AUTO_DOCUMENTS, Failure, Measurement
-from bench.engine.inspect import cells_to_map, write_maps
+from bench.engine.inspect import cells_to_map
 from bench.errors import UserError, show_traceback
 from bench.executors import Answered, Executor, Unit, make_executor
 from bench.harness.tasks import HarnessTasks
@@ -24,6 +24,10 @@ from bench.methods.plugins import TASKS, Plugins
 from bench.models.kernels import prepare_kernels
 from bench.models.loading import DescribedModel, LoadedModel, describe, find_device
 from bench.progress import ProgressReporter, progress_bars
+from bench.records.curve import CurveRow
+from bench.records.row import Row
+from bench.records.sample import Measured
+from bench.records.states import MapRecord, write_maps
 from bench.runs import folder as records
 from bench.runs.curve import curve_rows
 from bench.runs.documents import load_documents
@@ -43,8 +47,8 @@ class Outcome:
     """What a run did: rows of the table, and what failed with its reason."""
 
     path: Path
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    curve: list[CurveRow] = field(default_factory=list)
     """Divergence over the position, of tasks that compare distributions."""
     failures: list[dict[str, str]] = field(default_factory=list)
     """``model``, ``task`` and ``error``; ``cell`` and ``document`` where one cell failed in one document; no ``model``
@@ -281,9 +285,9 @@ class _Run:
         self.folder, self.executor, self.console, self.bars = folder, executor, console, bars
         self.outcome = outcome
         self._under_way: dict[tuple[str, str], _TaskRun] = {}
-        self._rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self._rows: dict[tuple[str, str], list[Row]] = {}
         """By model and task, or group of tasks."""
-        self._curves: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        self._curves: dict[tuple[str, str], list[CurveRow]] = {}
         """By model and task."""
         self._results: dict[str, dict[str, TaskResults]] = {name: {} for name in models}
         """By model and task, as long as tasks of the model are to be measured."""
@@ -413,8 +417,8 @@ class _Run:
     def _append(self, unit: Unit, task: Task, document: Document, result: Measurement) -> str | None:
         """Keep a sample. Returns why it cannot be kept, or None."""
         try:
-            sample = to_sample(unit.model, task, document, _prompt_hash(document), result)
-            self.folder.append({**sample, "start": len(self._starts) - 1})
+            start = len(self._starts) - 1
+            self.folder.append(to_sample(unit.model, task, document, _prompt_hash(document), result, start))
         except records.NotFinite as error:
             return str(error)
         self.outcome.measured += 1
@@ -423,12 +427,16 @@ class _Run:
     def _finish(self, under_way: _TaskRun) -> None:
         """Everything of a task has been answered, as far as it can be."""
         name, task, documents = under_way.model, under_way.task, under_way.documents
-        found = _found(name, task, documents, self.folder)
-        results = self._results[name][task.name] = TaskResults(task, documents, self.cells, found)
+        stored = self.folder.samples
+        found = _found(name, task, documents, self.cells, self.folder)
+        results = self._results[name][task.name] = TaskResults(task, documents, self.cells, found, stored)
         self._rows[name, task.name] = rows(name, results, self.cells, under_way.part_of)
-        self._curves[name, task.name] = curve_rows(results.all_samples())
+        self._curves[name, task.name] = curve_rows(
+            stored.whole(item for item in results.all_samples() if item.kind == "compared")
+        )
         several = len(self.models) > 1
-        write_predictions(self.folder.path, task, documents, self.cells, found, model=name if several else None)
+        model = name if several else None
+        write_predictions(self.folder.path, task, documents, self.cells, found, stored, model=model)
         if self.config.states:
             self._leave_maps(name, task, documents[0])
         self._close_task(name, task)
@@ -439,7 +447,7 @@ class _Run:
             maps = self.executor.map_states(name, document, cells)
             where = {"model": name, "task": task.name, "document": document.id}
             labels = {cell.key: cell.label for cell in cells}
-            found = [{**where, "cell": key, "label": labels[key], "map": item} for key, item in maps.items()]
+            found = [MapRecord(**where, cell=key, label=labels[key], map=item) for key, item in maps.items()]
             write_maps(self.folder.path, found)
 
     def _fail(self, name: str, task: Task, error: TaskError | UserError) -> None:
@@ -493,14 +501,14 @@ def _loaded_facts(name: str, previous: Mapping[str, Any] | None) -> dict[str, An
 
 
 def _found(
-    model: str, task: Task, documents: Sequence[Document], folder: records.RunFolder
-) -> dict[tuple[str, str], dict[str, Any]]:
+    model: str, task: Task, documents: Sequence[Document], cells: Sequence[Cell], folder: records.RunFolder
+) -> dict[tuple[str, str], Measured]:
     """The folder's samples of the documents as they are asked now, by document id and cell key."""
-    wanted = {document.id: _prompt_hash(document) for document in documents}
-    return {
-        (sample["document"], sample["cell"]): sample
-        for sample in folder.samples.values()
-        if sample["model"] == model
-        and sample["task"] == task.name
-        and wanted.get(sample["document"]) == sample["prompt_sha256"]
-    }
+    found = {}
+    for document in documents:
+        prompt_hash = _prompt_hash(document)
+        for cell in cells:
+            sample = folder.samples.get((model, task.name, document.id, prompt_hash, cell.key))
+            if sample is not None:
+                found[document.id, cell.key] = sample
+    return found

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +10,9 @@ from typing import Any
 
 import yaml
 
+from bench.files.csv_ import csv_text
+from bench.files.json_ import json_text
+from bench.files.text import write_atomic
 from bench.models.loading import LoadedModel
 from bench.names import FULL
 from bench.runs import folder as records
@@ -29,7 +29,7 @@ def write_trials(study: Study, names: Sequence[str]) -> None:
     for trial in study.trials:
         values = {} if trial.values is None else dict(zip(study.directions, trial.values, strict=True))
         lines.append({"trial": trial.number, **values, **trial.params, **trial.user_attrs})
-    records.write_atomic(study.folder / TRIALS, _csv(columns, lines))
+    write_atomic(study.folder / TRIALS, csv_text(columns, lines, digits=None))
 
 
 def write_held_out(folder: Path, verdicts: Sequence[Verdict]) -> None:
@@ -40,17 +40,8 @@ def write_held_out(folder: Path, verdicts: Sequence[Verdict]) -> None:
         for verdict in verdicts
         for document, full, own, tuned in zip(verdict.documents, verdict.full, verdict.own, verdict.tuned, strict=True)
     ]
-    records.write_atomic(
-        folder / HELD_OUT, _csv(["task", "metric", "budget", "document", "full", "own", "tuned"], lines)
-    )
-
-
-def _csv(columns: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> str:
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n", restval="", extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(lines)
-    return buffer.getvalue()
+    columns = ["task", "metric", "budget", "document", "full", "own", "tuned"]
+    write_atomic(folder / HELD_OUT, csv_text(columns, lines, digits=None))
 
 
 def write_preset(config: TuneConfig, found: Mapping[str, Any], description: str, folder: Path) -> Path:
@@ -68,7 +59,7 @@ def write_preset(config: TuneConfig, found: Mapping[str, Any], description: str,
     settings = {**run.method_settings, **found}
     content |= {name.replace("_", "-"): value for name, value in settings.items() if name != "budget_unit"}
     path = folder / PRESET
-    records.write_atomic(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000))
+    write_atomic(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000))
     return path
 
 
@@ -112,4 +103,4 @@ def write_record(
         "model": {"name": model.name, "source": model.source, "fingerprint": model.fingerprint, "dtype": model.dtype},
         **records.environment(),
     }
-    records.write_atomic(study.folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(study.folder / RECORD, json_text(record))

@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.errors import UserError
 from bench.judge import stats
+from bench.judge.verdict import verdict
 from bench.methods.grid import full_cell, tristate_cell
 from bench.names import FULL
 from bench.search.objective import Objective, answer_all
@@ -32,7 +33,7 @@ class Verdict:
     @property
     def words(self) -> str:
         """``better, p 0.01``, or ``not distinguishable``."""
-        return stats.verdict(self.comparison.difference, self.p_holm, higher_is_better=self.higher_is_better)
+        return verdict(self.comparison.difference, self.p_holm, higher_is_better=self.higher_is_better)
 
 
 def judge(objective: Objective, found: Mapping[str, Any], progress: Callable[[], None]) -> list[Verdict]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator
 
 from bench.errors import UserError
-from bench.report.rows import Row
+from bench.records.row import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,7 +112,7 @@ def file_name(*parts: str) -> str:
 
 def series(row: Row) -> str:
     """What a row's points are labelled with: rows that differ in nothing but the budget are one series."""
-    return " ".join(filter(None, (row["method"], row["quant_format"], row.get("run"))))
+    return " ".join(filter(None, (row.method, row.quant_format, row.run)))
 
 
 def looks_of(labels: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from statistics import fmean
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from matplotlib.ticker import MaxNLocator
 
-from bench.engine.inspect import StatesMap
+from bench.errors import UserError
+from bench.records.row import Row
+from bench.records.sample import REMEDY, Sample
+from bench.records.states import StatesMap
 from bench.report.columns import BUDGET
 from bench.report.figures.canvas import (
     FOREGROUND,
@@ -21,26 +23,37 @@ from bench.report.figures.canvas import (
     legend,
     series,
 )
-from bench.report.rows import Row
 
 
-def layer_means(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Mean OQ ratio of each layer over documents, by cell; cells without ratios are left out."""
-    ratios: dict[str, list[list[float]]] = {}
+def layer_means(samples: Iterable[Sample]) -> dict[str, list[float]]:
+    """Mean OQ ratio of each layer over documents, by cell; cells without ratios are left out.
+
+    Raises:
+        UserError: two samples of a cell are of different numbers of layers.
+    """
+    sums: dict[str, list[float]] = {}
+    counts: Counter[str] = Counter()
     for sample in samples:
-        if sample["oq_ratios"]:
-            ratios.setdefault(sample["cell"], []).append(sample["oq_ratios"])
-    return {cell: [fmean(layer) for layer in zip(*found, strict=True)] for cell, found in ratios.items()}
+        if not sample.oq_ratios:
+            continue
+        mine = sums.setdefault(sample.cell, [0.0] * len(sample.oq_ratios))
+        if len(mine) != len(sample.oq_ratios):
+            found = f"{len(mine)} and {len(sample.oq_ratios)}"
+            raise UserError(f"{sample.task}, {sample.cell}: samples have OQ ratios of {found} layers; {REMEDY}")
+        for layer, ratio in enumerate(sample.oq_ratios):
+            mine[layer] += ratio
+        counts[sample.cell] += 1
+    return {cell: [total / counts[cell] for total in mine] for cell, mine in sums.items()}
 
 
-def oq_figure(name: str, rows: Sequence[Row], samples: Sequence[Mapping[str, Any]]) -> Figure | None:
+def oq_figure(name: str, rows: Sequence[Row], samples: Iterable[Sample]) -> Figure | None:
     """OQ ratio of each layer; None where no sample holds any.
 
     Args:
         rows: of one model and task, one per cell.
         samples: those of the same model and task.
     """
-    by_cell = {row["cell"]: row for row in rows}
+    by_cell = {row.cell: row for row in rows}
     lines: dict[tuple[float, ...], list[Row]] = {}
     for cell, means in layer_means(samples).items():
         if cell in by_cell:

@@ -7,8 +7,8 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from bench.judge.comparison import not_exercised
 from bench.names import FULL
+from bench.records.row import Row
 from bench.report.figures.canvas import (
     FOREGROUND,
     HEIGHT,
@@ -20,7 +20,6 @@ from bench.report.figures.canvas import (
     looks_of,
     series,
 )
-from bench.report.rows import Row
 
 
 def pareto_front(rows: Sequence[Row]) -> list[Row]:
@@ -28,16 +27,20 @@ def pareto_front(rows: Sequence[Row]) -> list[Row]:
 
     Rows that were not exercised or whose bytes are unknown do not count.
     """
-    playing = [row for row in rows if row["kv_bytes_mean"] is not None and not not_exercised(row)]
+    playing = [row for row in rows if row.kv_bytes_mean is not None and not row.not_exercised]
     front: list[Row] = []
-    for row in sorted(playing, key=lambda row: (row["kv_bytes_mean"], -_worth(row))):
+    for row in sorted(playing, key=lambda row: (_bytes(row), -_worth(row))):
         if not front or _worth(row) > _worth(front[-1]):
             front.append(row)
     return front
 
 
+def _bytes(row: Row) -> float:
+    return row.kv_bytes_mean or 0.0
+
+
 def _worth(row: Row) -> float:
-    return float(row["score"]) if row["higher_is_better"] else -float(row["score"])
+    return row.score if row.higher_is_better else -row.score
 
 
 def score_figure(name: str, rows: Sequence[Row]) -> Figure | None:
@@ -46,29 +49,29 @@ def score_figure(name: str, rows: Sequence[Row]) -> Figure | None:
     Args:
         rows: of one model, task and metric.
     """
-    shown = [row for row in rows if row["kv_bytes_mean"] and not not_exercised(row)]
+    shown = [row for row in rows if row.kv_bytes_mean and not row.not_exercised]
     if len(shown) < 2:
         return None
-    metric, higher = shown[0]["metric"], shown[0]["higher_is_better"]
+    metric, higher = shown[0].metric, shown[0].higher_is_better
     with drawing(WIDTH, HEIGHT) as canvas:
         axes = canvas.add_subplot()
-        looks = looks_of(list(dict.fromkeys(series(row) for row in shown if row["method"] != FULL)))
+        looks = looks_of(list(dict.fromkeys(series(row) for row in shown if row.method != FULL)))
         for label in dict.fromkeys(map(series, shown)):
-            mine = sorted((row for row in shown if series(row) == label), key=lambda row: row["kv_bytes_mean"])
+            mine = sorted((row for row in shown if series(row) == label), key=_bytes)
             look = looks.get(label, {"color": FOREGROUND, "marker": "*", "markersize": 11})
-            x, y = [row["kv_bytes_mean"] / 1e6 for row in mine], [row["score"] for row in mine]
+            x, y = [_bytes(row) / 1e6 for row in mine], [row.score for row in mine]
             axes.plot(x, y, linewidth=1, alpha=0.95, label=label, **look)
-            sure = [row for row in mine if row["score_low"] is not None and row["score_high"] is not None]
-            for row in sure:
-                place = [row["kv_bytes_mean"] / 1e6] * 2
-                axes.plot(place, [row["score_low"], row["score_high"]], color=look["color"], linewidth=1, alpha=0.45)
+            for row in mine:
+                if row.score_low is not None and row.score_high is not None:
+                    place = [_bytes(row) / 1e6] * 2
+                    axes.plot(place, [row.score_low, row.score_high], color=look["color"], linewidth=1, alpha=0.45)
         front = pareto_front(shown)
-        steps = [row["kv_bytes_mean"] / 1e6 for row in front]
+        steps = [_bytes(row) / 1e6 for row in front]
         line: dict[str, Any] = {"color": FOREGROUND, "linestyle": (0, (4, 3)), "linewidth": 1.2, "zorder": 1}
         ring: dict[str, Any] = {"marker": "o", "markersize": 11, "fillstyle": "none", "markeredgewidth": 0.9}
-        axes.plot(steps, [row["score"] for row in front], drawstyle="steps-post", label="Pareto front", **line, **ring)
+        axes.plot(steps, [row.score for row in front], drawstyle="steps-post", label="Pareto front", **line, **ring)
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(few_ticks(steps + [row["kv_bytes_mean"] / 1e6 for row in shown]))
+        axes.xaxis.set_major_locator(few_ticks(steps + [_bytes(row) / 1e6 for row in shown]))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         axes.set_xlabel("true KV bytes, MB (log)")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
-from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
 from bench.names import FULL
+from bench.records.row import Row
+from bench.records.sample import Measured
+from bench.records.timing import SpeedRow
 from bench.report.columns import BUDGET
 from bench.report.figures.canvas import (
     FOREGROUND,
@@ -21,7 +23,6 @@ from bench.report.figures.canvas import (
     looks_of,
     series,
 )
-from bench.report.rows import Row
 
 
 def time_figure(name: str, rows: Sequence[Row]) -> Figure | None:
@@ -31,8 +32,8 @@ def time_figure(name: str, rows: Sequence[Row]) -> Figure | None:
         rows: of one model and task, one per cell.
     """
     panels: list[tuple[str, Callable[[Row], float | None]]] = [
-        ("ms per output token", lambda row: row["tpot_ms"]),
-        ("compression, s", lambda row: row["compress_s"]),
+        ("ms per output token", lambda row: row.tpot_ms),
+        ("compression, s", lambda row: row.compress_s),
     ]
     panels = [panel for panel in panels if any(panel[1](row) is not None for row in rows)]
     if not panels or len(rows) < 2:
@@ -40,7 +41,7 @@ def time_figure(name: str, rows: Sequence[Row]) -> Figure | None:
     labels = [" ".join(filter(None, (series(row), BUDGET.cell(row)))) for row in rows]
     with drawing(WIDTH, 1.0 + 0.27 * len(rows)) as canvas:
         sharing = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        colours = looks_of(list(dict.fromkeys(series(row) for row in rows if row["method"] != FULL)))
+        colours = looks_of(list(dict.fromkeys(series(row) for row in rows if row.method != FULL)))
         for axes, (title, value) in zip(sharing, panels, strict=True):
             for place, row in enumerate(rows):
                 colour = colours.get(series(row), {"color": FOREGROUND})["color"]
@@ -61,7 +62,7 @@ def time_figure(name: str, rows: Sequence[Row]) -> Figure | None:
     return Figure(name=name, caption=caption, canvas=canvas)
 
 
-def share_figure(name: str, rows: Sequence[Row], samples: Sequence[Mapping[str, Any]]) -> Figure | None:
+def share_figure(name: str, rows: Sequence[Row], samples: Iterable[Measured]) -> Figure | None:
     """Where the time of a document goes, and the share of the full cache's bytes that is held; None without times.
 
     Args:
@@ -70,15 +71,14 @@ def share_figure(name: str, rows: Sequence[Row], samples: Sequence[Mapping[str, 
     """
     seconds: dict[str, list[float]] = {}
     for sample in samples:
-        if sample.get("decode_s") is not None:
-            seconds.setdefault(sample["cell"], []).append(sample["decode_s"])
-    shown = [row for row in rows if row["prefill_s"] is not None and row["cell"] in seconds]
+        seconds.setdefault(sample.cell, []).append(sample.decode_s)
+    shown = [row for row in rows if row.prefill_s is not None and row.cell in seconds]
     if len(shown) < 2:
         return None
     parts = {
-        "prefill": [row["prefill_s"] for row in shown],
-        "compression": [row["compress_s"] or 0.0 for row in shown],
-        "decoding or reading": [fmean(seconds[row["cell"]]) for row in shown],
+        "prefill": [row.prefill_s or 0.0 for row in shown],
+        "compression": [row.compress_s or 0.0 for row in shown],
+        "decoding or reading": [fmean(seconds[row.cell]) for row in shown],
     }
     totals = [sum(times) for times in zip(*parts.values(), strict=True)]
     labels = [" ".join(filter(None, (series(row), BUDGET.cell(row)))) for row in shown]
@@ -87,13 +87,13 @@ def share_figure(name: str, rows: Sequence[Row], samples: Sequence[Mapping[str, 
         time, memory = canvas.subplots(1, 2, sharey=True)
         left = [0.0] * len(shown)
         for (part, times), colour in zip(parts.items(), (SERIES[0], SERIES[3], SERIES[2]), strict=True):
-            widths = [100 * value / total for value, total in zip(times, totals, strict=True)]
+            widths = [100 * value / total if total else 0.0 for value, total in zip(times, totals, strict=True)]
             time.barh(places, widths, left=left, color=colour, height=0.7, label=part)
             left = [start + width for start, width in zip(left, widths, strict=True)]
-        memory.barh(places, [100 * (row["kv_share"] or 0.0) for row in shown], color=SERIES[4], height=0.7)
+        memory.barh(places, [100 * (row.kv_share or 0.0) for row in shown], color=SERIES[4], height=0.7)
         for axes, title in ((time, "% of the time"), (memory, "% of full's KV bytes")):
             axes.set_xlabel(title)
-            axes.set_xlim(0, 100 * max(1.0, *(row["kv_share"] or 0.0 for row in shown)) if axes is memory else 100)
+            axes.set_xlim(0, 100 * max(1.0, *(row.kv_share or 0.0 for row in shown)) if axes is memory else 100)
             axes.xaxis.set_major_locator(MaxNLocator(3))
             axes.tick_params(axis="y", length=0)
         time.set_yticks(places, labels)
@@ -106,20 +106,23 @@ def share_figure(name: str, rows: Sequence[Row], samples: Sequence[Mapping[str, 
     return Figure(name=name, caption=caption, canvas=canvas)
 
 
-def speed_figure(name: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
+def speed_figure(name: str, rows: Sequence[SpeedRow]) -> Figure:
     """Milliseconds per output token and tokens per second against context length.
 
     Args:
-        rows: those of :func:`bench.costs.speed.summarize`, of one model and machine.
+        rows: those of :func:`bench.records.timing.summarize`, of one model and machine.
     """
     labels = list(dict.fromkeys(speed_series(row) for row in rows))
     looks = looks_of([label for label in labels if label != FULL])
-    panels = (("ms per output token", "tpot_ms"), ("output tokens per s", "decode_tokens_per_s"))
-    lengths = sorted({row["context_length"] for row in rows})
+    panels: tuple[tuple[str, Callable[[SpeedRow], float]], ...] = (
+        ("ms per output token", lambda row: row.tpot_ms),
+        ("output tokens per s", lambda row: row.decode_tokens_per_s),
+    )
+    lengths = sorted({row.context_length for row in rows})
     with drawing(WIDTH, HEIGHT) as canvas:
         for axes, (title, value) in zip(canvas.subplots(1, 2), panels, strict=True):
             for label in labels:
-                mine = sorted((row["context_length"], row[value]) for row in rows if speed_series(row) == label)
+                mine = sorted((row.context_length, value(row)) for row in rows if speed_series(row) == label)
                 look = looks.get(label, {"color": FOREGROUND, "marker": "*", "markersize": 9})
                 axes.plot(*zip(*mine, strict=True), linewidth=1, label=label, **look)
             axes.set_xlabel("context, tokens")
@@ -134,7 +137,7 @@ def speed_figure(name: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     return Figure(name=name, caption=caption, canvas=canvas)
 
 
-def speed_series(row: Mapping[str, Any]) -> str:
+def speed_series(row: SpeedRow) -> str:
     """What a cell of arkv-bench speed is labelled with."""
-    size = "" if row["cache_size"] is None else f"C={row['cache_size']}"
-    return " ".join(filter(None, (row["method"], row["quant_format"], size)))
+    size = "" if row.cache_size is None else f"C={row.cache_size}"
+    return " ".join(filter(None, (row.method, row.quant_format, size)))

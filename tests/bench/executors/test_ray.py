@@ -24,10 +24,11 @@ from rich.console import Console
 from bench.engine.inspect import read_maps
 from bench.errors import UserError
 from bench.executors.base import Unit
-from bench.runs.folder import RESULTS, SAMPLES, read_record, sample_key
+from bench.names import RESULTS, SAMPLES
 from bench.runs.run import Outcome, execute
 from bench.settings.run import RunConfig
 from tests.bench.conftest import quiet_environment, read_lines, save_tiny_model
+from tests.bench.lines import recorded
 
 ray = pytest.importorskip("ray")
 
@@ -52,6 +53,8 @@ class Newest(Method):
 
 RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 """Ray's workers would stand back behind everything else on a busy machine."""
+ANSWERS = ("model", "task", "document", "prompt_sha256", "cell")
+"""What a sample answers."""
 TIMES = {"prefill_s", "compress_s", "ttft_ms", "decode_s", "tpot_ms", "decode_tokens_per_s"}
 
 
@@ -86,7 +89,7 @@ def go(settings: RunConfig, path: Path) -> tuple[Outcome, str]:
 def samples(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:
     """Without times; each once."""
     lines = read_lines(path / SAMPLES)
-    found = {sample_key(line): {k: v for k, v in line.items() if k not in TIMES} for line in lines}
+    found = {tuple(line[name] for name in ANSWERS): {k: v for k, v in line.items() if k not in TIMES} for line in lines}
     assert len(found) == len(lines)
     return found
 
@@ -307,7 +310,7 @@ def test_the_same_samples_as_in_one_process(cluster: Any, model: Path, tmp_path:
     assert samples(tmp_path / "here") == samples(tmp_path / "there")
     assert table(tmp_path / "here") == table(tmp_path / "there")
     assert "2 of 2 workers" in said
-    record = read_record(tmp_path / "there")
+    record = recorded(tmp_path / "there")
     assert [worker["ended"] for worker in record["executor"]["workers"]] == [None, None]
     assert record["models"]["tiny"]["device"] == "cpu"
     # Where it was measured does not matter to a run that goes on.
@@ -325,7 +328,7 @@ def test_plugins_and_states_maps(cluster: Any, model: Path, tmp_path: Path) -> N
     outcome, _ = go(on(cluster, model, **settings), tmp_path / "there")
     assert not outcome.failures
     assert samples(tmp_path / "here") == samples(tmp_path / "there")
-    assert {row["method"] for row in outcome.rows} == {"full", "mix", "newest"}
+    assert {row.method for row in outcome.rows} == {"full", "mix", "newest"}
     assert len(read_maps(tmp_path / "there")) == 2
     assert read_maps(tmp_path / "here") == read_maps(tmp_path / "there")
 

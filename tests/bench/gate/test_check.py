@@ -22,21 +22,11 @@ from arkv.states import Choice, assign
 from arkv.steps import Group
 from bench.cli import main
 from bench.errors import UserError
-from bench.gate.check import (
-    MISSING,
-    NEW,
-    OK,
-    OPEN,
-    OTHER_MACHINE,
-    WORSE,
-    Report,
-    Tolerances,
-    check,
-    judge,
-    read,
-    write_baseline,
-)
-from bench.runs.folder import RECORD, RESULTS, SAMPLES
+from bench.gate.comparing import check
+from bench.gate.findings import MISSING, NEW, OK, OPEN, OTHER_MACHINE, WORSE, Report, Tolerances
+from bench.gate.judging import judge
+from bench.gate.reading import read, write_baseline
+from bench.names import RECORD, RESULTS, SAMPLES
 from tests.bench.conftest import read_lines, save_tiny_model
 from tests.bench.runs.test_run import go
 
@@ -279,7 +269,7 @@ def test_an_answer_of_another_length_is_no_rise_of_bytes(measured: Path, baselin
 
     def longer(sample: Sample) -> Sample:
         # A full cache grows with the answer; one with a budget does not, but its share of the full one falls.
-        sizes = {"full_kv_bytes": sample["full_kv_bytes"] * 1.2}
+        sizes = {"full_kv_bytes": round(sample["full_kv_bytes"] * 1.2)}
         return {
             **noise(sample),
             **sizes,
@@ -459,7 +449,7 @@ def nonsense(path: Path) -> None:
     ("spoil", "said"),
     [
         (nonsense, "line 3, column 'n': 'many' is no number"),
-        (lambda path: (path / SAMPLES).write_text('{"model": "tiny"}\n'), "a sample has no 'task'"),
+        (lambda path: (path / SAMPLES).write_text('{"model": "tiny"}\n'), "line 1, field 'task': missing"),
         (lambda path: (path / SAMPLES).write_text("oops\nx\n"), "line 1: not valid JSON"),
         (lambda path: (path / SAMPLES).unlink(), "has no samples"),
         (lambda path: (path / RECORD).unlink(), "is no run folder"),

@@ -10,37 +10,41 @@ import pytest
 
 from bench.judge import stats
 from bench.judge.comparison import add_statistics
-from bench.runs.folder import STATISTICS
+from bench.records.row import STATISTICS, Row
 from tasks.base import Metric
+from tests.bench.lines import sample
 
 Scores = dict[str, list[float]]
 
 
-def statistics(scores: Scores, metrics: Sequence[Metric] = (), **more: Any) -> dict[str, dict[str, Any]]:
+def statistics(scores: Scores, metrics: Sequence[Metric] = (), **more: Any) -> dict[str, Row]:
     """Rows by method, for scores of each method on the same documents; all but full have one budget."""
     rows = [
-        {
-            "metric": "exact_match",
-            "method": method,
-            "cell": method,
-            "score": sum(values) / len(values),
-            "budget_unit": "bytes",
-            "cache_size": None,
-            "cache_ratio": None if method == "full" else 0.25,
-            "window_size": None,
-            "higher_is_better": True,
-            "compressed_documents": 0 if method == "full" else 1,
-            **more.get(method, {}),
-        }
+        Row(
+            **{
+                "model": "m",
+                "task": "needle",
+                "metric": "exact_match",
+                "method": method,
+                "cell": method,
+                "n": len(values),
+                "score": sum(values) / len(values),
+                "budget_unit": "bytes",
+                "cache_ratio": None if method == "full" else 0.25,
+                "higher_is_better": True,
+                "compressed_documents": 0 if method == "full" else 1,
+                **more.get(method, {}),
+            }
+        )
         for method, values in scores.items()
     ]
     samples = [
-        {"task": "needle", "document": f"d{i}", "cell": method, "scores": {"exact_match": value}}
+        sample(f"d{i}", method, task="needle", scores={"exact_match": value})
         for method, values in scores.items()
         for i, value in enumerate(values)
     ]
     add_statistics(rows, samples, metrics)
-    return {row["method"]: row for row in rows}
+    return {row.method: row for row in rows}
 
 
 FULL, HALF, NONE = [1.0] * 20, [1.0] * 10 + [0.0] * 10, [0.0] * 20
@@ -48,19 +52,19 @@ FULL, HALF, NONE = [1.0] * 20, [1.0] * 10 + [0.0] * 10, [0.0] * 20
 
 def test_intervals_differences_and_the_family() -> None:
     rows = statistics({"full": FULL, "mix": FULL, "origin": HALF, "window": NONE})
-    assert (rows["mix"]["difference"], rows["origin"]["difference"]) == (0.0, -0.5)
-    assert rows["full"]["score_low"] == pytest.approx(stats.mean_interval(FULL).low)  # type: ignore[union-attr]
-    assert (rows["full"]["difference"], rows["full"]["p_value"]) == (None, None)
-    p_values = [rows[name]["p_value"] for name in ("mix", "origin", "window")]
+    assert (rows["mix"].difference, rows["origin"].difference) == (0.0, -0.5)
+    assert rows["full"].score_low == pytest.approx(stats.mean_interval(FULL).low)  # type: ignore[union-attr]
+    assert (rows["full"].difference, rows["full"].p_value) == (None, None)
+    p_values = [rows[name].p_value for name in ("mix", "origin", "window")]
     assert p_values == [pytest.approx(stats.p_value(values, FULL)) for values in (FULL, HALF, NONE)]
-    assert [rows[name]["p_holm"] for name in ("mix", "origin", "window")] == stats.holm(p_values)
-    assert rows["origin"]["difference_low"] < -0.5 < rows["origin"]["difference_high"] < 0
+    assert [rows[name].p_holm for name in ("mix", "origin", "window")] == stats.holm(p_values)
+    assert rows["origin"].difference_low < -0.5 < rows["origin"].difference_high < 0
 
 
 def test_leaders_are_the_best_and_what_cannot_be_told_from_it() -> None:
     nearly = [1.0] * 19 + [0.0]
     rows = statistics({"full": FULL, "mix": FULL, "quant": nearly, "window": NONE})
-    assert {name: row["leading"] for name, row in rows.items()} == {
+    assert {name: row.leading for name, row in rows.items()} == {
         "full": None,
         "mix": True,
         "quant": True,
@@ -68,78 +72,78 @@ def test_leaders_are_the_best_and_what_cannot_be_told_from_it() -> None:
     }
     # Two documents tell nobody apart: nobody leads.
     few = statistics({"full": [1.0] * 2, "mix": [1.0] * 2, "window": [0.0] * 2})
-    assert not few["mix"]["leading"]
+    assert not few["mix"].leading
 
 
 def test_who_compressed_nothing_is_not_compared() -> None:
     rows = statistics({"full": FULL, "mix": FULL, "quant": HALF, "window": NONE}, mix={"compressed_documents": 0})
-    assert rows["mix"]["p_value"] is None
-    assert rows["mix"]["leading"] is None
-    assert rows["mix"]["score_low"] is not None
+    assert rows["mix"].p_value is None
+    assert rows["mix"].leading is None
+    assert rows["mix"].score_low is not None
     # Nor does it count in the family of the others.
-    assert rows["quant"]["p_holm"] == max(stats.holm([rows["quant"]["p_value"], rows["window"]["p_value"]]))
+    assert rows["quant"].p_holm == max(stats.holm([rows["quant"].p_value, rows["window"].p_value]))
 
 
 def test_a_score_that_is_no_mean_has_no_interval() -> None:
     rows = statistics({"full": FULL, "mix": HALF}, mix={"score": 0.9})
-    assert {name: rows["mix"][name] for name in STATISTICS} == dict.fromkeys(STATISTICS)
+    assert {name: getattr(rows["mix"], name) for name in STATISTICS} == dict.fromkeys(STATISTICS)
 
 
 def test_without_full_or_with_other_documents_nothing_is_compared() -> None:
-    assert statistics({"mix": HALF})["mix"]["difference"] is None
+    assert statistics({"mix": HALF})["mix"].difference is None
     rows = statistics({"full": FULL[:10], "mix": HALF})
-    assert rows["mix"]["difference"] is None
-    assert rows["mix"]["score_low"] is not None
+    assert rows["mix"].difference is None
+    assert rows["mix"].score_low is not None
 
 
 def test_the_order_of_the_samples_does_not_matter() -> None:
     values = [0.1 * i for i in range(12)]
     rows = [statistics({"full": [1.0] * 12, "mix": values})["mix"] for _ in range(2)]
-    samples = [
-        {"task": "needle", "document": f"d{i}", "cell": "mix", "scores": {"exact_match": v}}
-        for i, v in enumerate(values)
-    ]
+    samples = [sample(f"d{i}", "mix", task="needle", scores={"exact_match": v}) for i, v in enumerate(values)]
     add_statistics([rows[1]], reversed(samples))
-    assert (rows[0]["score_low"], rows[0]["score_high"]) == (rows[1]["score_low"], rows[1]["score_high"])
+    assert (rows[0].score_low, rows[0].score_high) == (rows[1].score_low, rows[1].score_high)
 
 
 def test_a_constant_is_no_proportion_where_others_are_none() -> None:
     rows = statistics({"full": [0.0] * 12, "mix": [0.1 * i for i in range(12)]})
-    assert (rows["full"]["score_low"], rows["full"]["score_high"]) == (None, None)
-    assert rows["mix"]["score_low"] < rows["mix"]["score"] < rows["mix"]["score_high"]
+    assert (rows["full"].score_low, rows["full"].score_high) == (None, None)
+    assert rows["mix"].score_low < rows["mix"].score < rows["mix"].score_high
 
 
 def test_nor_where_the_others_are_no_means() -> None:
     """A percentile over all tokens is no mean over documents; that of the full cache's divergence is 0 in each."""
     rows = statistics({"full": [0.0] * 12, "mix": [0.1 * i for i in range(12)]}, mix={"score": 1.0})
-    assert (rows["full"]["score_low"], rows["full"]["score_high"]) == (None, None)
+    assert (rows["full"].score_low, rows["full"].score_high) == (None, None)
 
 
 def test_intervals_keep_to_the_range_of_the_metric() -> None:
     scores = {"full": [1.0] * 5, "mix": [1.0, 1.0, 1.0, 1.0, 0.4]}
-    assert statistics(scores)["mix"]["score_high"] > 1
+    assert statistics(scores)["mix"].score_high > 1
     row = statistics(scores, metrics=[Metric(name="exact_match", low=0.0, high=1.0)])["mix"]
-    assert row["score_high"] == 1
-    assert -1 <= row["difference_low"] < row["difference_high"]
+    assert row.score_high == 1
+    assert -1 <= row.difference_low < row.difference_high
 
 
 def test_documents_of_a_groups_tasks_may_share_ids_and_lack_a_score() -> None:
     values = {"full": [1.0, 1.0, 1.0, 1.0], "mix": [1.0, 0.0, 0.0, 0.0]}
     plain = statistics({method: values[method] * 3 for method in values})["mix"]
 
-    def grouped(unknown: bool) -> dict[str, Any]:
-        rows = [{**plain, "method": method, "cell": method, "score": fmean(values[method])} for method in values]
+    def grouped(unknown: bool) -> Row:
+        rows = [
+            plain.model_copy(update={"method": method, "cell": method, "score": fmean(values[method])})
+            for method in values
+        ]
         samples = [
-            {"task": task, "document": f"d{i}", "cell": method, "scores": {"exact_match": value}}
+            sample(f"d{i}", method, task=task, scores={"exact_match": value})
             for task in ("a", "b", "c")
             for method in values
             for i, value in enumerate(values[method])
         ]
         if unknown:
-            samples[-1]["scores"] = {"exact_match": None}
+            samples[-1].scores = {"exact_match": None}
         add_statistics(rows, samples)
         return rows[1]
 
     known = grouped(unknown=False)
-    assert (known["difference"], known["score_low"]) == (plain["difference"], plain["score_low"])
-    assert all(grouped(unknown=True)[name] is None for name in STATISTICS)
+    assert (known.difference, known.score_low) == (plain.difference, plain.score_low)
+    assert all(getattr(grouped(unknown=True), name) is None for name in STATISTICS)

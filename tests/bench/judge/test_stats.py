@@ -8,6 +8,7 @@ from scipy import optimize
 from scipy import stats as reference
 
 from bench.judge import stats
+from bench.judge.verdict import verdict
 
 REPETITIONS = 2000
 
@@ -193,10 +194,10 @@ def test_compare_needs_the_same_documents() -> None:
 
 
 def test_wording() -> None:
-    assert stats.verdict(-0.3, 0.2) == "not distinguishable"
-    assert stats.verdict(-0.3, 0.0311) == "worse, p 0.031"
-    assert stats.verdict(-0.3, 0.0001, higher_is_better=False) == "better, p <0.001"
-    assert stats.verdict(0.1, None) == ""
+    assert verdict(-0.3, 0.2) == "not distinguishable"
+    assert verdict(-0.3, 0.0311) == "worse, p 0.031"
+    assert verdict(-0.3, 0.0001, higher_is_better=False) == "better, p <0.001"
+    assert verdict(0.1, None) == ""
 
 
 def test_pseudomedian_is_that_of_the_textbook() -> None:

@@ -23,12 +23,13 @@ from bench.extend import Budget, Method, Prompt, keep_tokens
 from bench.methods import plugins
 from bench.methods.grid import OwnMethod, grid
 from bench.methods.plugins import Plugins
-from bench.runs.folder import SAMPLES, read_record
+from bench.names import SAMPLES
 from bench.runs.run import Outcome, execute
 from bench.settings.presets import load_preset
 from bench.settings.run import RunConfig
 from tasks.base import Document, Generate
 from tests.bench.conftest import SENTENCES, read_lines
+from tests.bench.lines import recorded
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs/plugins.md").read_text(encoding="utf-8")
@@ -74,7 +75,7 @@ def test_the_recipe_runs(long_folder: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "my_cache.py", EXAMPLE)
     outcome, _ = go(long_folder, tmp_path / "run", file)
     assert outcome.failures == []
-    rows = {(row["task"], row["metric"], row["method"]): row for row in outcome.rows}
+    rows = {(row.task, row.metric, row.method): row for row in outcome.rows}
     assert {task for task, _, _ in rows} == {"fidelity", "phone-book"}
     mine = rows["fidelity", "kl", "attended"]
     assert mine["score"] > 0
@@ -82,8 +83,8 @@ def test_the_recipe_runs(long_folder: Path, tmp_path: Path) -> None:
     assert mine["kv_share"] == pytest.approx((49 + 4) / (199 + 4), rel=1e-3)
     assert mine["evicted_share"] == pytest.approx(150 / 203, rel=1e-3)
     assert {"score_low", "difference"} <= mine.keys()
-    assert rows["phone-book", "exact_match", "attended"]["n"] == 2
-    assert set(read_record(tmp_path / "run")["fingerprint"]["plugins"]) == {"my_cache.py"}
+    assert rows["phone-book", "exact_match", "attended"].n == 2
+    assert set(recorded(tmp_path / "run")["fingerprint"]["plugins"]) == {"my_cache.py"}
     # The same command measures nothing twice.
     assert go(long_folder, tmp_path / "run", file)[0].measured == 0
 
@@ -148,10 +149,10 @@ def test_a_plugin_that_raises_stops_nothing_else(long_folder: Path, tmp_path: Pa
         assert set(found.methods) == {"attended"}
     methods, tasks = ("full", "attended", "theirs"), ("fidelity", "their-task")
     outcome, said = go(long_folder, tmp_path / "run", broken, good, quant_type=methods, tasks=tasks)
-    assert {row["method"] for row in outcome.rows} == {"full", "attended"}
+    assert {row.method for row in outcome.rows} == {"full", "attended"}
     assert [failure["plugin"] for failure in outcome.failures] == ["broken.py"] * 3
     assert "plugin broken.py: unknown method 'theirs', which it may have had" in said
-    assert read_record(tmp_path / "run")["failures"] == outcome.failures
+    assert recorded(tmp_path / "run")["failures"] == outcome.failures
     with pytest.raises(UserError, match=r"plugin broken\.py: .*no colon"):
         go(long_folder, tmp_path / "other", broken, quant_type=("theirs",))
     assert not (tmp_path / "other").exists()
@@ -261,7 +262,7 @@ def test_what_fails_in_a_prompt_is_recorded_and_the_rest_goes_on(long_folder: Pa
     file = write(tmp_path / "failing.py", FAILING)
     methods = ("full", "raises", "hungry", "miscounted", "late", "forgetful", "infinite", "mix")
     outcome, _ = go(long_folder, tmp_path / "run", file, quant_type=methods, tasks=("fidelity", "pedantic"))
-    assert {row["method"] for row in outcome.rows} == {"full", "mix"}
+    assert {row.method for row in outcome.rows} == {"full", "mix"}
     said = {failure["cell"].partition("-")[0]: failure["error"] for failure in outcome.failures if "cell" in failure}
     assert said["raises"] == "raises: KeyError: 'no\\nsuch key'"
     assert said["hungry"].startswith("hungry: RuntimeError: ")
@@ -325,7 +326,7 @@ def test_an_entry_point_with_a_name_that_is_taken(
         "its task 'needle' has the name of one of this suite",
         "its task 'gsm8k' has the name of one of lm-eval",
     ]
-    assert {(row["task"], row["method"]) for row in outcome.rows} == {("needle", "full"), ("needle", "mix")}
+    assert {(row.task, row.method) for row in outcome.rows} == {("needle", "full"), ("needle", "mix")}
     assert "no local rows" in outcome.failures[-1]["error"]
 
 

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from bench.errors import UserError
+from bench.records.row import Row
 from bench.report.against import means, pair, read_published, to_csv, to_markdown
 from tasks.longbench.datasets import DATASETS
 
 HEADER = "model,method,budget,task,Task Type,performance\n"
 
 
-def row(**changes: Any) -> dict[str, Any]:
-    content = {
+def row(**changes: Any) -> Row:
+    content: dict[str, Any] = {
         "model": "meta-llama/Llama-3.1-8B-Instruct",
         "task": "longbench:passage_retrieval_en",
         "metric": "retrieval",
@@ -24,8 +25,10 @@ def row(**changes: Any) -> dict[str, Any]:
         "cache_size": 512,
         "n": 200,
         "score": 91.5,
+        "higher_is_better": True,
+        "cell": "mix",
     }
-    return {**content, **changes}
+    return Row(**{**content, **changes})
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def test_rows_meet_their_figures(published: Path) -> None:
         (75.0, 50.0, 25.0),
     ]
     assert means(pairs) == [
-        [rows[0]["model"], "mean of 2 datasets", "", "mix", "512", "", "66.25", "67.50", "-1.25"],
+        [rows[0].model, "mean of 2 datasets", "", "mix", "512", "", "66.25", "67.50", "-1.25"],
     ]
     assert to_csv(pairs).splitlines()[1].endswith(",mix,512,200,91.50,95.00,-3.50")
     assert "| mean of 2 datasets |" in to_markdown(pairs)

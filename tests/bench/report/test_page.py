@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ import pytest
 import torch
 
 from bench.cli import main
-from bench.costs.speed import Timing, to_csv
-from bench.engine.inspect import states_map, write_maps
+from bench.engine.inspect import states_map
 from bench.errors import UserError
+from bench.records.row import Row
+from bench.records.sample import Sample
+from bench.records.states import MapRecord, write_maps
+from bench.records.timing import Timing, timings_csv
 from bench.report.figures.canvas import FOREGROUND, SERIES
 from bench.report.figures.layers import layer_means
 from bench.report.figures.scores import pareto_front
@@ -24,6 +28,7 @@ from bench.report.page import MAPS, Page, build
 from bench.report.paragraphs import answer, budget_sentences
 from bench.report.runs import read_runs
 from tests.bench.browser import Browser
+from tests.bench.lines import line
 from tests.bench.report.test_report import ROWS, row, write
 
 HOSTILE = "<img src=x onerror=alert(1)>&\"'$x_1^2$"
@@ -31,17 +36,7 @@ VOID = {"meta", "img", "br", "link"}
 
 
 def sample(cell: str, document: str = "d0", **more: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "model": "tiny",
-        "task": "needle",
-        "document": document,
-        "prompt_sha256": f"hash of {document}",
-        "cell": cell,
-        "truncated": False,
-        "oq_ratios": [],
-        **more,
-    }
-    return values
+    return line(document, cell, **{"model": "tiny", "task": "needle", "prompt_sha256": f"hash of {document}", **more})
 
 
 SAMPLES = [
@@ -49,6 +44,12 @@ SAMPLES = [
     sample("mix-512", "d0", oq_ratios=[0.5, 1.0]),
     sample("mix-512", "d1", oq_ratios=[0.7, 1.0], truncated=True),
 ]
+
+
+def typed(lines: list[dict[str, Any]]) -> list[Sample]:
+    return [Sample(**item) for item in lines]
+
+
 RECORD = {
     "started": "2026-01-01T00:00:00+00:00",
     "finished": "2026-01-01T00:01:00+00:00",
@@ -59,14 +60,14 @@ RECORD = {
 
 def make_run(
     folder: Path,
-    rows: list[dict[str, Any]] | None = None,
+    rows: Sequence[Row] | None = None,
     samples: list[dict[str, Any]] | None = None,
     **record: Any,
 ) -> Path:
     folder.mkdir(parents=True)
     write(folder, ROWS if rows is None else rows)
     lines = SAMPLES if samples is None else samples
-    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "samples.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines))
     (folder / "record.json").write_text(json.dumps({**RECORD, **record}))
     return folder
 
@@ -153,7 +154,7 @@ def test_ids_are_unique_and_references_lead_somewhere(plain: Page) -> None:
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     model = {"model": HOSTILE, "task": HOSTILE, "metric": HOSTILE}
-    rows = [{**item, **model, "method": item["method"].replace("mix", f"mix{HOSTILE}")} for item in ROWS]
+    rows = [item.model_copy(update={**model, "method": item.method.replace("mix", f"mix{HOSTILE}")}) for item in ROWS]
     cut = [sample("full-None", HOSTILE, model=HOSTILE, task=HOSTILE, truncated=True)]
     failure = {"model": HOSTILE, "task": HOSTILE, "error": f"</script>{HOSTILE}"}
     page = page_of(make_run(tmp_path / "run", rows, cut, failures=[failure], command="</pre><script>alert(1)</script>"))
@@ -192,7 +193,7 @@ def test_the_lowest_is_best_where_lower_is_better() -> None:
 
 
 def test_many_tasks_are_counted(tmp_path: Path) -> None:
-    tasks = [{**item, "task": f"task{number}"} for number in range(3) for item in ROWS]
+    tasks = [item.model_copy(update={"task": f"task{number}"}) for number in range(3) for item in ROWS]
     text = answer(*read_runs([make_run(tmp_path / "run", tasks)]))
     assert "3 comparisons" in text
     assert "At C=512 tokens per layer: no method can be told from the best in 3 of 3" in text
@@ -209,7 +210,7 @@ def test_rows_that_were_not_exercised_are_marked(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_page_of_many_tasks_stays_small(tmp_path: Path) -> None:
-    tasks = [{**item, "task": f"task{number}"} for number in range(60) for item in ROWS]
+    tasks = [item.model_copy(update={"task": f"task{number}"}) for number in range(60) for item in ROWS]
     page = page_of(make_run(tmp_path / "run", tasks, []))
     assert len(page.html.encode()) < 3_000_000
     assert "The last 20 tables have no figures" in page.html
@@ -257,7 +258,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 
 def test_samples_of_another_making_are_refused(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", samples=[{"model": "tiny"}])
-    with pytest.raises(UserError, match=r"samples\.jsonl: a sample has no 'task'"):
+    with pytest.raises(UserError, match=r"samples\.jsonl, line 1, field 'task': missing"):
         read_runs([folder])
 
 
@@ -284,7 +285,7 @@ def make_speed(folder: Path, *, size: int = 512, model: str = "aaaa", changed: s
         for length in (1000, 2000)
         for method, quant_format, tpot in (("full", None, 50.0), ("mix", "int8", 40.0))
     ]
-    text = to_csv(timings)
+    text = timings_csv(timings)
     (folder / "speed.csv").write_text(text.replace("40.0", changed, 1) if changed else text)
     record = {"model": {"name": "tiny", "fingerprint": model}, "hardware": {"cpu": "one"}, "finished": "2026"}
     (folder / "record.json").write_text(json.dumps(record))
@@ -295,7 +296,7 @@ def make_maps(folder: Path, count: int = 1, **more: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     states = states_map(torch.tensor([[[2, 1, 1, 0, 2]], [[2, 0, 0, 1, 2]]], dtype=torch.int8), [0, 1])
     where = {"model": "tiny", "task": "needle", "document": "d0", "label": "mix C=512", **more}
-    write_maps(folder, [{**where, "cell": f"mix-{number}", "map": states} for number in range(count)])
+    write_maps(folder, [MapRecord(**where, cell=f"mix-{number}", map=states) for number in range(count)])
     return folder
 
 
@@ -363,8 +364,8 @@ def test_shares_of_time_need_times() -> None:
         row("full", 1.0, prefill_s=1.0, cell="full-None"),
         row("mix", 0.8, prefill_s=1.0, compress_s=0.5, cell="mix-512"),
     ]
-    assert share_figure("shares", rows, SAMPLES) is None
-    figure = share_figure("shares", rows, [{**item, "decode_s": 2.5} for item in SAMPLES])
+    assert share_figure("shares", rows, []) is None
+    figure = share_figure("shares", rows, typed([{**item, "decode_s": 2.5} for item in SAMPLES]))
     assert figure is not None
     time, memory = figure.canvas.axes
     widths = [round(bar.get_width()) for bar in time.patches]
@@ -381,13 +382,13 @@ def test_the_front_is_what_nothing_beats() -> None:
         row("origin", 0.7, kv_bytes_mean=50.0),
         row("quant", 1.0, kv_bytes_mean=90.0, compressed_documents=0),
     ]
-    assert [item["method"] for item in pareto_front(rows)] == ["mix", "full"]
-    lower = [{**item, "higher_is_better": False} for item in rows]
-    assert [item["method"] for item in pareto_front(lower)] == ["window"]
+    assert [item.method for item in pareto_front(rows)] == ["mix", "full"]
+    lower = [item.model_copy(update={"higher_is_better": False}) for item in rows]
+    assert [item.method for item in pareto_front(lower)] == ["window"]
 
 
 def test_ratios_are_means_over_documents() -> None:
-    assert layer_means(SAMPLES) == {"mix-512": [pytest.approx(0.6), 1.0]}
+    assert layer_means(typed(SAMPLES)) == {"mix-512": [pytest.approx(0.6), 1.0]}
 
 
 @pytest.mark.slow
@@ -407,7 +408,7 @@ def test_figures_are_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--html", "absent/page.html"], "cannot be written"),
+        (["--html", "run/record.json/page.html"], "cannot be written"),
         (["--html", "page.html", "--against", "published.csv"], "leave it out"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,19 @@ import pytest
 from rich.console import Console
 
 from bench.cli import main
-from bench.costs.speed import Timing, summarize
 from bench.errors import UserError
+from bench.names import RESULTS
+from bench.records.row import COLUMNS, Row, read_results
+from bench.records.timing import Timing, summarize
 from bench.report.columns import EVERYTHING, LEGEND
 from bench.report.comparison import compare
-from bench.report.rows import headline, read_results
+from bench.report.rows import headline
 from bench.report.speed import speed_table
 from bench.report.terminal import print_comparison
 from bench.report.writing import to_csv, to_latex, to_markdown
-from bench.runs.folder import COLUMNS, RESULTS
 
 
-def row(method: str, score: float, cache_size: int | None = 512, **more: Any) -> dict[str, Any]:
+def row(method: str, score: float, cache_size: int | None = 512, **more: Any) -> Row:
     full = method == "full"
     values: dict[str, Any] = {
         "model": "tiny",
@@ -62,7 +64,7 @@ def row(method: str, score: float, cache_size: int | None = 512, **more: Any) ->
         "cell": f"{method}-{cache_size}",
         **more,
     }
-    return {name: values.get(name) for name in COLUMNS}
+    return Row(**values)
 
 
 ROWS = [
@@ -75,7 +77,7 @@ ROWS = [
 ]
 
 
-def printed(rows: list[dict[str, Any]], width: int, **console: Any) -> str:
+def printed(rows: list[Row], width: int, **console: Any) -> str:
     output = Console(file=io.StringIO(), width=width, **console)
     print_comparison([rows], output)
     return output.file.getvalue()  # type: ignore[attr-defined]
@@ -123,11 +125,14 @@ def test_speed_fits_80_columns() -> None:
     ]
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+def write(path: Path, rows: Sequence[Row], changed: dict[str, str] | None = None) -> Path:
+    """A results.csv with every digit of the rows; ``changed`` are cells of the last one."""
+    cells = [{name: getattr(item, name) for name in COLUMNS} for item in rows]
+    cells[-1] |= changed or {}
     with open(path / RESULTS, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(cells)
     return path
 
 
@@ -137,7 +142,7 @@ def test_full_on_top_budgets_grouped_and_most_bytes_first() -> None:
     fixed = {"cache_size": None, "budget_unit": None, "window_size": None}
     rows.append(row("hf:quanto-int4", 1.0, **fixed, kv_bytes_mean=13e6, kv_share_of_prompt=0.281))
     (comparison,) = compare(rows)
-    assert [[r["method"] for r in group] for group in comparison.groups] == [
+    assert [[r.method for r in group] for group in comparison.groups] == [
         ["full"],
         ["mix"],
         ["hf:quanto-int4"],
@@ -277,8 +282,15 @@ def test_markdown_is_a_table() -> None:
 def test_csv_comes_back_as_it_was(tmp_path: Path) -> None:
     rows = read_results(write(tmp_path, ROWS))
     assert rows == ROWS
-    (tmp_path / "all.csv").write_text(to_csv([rows, rows]))
-    assert read_results(tmp_path / "all.csv") == ROWS * 2
+    (tmp_path / "all.csv").write_text(to_csv({"one": rows}))
+    assert read_results(tmp_path / "all.csv") == ROWS
+
+
+def test_csv_of_several_runs_says_which(tmp_path: Path) -> None:
+    text = to_csv({"one": ROWS, "two": ROWS})
+    assert [line.partition(",")[0] for line in text.splitlines()] == ["run", *["one"] * 6, *["two"] * 6]
+    (tmp_path / "all.csv").write_text(text)
+    assert [item.run for item in read_results(tmp_path / "all.csv")] == ["one"] * 6 + ["two"] * 6
 
 
 def test_names_cannot_drive_the_terminal(tmp_path: Path) -> None:
@@ -306,7 +318,7 @@ def test_names_cannot_drive_the_terminal(tmp_path: Path) -> None:
     ],
 )
 def test_nonsense_names_line_and_column(tmp_path: Path, column: str, value: str, said: str) -> None:
-    write(tmp_path, [ROWS[0], {**ROWS[1], column: value}])
+    write(tmp_path, ROWS[:2], {column: value})
     with pytest.raises(UserError) as caught:
         read_results(tmp_path)
     assert f"line 3, column {column!r}" in str(caught.value)
@@ -359,9 +371,11 @@ def test_latex_has_every_row_and_obeys_no_name() -> None:
 
 def test_latex_is_written_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, ROWS)
-    for target, code in ((tmp_path / "table.tex", 0), (tmp_path / "absent" / "table.tex", 1)):
+    (tmp_path / "file").write_text("")
+    absent = tmp_path / "absent" / "table.tex"
+    for target, code in ((tmp_path / "table.tex", 0), (absent, 0), (tmp_path / "file" / "table.tex", 1)):
         with pytest.raises(SystemExit) as ended:
             main(["report", str(tmp_path), "--latex", str(target)])
         assert ended.value.code == code
-    assert (tmp_path / "table.tex").read_text() == to_latex([read_results(tmp_path)])
+    assert (tmp_path / "table.tex").read_text() == absent.read_text() == to_latex([read_results(tmp_path)])
     assert "cannot be written" in capsys.readouterr().err

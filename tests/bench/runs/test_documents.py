@@ -11,9 +11,9 @@ from rich.console import Console
 
 from bench import errors
 from bench.cli import main
+from bench.names import SAMPLES
 from bench.runs.documents import evaluation_of, load_documents, scores_of
 from bench.runs.failures import failure_lines
-from bench.runs.folder import SAMPLES, read_record
 from bench.runs.run import Outcome, execute
 from bench.settings.run import RunConfig
 from tasks.base import (
@@ -29,6 +29,7 @@ from tasks.base import (
     TaskSettings,
 )
 from tests.bench.conftest import read_lines
+from tests.bench.lines import recorded
 
 SETTINGS = TaskSettings(tokenizer=None, max_length=100)
 PROMPT = Generate(prompt_ids=(1, 2, 3), max_new_tokens=2)
@@ -171,7 +172,7 @@ def test_a_faulty_task_leaves_the_others_alone(
     plugin = tmp_path / "faulty.py"
     plugin.write_text(PLUGIN)
     outcome, _ = go(tiny_folder, tmp_path / "run", plugin)
-    assert {row["task"] for row in outcome.rows} == {"good"}
+    assert {row.task for row in outcome.rows} == {"good"}
     said = {failure["task"]: failure["error"] for failure in outcome.failures}
     assert set(said) == set(FAULTY)
     for task, error in said.items():
@@ -179,7 +180,7 @@ def test_a_faulty_task_leaves_the_others_alone(
         assert error.endswith(f"(faulty.py, line {line})")
         assert "\n" not in error
     assert "TypeError: object of type 'Document' has no len()" in said["raising"]
-    assert read_record(tmp_path / "run")["failures"] == outcome.failures
+    assert recorded(tmp_path / "run")["failures"] == outcome.failures
     assert {line["task"] for line in read_lines(tmp_path / "run" / SAMPLES)} == {"good"}
     assert "Traceback" not in capsys.readouterr().err
     monkeypatch.setattr(errors, "SHOW_TRACEBACK", True)
@@ -209,7 +210,7 @@ def test_tasks_that_fail_for_one_reason_share_a_line(tiny_folder: Path, tmp_path
     assert line.startswith(f"22 tasks of tiny: no rows in --data-dir {nowhere}: longbench:narrativeqa, ")
     assert line.endswith("gsm8k (each in record.json)")
     assert said.count(f": no rows in --data-dir {nowhere}\n") == 1
-    assert "looked for" in read_record(tmp_path / "run")["failures"][0]["error"]
+    assert "looked for" in recorded(tmp_path / "run")["failures"][0]["error"]
 
 
 def test_failures_of_cells_stay_apart() -> None:

@@ -19,9 +19,9 @@ import pytest
 
 from bench.cli import main
 from bench.methods.kvpress import library
-from bench.runs import folder as records
-from bench.runs.folder import read_record
+from bench.names import CURVE, SAMPLES
 from tests.bench.conftest import SENTENCES, quiet_environment, read_lines
+from tests.bench.lines import recorded
 from tests.bench.runs.test_records import untimed
 from tests.conftest import ROOT
 
@@ -131,17 +131,17 @@ class Run:
 
 def complete(folder: Path) -> None:
     """Every sample is there, once, and nothing else is left behind."""
-    samples = read_lines(folder / records.SAMPLES)
+    samples = read_lines(folder / SAMPLES)
     keys = [(sample["task"], sample["document"], sample["cell"]) for sample in samples]
     assert len(keys) == len(set(keys)) == DOCUMENTS * len(METHODS)
-    record = read_record(folder)
+    record = recorded(folder)
     assert record["finished"]
     assert record["failures"] == []
     assert [path.name for path in folder.iterdir() if path.name.endswith(".tmp")] == []
 
 
 def curve(folder: Path) -> list[dict[str, str]]:
-    with open(folder / records.CURVE, newline="") as file:
+    with open(folder / CURVE, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -172,8 +172,8 @@ def test_kill_9_at_five_moments(
     options: list[str], undisturbed: Path, tmp_path: Path, check: Callable[[Path], None]
 ) -> None:
     drawn = random.Random(6)
-    folder, file = tmp_path / "run", tmp_path / "run" / records.SAMPLES
-    whole = (undisturbed / records.SAMPLES).stat().st_size
+    folder, file = tmp_path / "run", tmp_path / "run" / SAMPLES
+    whole = (undisturbed / SAMPLES).stat().st_size
     # The first one before anything has been measured.
     for size in [0, *sorted(drawn.randrange(whole * 9 // 10) for _ in range(4))]:
         started = Run(options, folder)
@@ -181,7 +181,7 @@ def test_kill_9_at_five_moments(
         assert started.wait() == -signal.SIGKILL
         assert (folder / ".lock").is_file(), "the lock of a dead process must not matter, and here is one"
     check(folder)
-    assert len(read_record(folder)["continued"]) in (4, 5), "the first may have died before it wrote its record"
+    assert len(recorded(folder)["continued"]) in (4, 5), "the first may have died before it wrote its record"
 
 
 def ended_with_one_line(started: Run, folder: Path, said: str) -> None:
@@ -196,7 +196,7 @@ def test_files_that_cannot_grow(
     import resource
 
     folder = tmp_path / "run"
-    whole = (undisturbed / records.SAMPLES).stat().st_size
+    whole = (undisturbed / SAMPLES).stat().st_size
     for limit in (100, whole // 3, whole * 2 // 3 + 17):
         started = Run(
             options,
@@ -226,7 +226,7 @@ def test_a_disk_that_fills_up(options: list[str], small_disk: Path, check: Calla
         started = Run(options, folder)
         assert started.wait() == 1
         ended_with_one_line(started, folder, said)
-    assert read_record(folder)["finished"] is None
+    assert recorded(folder)["finished"] is None
     subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
     check(folder)
 
@@ -237,7 +237,7 @@ def test_a_cell_that_raises_and_one_without_memory(
     folder = tmp_path / "run"
     started = Run(options, folder, lambda: os.environ.update(FAULTY="yes"))
     assert started.wait() == 1
-    failures = read_record(folder)["failures"]
+    failures = recorded(folder)["failures"]
     failed = {(item["task"], item["cell"].partition("-")[0]): item["error"] for item in failures}
     assert set(failed) == {("needle", "hungry"), ("fidelity", "hungry"), ("needle", "moody")} | (
         {("fidelity", "moody")} & set(failed)
@@ -246,7 +246,7 @@ def test_a_cell_that_raises_and_one_without_memory(
     assert "allocate" in failed["fidelity", "hungry"]
     assert "Traceback" not in started.said
     assert "moody: LookupError: not today" in started.said
-    done = {sample["method"] for sample in read_lines(folder / records.SAMPLES)}
+    done = {sample["method"] for sample in read_lines(folder / SAMPLES)}
     assert {"full", "mix", "kvpress:snapkv"} <= done
     assert "hungry" not in done
     check(folder)
@@ -257,7 +257,7 @@ def test_ctrl_c(options: list[str], undisturbed: Path, tmp_path: Path, check: Ca
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "bench.cli", *options, "--outdir", str(folder)]
     with subprocess.Popen(command, cwd=ROOT, env=quiet_environment(), stderr=subprocess.PIPE, text=True) as process:
-        while not ((folder / records.SAMPLES).is_file() and (folder / records.SAMPLES).stat().st_size):
+        while not ((folder / SAMPLES).is_file() and (folder / SAMPLES).stat().st_size):
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)

@@ -59,14 +59,14 @@ def done(tiny_folder: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFac
 def test_every_dataset_is_a_task(done: tuple[Path, Outcome]) -> None:
     path, outcome = done
     assert outcome.failures == []
-    rows = {(row["task"], row["metric"]): row for row in outcome.rows if row["method"] == "full"}
+    rows = {(row.task, row.metric): row for row in outcome.rows if row.method == "full"}
     assert list(rows) == [
         ("longbench:trec", "classification"),
         ("longbench:triviaqa", "qa_f1"),
         ("longbench-e:lcc", "code_sim"),
         ("longbench-e:lcc", "code_sim,4-8k"),
     ]
-    assert {row["n"] for row in outcome.rows} == {2}
+    assert {row.n for row in outcome.rows} == {2}
     samples = read_lines(path / "samples.jsonl")
     assert len(samples) == 3 * 2 * 2
     # The halves, put together, may have a token more or less.
@@ -76,7 +76,7 @@ def test_every_dataset_is_a_task(done: tuple[Path, Outcome]) -> None:
 
 def test_predictions_lie_in_the_official_form(done: tuple[Path, Outcome]) -> None:
     path, outcome = done
-    mix = next(row["cell"] for row in outcome.rows if row["method"] == "mix")
+    mix = next(row.cell for row in outcome.rows if row.method == "mix")
     files = sorted(str(file.relative_to(path)) for file in path.glob("pred*/**/*.jsonl"))
     cells = ("full", mix)
     assert files == sorted(
@@ -103,8 +103,8 @@ def test_the_files_score_as_the_run_does(done: tuple[Path, Outcome]) -> None:
         for folder in folders:
             for file in folder.files:
                 key = (f"{prefix}:{file.dataset.name}", file.dataset.metric, folder.name)
-                (row,) = [row for row in outcome.rows if (row["task"], row["metric"], row["cell"]) == key]
-                assert (file.score, file.n) == (row["score"], row["n"])
+                (row,) = [row for row in outcome.rows if (row.task, row.metric, row.cell) == key]
+                assert (file.score, file.n) == (row.score, row.n)
 
 
 def test_averages_of_the_run(done: tuple[Path, Outcome]) -> None:
@@ -113,7 +113,7 @@ def test_averages_of_the_run(done: tuple[Path, Outcome]) -> None:
     assert [title for title, _ in tables] == ["longbench, averages, tiny", "longbench-e, averages, tiny"]
     header, full, mix = tables[0][1]
     assert header == ["budget", "method", "Few-shot", "English", "All"]
-    scores = {row["task"]: row["score"] for row in outcome.rows if row["method"] == "full"}
+    scores = {row.task: row.score for row in outcome.rows if row.method == "full"}
     mean = (scores["longbench:trec"] + scores["longbench:triviaqa"]) / 2
     assert full == ["", "full", f"{mean:.2f} (2/4)", f"{mean:.2f} (2/14)", f"{mean:.2f} (2/21)"]
     assert mix[:2] == ["64", "mix int8"]
@@ -132,7 +132,7 @@ def test_a_dataset_without_rows_leaves_the_others_alone(tiny_folder: Path, data_
     (failure,) = outcome.failures
     assert failure["task"] == "longbench:vcsum"
     assert "no vcsum.jsonl" in failure["error"]
-    assert {row["task"] for row in outcome.rows} == {"longbench:trec"}
+    assert {row.task for row in outcome.rows} == {"longbench:trec"}
 
 
 def test_clearing_removes_predictions_only(tmp_path: Path) -> None:
@@ -148,4 +148,4 @@ def test_results_are_as_precise_as_published_ones(done: tuple[Path, Outcome]) ->
     path, outcome = done
     with open(path / "results.csv", newline="", encoding="utf-8") as file:
         written = [float(row["score"]) for row in csv.DictReader(file)]
-    assert written == pytest.approx([row["score"] for row in outcome.rows], abs=5e-4)
+    assert written == pytest.approx([row.score for row in outcome.rows], abs=5e-4)

@@ -17,18 +17,19 @@ import torch
 from rich.console import Console
 
 from bench.errors import UserError
-from bench.runs import folder as records
-from bench.runs.folder import NotFinite, RunFolder, read_record, read_samples, write_atomic
+from bench.files import text
+from bench.files.text import write_atomic
+from bench.names import RECORD, RESULTS, SAMPLES
+from bench.records.record import read_record
+from bench.records.sample import NotFinite, Samples, make_sample
+from bench.runs.folder import RunFolder
 from bench.runs.run import execute
 from bench.settings.run import RunConfig
 from tests.bench.conftest import define_toys, read_lines
+from tests.bench.lines import line, sample
 
 ROOT = Path(__file__).resolve().parents[3]
 ONE, TWO = {"seed": 0}, {"seed": 1}
-
-
-def sample(document: str, cell: str = "full", **more: object) -> dict[str, object]:
-    return {"model": "m", "task": "t", "document": document, "prompt_sha256": "", "cell": cell, **more}
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +39,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(records.os, "replace", fail)
+    monkeypatch.setattr(text.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
         write_atomic(file, "new")
     assert file.read_text() == "old"
@@ -49,7 +50,7 @@ def test_a_torn_last_line_is_cut_and_measured_again(tmp_path: Path) -> None:
     with RunFolder(tmp_path, ONE) as folder:
         folder.append(sample("a"))
         folder.append(sample("b", text="ä\n"))
-    file = tmp_path / records.SAMPLES
+    file = tmp_path / SAMPLES
     whole = file.read_bytes()
     for torn in (whole[:-1], whole[:-9], whole + b'{"model": "m", "ta'):
         file.write_bytes(torn)
@@ -61,16 +62,16 @@ def test_a_torn_last_line_is_cut_and_measured_again(tmp_path: Path) -> None:
 
 
 def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
-    file = tmp_path / records.SAMPLES
-    file.write_text('{"a": 1}\nnonsense\n{"b": 2}\n')
+    file = tmp_path / SAMPLES
+    file.write_text(f"{json.dumps(line('a'))}\nnonsense\n{json.dumps(line('b'))}\n")
     with pytest.raises(UserError, match="line 2: not valid JSON"):
-        read_samples(file)
+        Samples(file)
 
 
 def test_no_number_is_written_as_nan(tmp_path: Path) -> None:
     with RunFolder(tmp_path, ONE) as folder, pytest.raises(NotFinite, match="not finite"):
-        folder.append(sample("a", score=float("nan")))
-    assert read_samples(tmp_path / records.SAMPLES) == []
+        folder.append(make_sample(**line("a", score=float("nan"))))
+    assert not Samples(tmp_path / SAMPLES)
 
 
 HOLD = """
@@ -89,11 +90,11 @@ def test_a_lock_holds_while_its_process_lives(tmp_path: Path) -> None:
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        (tmp_path / records.SAMPLES).write_text(json.dumps(sample("theirs")) + "\n")
+        (tmp_path / SAMPLES).write_text(json.dumps(line("theirs")) + "\n")
         for fresh in (False, True):
             with pytest.raises(UserError, match="another run writes here"), RunFolder(tmp_path, ONE, fresh=fresh):
                 pass
-        assert read_samples(tmp_path / records.SAMPLES), "--fresh must not touch the folder of a living run"
+        assert Samples(tmp_path / SAMPLES), "--fresh must not touch the folder of a living run"
     finally:
         holder.kill()
         holder.wait()
@@ -114,17 +115,17 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
         assert len(folder.samples) == 1
     (tmp_path / "notes.txt").write_text("mine")
     with RunFolder(tmp_path, TWO, fresh=True) as folder:
-        assert folder.samples == {}
+        assert not folder.samples
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_damaged_and_missing_records(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run folder"):
         read_record(tmp_path)
-    (tmp_path / records.RECORD).write_text("{")
+    (tmp_path / RECORD).write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         read_record(tmp_path)
-    (tmp_path / records.RECORD).write_text("[]")
+    (tmp_path / RECORD).write_text("[]")
     with pytest.raises(UserError, match="not the record of a run"):
         RunFolder(tmp_path, ONE).__enter__()
 
@@ -140,7 +141,7 @@ TIMES = {"prefill_s", "compress_s", "ttft_ms", "decode_tokens_per_s", "tpot_ms",
 
 def untimed(folder: Path) -> list[dict[str, str]]:
     """Rows of the table without what a clock or the machine says."""
-    with open(folder / records.RESULTS, newline="") as file:
+    with open(folder / RESULTS, newline="") as file:
         return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
 
 
@@ -162,7 +163,7 @@ def test_kill_9_in_the_middle_and_continue(tmp_path: Path, tiny: Any) -> None:
         "cache_size": (64,),
     }
     config = RunConfig(**settings, data_dir=data)
-    folder, file = tmp_path / "run", tmp_path / "run" / records.SAMPLES
+    folder, file = tmp_path / "run", tmp_path / "run" / SAMPLES
     # A process of its own: a fork would inherit locks that threads of this one may hold.
     code = (
         "import io, pathlib; from rich.console import Console; from bench.settings.run import RunConfig; "
@@ -183,7 +184,7 @@ def test_kill_9_in_the_middle_and_continue(tmp_path: Path, tiny: Any) -> None:
         child.wait()
     before = file.read_bytes().count(b"\n")
     assert 11 <= before < 60, "killed too late to say anything"
-    assert read_record(folder)["finished"] is None
+    assert read_record(folder).finished is None
 
     said = io.StringIO()
     outcome = execute(config, folder, Console(file=said, width=200))
@@ -193,9 +194,9 @@ def test_kill_9_in_the_middle_and_continue(tmp_path: Path, tiny: Any) -> None:
     keys = [(line["document"], line["cell"]) for line in lines]
     assert len(keys) == len(set(keys)) == 60
     record = read_record(folder)
-    assert record["finished"]
-    assert len(record["continued"]) == 1
-    assert record["continued"][0]["started"] >= record["started"]
+    assert record.finished
+    assert len(record.continued) == 1
+    assert record.continued[0].started >= (record.started or "")
 
     execute(config, tmp_path / "undisturbed", Console(file=io.StringIO()))
     assert untimed(folder) == untimed(tmp_path / "undisturbed")

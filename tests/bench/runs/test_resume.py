@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.runs.folder import RESULTS, SAMPLES
+from bench.names import RESULTS, SAMPLES
 from tests.bench.conftest import define_toys, quiet_environment, read_lines
 from tests.conftest import ROOT
 

@@ -16,11 +16,13 @@ from bench.engine.engine import Engine
 from bench.engine.inspect import read_maps
 from bench.errors import UserError
 from bench.methods.grid import Cell
+from bench.names import CURVE, RECORD, RESULTS, SAMPLES, STATES
 from bench.runs import run
-from bench.runs.folder import CURVE, RECORD, RESULTS, SAMPLES, STATES, RunFolder, read_record
+from bench.runs.folder import RunFolder
 from bench.runs.run import Outcome, execute
 from bench.settings.run import RunConfig
 from tests.bench.conftest import SENTENCES, define_toys, read_lines
+from tests.bench.lines import recorded
 
 WANTED = [
     *["model", "task", "metric", "method", "quant_format", "budget_unit", "cache_size", "window_size", "n"],
@@ -85,7 +87,7 @@ def test_the_table_has_the_columns_promised(done: Path) -> None:
 
 
 def test_the_record_explains_the_run(done: Path) -> None:
-    record = read_record(done)
+    record = recorded(done)
     assert record["finished"] >= record["started"]
     assert record["settings"]["cache_size"] == [64]
     assert len(record["models"]["tiny"]["fingerprint"]) == 64
@@ -111,7 +113,7 @@ def test_continuing_measures_nothing_twice(done: Path, tiny_folder: Path, monkey
 
 
 def test_two_runs_on_one_folder(done: Path, tiny_folder: Path) -> None:
-    with RunFolder(done, read_record(done)["fingerprint"]):
+    with RunFolder(done, recorded(done)["fingerprint"]):
         before = (done / SAMPLES).read_bytes()
         for fresh in (False, True):
             with pytest.raises(UserError, match="another run writes here"):
@@ -142,7 +144,7 @@ def test_a_failed_task_leaves_the_others_alone(tiny_folder: Path, tmp_path: Path
     assert [failure["task"] for failure in outcome.failures] == ["gsm8k"]
     assert str(tmp_path / "nowhere") in said.replace("\n", "")
     assert len(outcome.rows) == 3
-    assert read_record(tmp_path)["failures"] == outcome.failures
+    assert recorded(tmp_path)["failures"] == outcome.failures
 
 
 def test_an_unknown_task_leaves_the_others_alone(tiny_folder: Path, tmp_path: Path) -> None:
@@ -160,12 +162,12 @@ def test_an_unknown_task_leaves_the_others_alone(tiny_folder: Path, tmp_path: Pa
     assert str(data / "gsm8k/test.jsonl") in errors["gsm8k"]
     assert "line 1: " in errors["toy_text"]
     assert "toy_wset: unknown task 'toy_wset'" in said
-    assert {row["task"] for row in outcome.rows} == {"toy_west"}
-    assert read_record(tmp_path / "run")["failures"] == outcome.failures
+    assert {row.task for row in outcome.rows} == {"toy_west"}
+    assert recorded(tmp_path / "run")["failures"] == outcome.failures
     (data / "toy_text/test.jsonl").write_text(rows)
     outcome, _ = go(tiny_folder, tmp_path / "run", **settings)
     assert [failure["task"] for failure in outcome.failures] == ["toy_wset", "longbench:trecc", "gsm8k"]
-    assert {row["task"] for row in outcome.rows} == {"toy_west", "toy_text"}
+    assert {row.task for row in outcome.rows} == {"toy_west", "toy_text"}
 
 
 def test_a_failed_cell_leaves_the_others_alone(
@@ -182,13 +184,13 @@ def test_a_failed_cell_leaves_the_others_alone(
         patch.setattr(Engine, "compress", failing)
         outcome, said = go(tiny_folder, tmp_path)
     assert outcome.measured == 6
-    assert [row["method"] for row in outcome.rows] == ["full", "mix"]
+    assert [row.method for row in outcome.rows] == ["full", "mix"]
     assert len(outcome.failures) == 3
     first = outcome.failures[0]
     assert (first["model"], first["task"], first["error"]) == ("tiny", "needle", "no window today")
     assert first["cell"].startswith("window-C64t")
     assert f"{first['cell']}, {first['document']} and 2 more documents: no window today" in said
-    assert read_record(tmp_path)["failures"] == outcome.failures
+    assert recorded(tmp_path)["failures"] == outcome.failures
     # The same command tries again what has failed.
     outcome, _ = go(tiny_folder, tmp_path)
     assert (outcome.measured, outcome.failures) == (3, [])
@@ -197,8 +199,8 @@ def test_a_failed_cell_leaves_the_others_alone(
 def test_a_prompt_within_the_budget_is_no_error(tiny_folder: Path, tmp_path: Path) -> None:
     outcome, _ = go(tiny_folder, tmp_path, cache_size=(300,), samples=1)
     _full, *others = outcome.rows
-    assert [row["compressed_documents"] for row in others] == [0, 0]
-    assert len({row["score"] for row in outcome.rows}) == 1
+    assert [row.compressed_documents for row in others] == [0, 0]
+    assert len({row.score for row in outcome.rows}) == 1
     texts = {line["text"] for line in read_lines(tmp_path / SAMPLES)}
     assert len(texts) == 1
 
@@ -224,20 +226,20 @@ def toy_run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def test_a_group_has_rows_for_its_tasks_and_itself(toy_run: tuple[Path, dict[str, Any], Outcome]) -> None:
     path, _, outcome = toy_run
-    accuracy = [row for row in outcome.rows if row["metric"] == "acc,none" and row["method"] == "mix"]
-    assert [(row["task"], row["part_of"], row["n"]) for row in accuracy] == [
+    accuracy = [row for row in outcome.rows if row.metric == "acc,none" and row.method == "mix"]
+    assert [(row.task, row.part_of, row.n) for row in accuracy] == [
         ("toy_east", "toys", 3),
         ("toy_west", "toys", 5),
         ("toys", None, 8),
     ]
-    east, west, both = (row["score"] for row in accuracy)
+    east, west, both = (row.score for row in accuracy)
     assert both == pytest.approx((3 * east + 5 * west) / 8)
     for row in outcome.rows:
-        compressed = row["method"] != "full"
-        assert (row["compressed_documents"] > 0) == compressed
-        assert (row["evicted_share"] > 0.3) == compressed
-        assert row["ttft_ms"] is row["tpot_ms"] is row["decode_tokens_per_s"] is None
-        assert row["score_full"] is not None
+        compressed = row.method != "full"
+        assert (row.compressed_documents > 0) == compressed
+        assert (row.evicted_share > 0.3) == compressed
+        assert row.ttft_ms is row.tpot_ms is row.decode_tokens_per_s is None
+        assert row.score_full is not None
     full, *others = [line["log_likelihoods"] for line in read_lines(path / SAMPLES)[:3]]
     assert all(other != full for other in others)
 
@@ -246,7 +248,7 @@ def test_fidelity_is_a_task_like_others(tiny_folder: Path, tmp_path: Path) -> No
     text = a_text(tmp_path / "text.txt")
     settings = {"tasks": ("fidelity",), "text": text, "lengths": (120,), "continuation": 8, "samples": 2}
     outcome, _ = go(tiny_folder, tmp_path, **settings)
-    scores = {(row["metric"], row["method"]): row["score"] for row in outcome.rows}
+    scores = {(row.metric, row.method): row.score for row in outcome.rows}
     assert {metric for metric, _ in scores} == {"kl", "kl_p95", "top1_agreement", "delta_nll"}
     assert scores["kl", "full"] == scores["kl_p95", "full"] == scores["delta_nll", "full"] == 0
     assert scores["top1_agreement", "full"] == 1
@@ -270,7 +272,7 @@ def test_layers_are_compared_on_request(tiny_folder: Path, tmp_path: Path) -> No
     # What has been measured without cannot answer the same with.
     outcome, _ = go(tiny_folder, tmp_path, **settings, per_layer=True)
     assert outcome.measured == 6
-    scores = {row["method"]: row["score"] for row in outcome.rows if row["metric"] == "attention_error"}
+    scores = {row.method: row.score for row in outcome.rows if row.metric == "attention_error"}
     lines = read_lines(tmp_path / SAMPLES)[6:]
     errors = [line["compared"]["attention_error"] for line in lines if line["method"] == "mix"]
     assert {len(layers) for layers in errors} == {2}
@@ -321,7 +323,7 @@ def test_the_batch_size_changes_no_score(
     _, settings, one = toy_run
     many, _ = go(tiny_folder, tmp_path, **settings, batch_size=batch_size)
     assert many.measured == one.measured
-    assert [row["score"] for row in one.rows] == pytest.approx([row["score"] for row in many.rows])
+    assert [row.score for row in one.rows] == pytest.approx([row.score for row in many.rows])
 
 
 def test_changed_rows_are_noticed(
@@ -338,18 +340,18 @@ def test_changed_rows_are_noticed(
     assert "holds samples of toy_text over other data" in said
     assert outcome.measured == 0
     # A group whose task has failed has no score; its other tasks have theirs.
-    assert {row["task"] for row in outcome.rows} == {"toy_east", "toy_west"}
+    assert {row.task for row in outcome.rows} == {"toy_east", "toy_west"}
     outcome, _ = go(tiny_folder, tmp_path / "run", fresh=True, **settings)
     assert not outcome.failures
 
 
 def test_a_continued_run_keeps_when_and_how_it_began(tiny_folder: Path, tmp_path: Path) -> None:
     go(tiny_folder, tmp_path, samples=1)
-    first = read_record(tmp_path)
+    first = recorded(tmp_path)
     assert first["continued"] == []
     for _ in range(2):
         go(tiny_folder, tmp_path, samples=1)
-    record = read_record(tmp_path)
+    record = recorded(tmp_path)
     assert (record["started"], record["command"]) == (first["started"], first["command"])
     assert [set(item) for item in record["continued"]] == [{"started", "command"}] * 2
 
@@ -359,9 +361,9 @@ def test_the_default_model_finds_the_needle_with_the_full_cache(tmp_path: Path) 
     settings = {"lengths": (2000,), "samples": 2, "dtype": "auto", "quant_type": ("full", "window")}
     outcome, _ = go(Path("smollm2-135m"), tmp_path, cache_size=(256,), window_size=(32,), **settings)
     full, window = outcome.rows
-    assert full["score"] == 1.0
-    assert window["score"] < 1.0
-    assert window["kv_share"] < 0.2
+    assert full.score == 1.0
+    assert window.score < 1.0
+    assert (window.kv_share or 1.0) < 0.2
 
 
 def test_states_are_left_once(tiny_folder: Path, tmp_path: Path) -> None:
@@ -369,8 +371,8 @@ def test_states_are_left_once(tiny_folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / STATES).exists()
     go(tiny_folder, tmp_path / "run", samples=1, states=True)
     window, mix = read_maps(tmp_path / "run")
-    assert (window["task"], window["label"]) == ("needle", "window C=64 tokens per layer")
-    assert sum(map(sum, mix["map"].quantized)) > 0 == sum(map(sum, window["map"].quantized))
+    assert (window.task, window.label) == ("needle", "window C=64 tokens per layer")
+    assert sum(map(sum, mix.map.quantized)) > 0 == sum(map(sum, window.map.quantized))
     before = (tmp_path / "run" / STATES).read_bytes()
     go(tiny_folder, tmp_path / "run", samples=1, states=True)
     assert (tmp_path / "run" / STATES).read_bytes() == before

@@ -14,10 +14,11 @@ from bench.errors import UserError
 from bench.executors.local import LocalExecutor
 from bench.harness import index
 from bench.models.inputs import input_hashes
+from bench.names import RECORD, SAMPLES
 from bench.runs import starts
-from bench.runs.folder import RECORD, SAMPLES, read_record
 from bench.runs.starts import ANSWERING, earlier_starts, terms, timed
 from tests.bench.conftest import read_lines
+from tests.bench.lines import recorded
 from tests.bench.runs.test_run import go, toys
 from tests.conftest import ROOT
 
@@ -69,7 +70,7 @@ def test_another_code(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     # A commit that leaves it alone is another start.
     monkeypatch.setattr(starts.records, "_commit", lambda: {"commit": "b" * 40, "dirty": False})
     go(model, run, quant_type=("full",))
-    assert [start["commit"] == "b" * 40 for start in read_record(run)["starts"]] == [False, True]
+    assert [start["commit"] == "b" * 40 for start in recorded(run)["starts"]] == [False, True]
     assert [line["start"] for line in read_lines(run / SAMPLES)] == [0, 1, 1]
 
 
@@ -126,7 +127,7 @@ def test_other_threads_and_batches_are_another_start(tiny_folder: Path, tmp_path
         go(tiny_folder, tmp_path, quant_type=("full",), batch_size="2")
     finally:
         torch.set_num_threads(threads)
-    first, second = read_record(tmp_path)["starts"]
+    first, second = recorded(tmp_path)["starts"]
     assert second["hardware"]["torch_threads"] == first["hardware"]["torch_threads"] + 1
     assert (first["batch_size"], second["batch_size"]) == ("1", "2")
     assert first["finished"] >= first["started"]
