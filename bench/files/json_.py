@@ -44,9 +44,8 @@ def read_json(path: Path, kind: TypeAdapter[T], what: str) -> T:
         return kind.validate_json(content, strict=True)
     except ValidationError as error:
         place, problem = said(error)
-        if problem.startswith("not "):
-            raise UserError(f"{path}: {problem}") from None
-        raise UserError(f"{path} is not {what}{f': {place}' if place else ''}: {problem}") from None
+        where = f", field {place!r}" if place else ""
+        raise UserError(f"{path} is not {what}{where}: {problem}") from None
 
 
 def read_lines(path: Path, parse: Callable[[bytes], T], remedy: str = "") -> Iterator[tuple[int, T]]:

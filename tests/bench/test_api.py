@@ -124,7 +124,7 @@ def test_shares_and_tokens_of_one_s_own(tiny_folder: Path, tmp_path: Path) -> No
 
     first = call()
     assert first.failures == []
-    assert [row["cache_ratio"] for row in first.rows] == [None, 0.5, 0.25]
+    assert [row.cache_ratio for row in first.rows] == [None, 0.5, 0.25]
     before = (tmp_path / "run" / "samples.jsonl").read_bytes()
     assert len(call().rows) == 3
     assert (tmp_path / "run" / "samples.jsonl").read_bytes() == before

@@ -227,7 +227,7 @@ def test_a_document_of_a_run(
         (["--text", "empty.txt"], "leaves nothing to compress", 1),
         (["--text", "long.txt"], "more than the model's context: give --tokens 510", 1),
         (["--text", "long.txt", "--tokens", "512"], "give up to 510", 2),
-        (["--text", "long.txt", "--tokens", "100", "--html", "no/where.html"], "cannot be written", 1),
+        (["--text", "long.txt", "--tokens", "100", "--html", "long.txt/where.html"], "cannot be written", 1),
         (["--task", "needle", "--doc", "abc", "--lengths", "200"], "--doc=abc: known: 200-d", 2),
         (["--task", "needle", "--quant-type", "full"], "give one method", 2),
         (["--task", "needle", "--cache-size", "64,128"], "at one budget", 2),
@@ -255,5 +255,5 @@ def test_mistakes_are_one_line(
 def test_damaged_maps_are_one_line(tmp_path: Path) -> None:
     for content in ("{", "[]", '{"maps": [{"map": {}}]}'):
         (tmp_path / "states.json").write_text(content)
-        with pytest.raises(UserError, match=r"states\.json: not a file of states maps"):
+        with pytest.raises(UserError, match=r"states\.json is not a file of states maps"):
             read_maps(tmp_path)
