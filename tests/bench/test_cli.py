@@ -280,12 +280,17 @@ def test_check_needs_something_to_compare_with(fail: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("option", ["-o", "--html", "--latex"])
-def test_a_file_in_a_folder_that_is_not_there(fail: Any, tiny_run: list[object], tmp_path: Path, option: str) -> None:
+def test_the_folder_of_a_file_is_made(fail: Any, tiny_run: list[object], tmp_path: Path, option: str) -> None:
     with pytest.raises(SystemExit):
         main([str(argument) for argument in tiny_run])
-    code, text = fail("report", tmp_path / "run", option, tmp_path / "missing" / "x.csv")
+    file = tmp_path / "missing" / "x.csv"
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(tmp_path / "run"), option, str(file)])
+    assert ended.value.code == 0
+    assert file.stat().st_size
+    code, text = fail("report", tmp_path / "run", option, file / "below")
     assert code == 1
-    assert f"cannot be written (there is no folder {tmp_path / 'missing'})" in text.splitlines()[-1]
+    assert f"{file / 'below'}: cannot be written" in text.splitlines()[-1]
 
 
 def test_ctrl_c_says_how_to_go_on(fail: Any, tiny_run: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,12 +364,12 @@ def test_a_word_behind_two_dashes_is_no_option() -> None:
 
 
 def test_a_bug_says_that_it_is_one(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    import bench.report.rows
+    import bench.records.row
 
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a slip")
 
-    monkeypatch.setattr(bench.report.rows, "read_results", fail)
+    monkeypatch.setattr(bench.records.row, "read_results", fail)
     with pytest.raises(ZeroDivisionError):
         main(["report", "anywhere"])
     assert "this is a bug of arkv-bench" in capsys.readouterr().err
