@@ -99,10 +99,7 @@ FLOORS = (
 PARTS_OF = {"extend": "methods"}
 """A file beside the folders that belongs to one: what a plugin imports has a short name."""
 UPWARDS = {
-    ("engine", "runs"): "states maps are written by the engine's inspection",
     ("executors", "runs"): "the hardware of a worker is told as that of the driver",
-    ("judge", "runs"): "the comparison of samples reads them as the run keeps them",
-    ("report", "costs"): "timings of speed are read where they are made",
 }
 """What is not so yet, and why."""
 
