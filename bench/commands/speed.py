@@ -35,7 +35,7 @@ def speed(**typed: Any) -> None:
     lengths, new_tokens, outdir = config.context_lengths, config.new_tokens, config.outdir
     if outdir is not None:
         claim(outdir, TIMINGS)
-    plugins = Plugins()
+    plugins = Plugins(config.plugin or ())
     methods = plugins.needed_methods([method for method in config.methods if method != FULL])
     settings = config.method_settings
     cells = grid(methods, config.budgets, config.window_size, config.quant_format, settings, plugins.methods)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
@@ -118,12 +119,13 @@ class Press(Method):
             UserError: the model or the prompt is not one that the press can do.
         """
         tokens = ids.shape[1]
-        press = self.press(tokens, kept)
+        with _quiet():
+            press = self.press(tokens, kept)
         if tokens <= _least_prompt(press):
             press.compression_ratio = 0.0
         cache = DynamicCache(config=model.config)
         try:
-            with traceless(model) as modules, patched(model), drawing_the_same(model):
+            with traceless(model) as modules, patched(model), drawing_the_same(model), _quiet():
                 with clock, press(model):
                     logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
                 # Some presses choose only when their own context is left.
@@ -256,6 +258,18 @@ def _masking(model: PreTrainedModel, masks: Sequence[Any]) -> Iterator[None]:
         for module, masked in zip(modules, masks, strict=True):
             module.masked_key_indices = masked
         yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's warnings, the same for every prompt: what a press costs is measured."""
+    logger = logging.getLogger("kvpress")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ class InspectConfig(RunConfig):
 
     not_offered: ClassVar[frozenset[str]] = frozenset(RunConfig.model_fields) - {
         *("model", "lengths", "data_dir", "methods", "cache_size", "cache_ratio", "budget_unit", "window_size"),
-        *("quant_format", "device", "dtype", "seed", "outdir"),
+        *("quant_format", "device", "dtype", "seed", "plugin", "outdir"),
     }
 
     prompt_file: Path | None = setting(None, "A text file as the prompt.", PROMPT, "nothing", option="--text")

@@ -17,7 +17,8 @@ class SpeedConfig(RunConfig):
     """Everything that ``arkv-bench speed`` can be told."""
 
     not_offered: ClassVar[frozenset[str]] = frozenset(RunConfig.model_fields) - {
-        *("model", "methods", "cache_size", "budget_unit", "quant_format", "window_size", "device", "dtype", "outdir")
+        *("model", "methods", "cache_size", "budget_unit", "quant_format", "window_size", "device", "dtype"),
+        *("plugin", "outdir"),
     }
 
     methods: tuple[str | Variant, ...] = again(
