@@ -154,7 +154,7 @@ def load_run(path: str | Path | None = None) -> Results:
 def evaluate(
     model: str | tuple[Any, Any] | Sequence[str],
     tasks: str | Task | TaskGroup | Sequence[str | Task | TaskGroup],
-    methods: str | Sequence[str],
+    methods: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
     budgets: float | Sequence[float] | None = None,
     *,
     budget_unit: str = "tokens",
@@ -169,7 +169,8 @@ def evaluate(
     Args:
         model: what ``--model`` takes, or ``(model, tokenizer)`` of transformers, loaded already.
         tasks: names, or tasks of your own.
-        methods: names; ``full`` is the baseline.
+        methods: names, or variants as mappings, ``{"name": "mix-equal", "base": "mix", "layer_budgets": "equal"}``;
+            ``full``, the baseline, is measured beside them unless ``full=False``.
         budgets: whole numbers are tokens held per layer, fractions shares of each prompt; None is the default.
         budget_unit: what a budget counts, tokens or bytes.
         outdir: the run folder. Default: ``runs/TIME``.

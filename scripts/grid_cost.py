@@ -44,7 +44,7 @@ grid are given cell by cell in lines without ``engine_s``: they share one prefil
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--quant-type", default="full,window,origin,quant,mix")
+    parser.add_argument("--methods", "--quant-type", default="full,window,origin,quant,mix")
     parser.add_argument("--cache-ratio", default="0.5,0.25,0.125")
     parser.add_argument("--budget-unit", choices=["tokens", "bytes"], default="bytes")
     parser.add_argument("--window-size", type=int, default=32)
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
         ratios = RunConfig.parse("cache_ratio", options.cache_ratio)
-        methods = RunConfig.parse("methods", options.quant_type)
+        methods = RunConfig.parse("methods", options.methods)
         budgets = [{"cache_ratio": ratio} for ratio in ratios]
         cells = grid(methods, budgets, [options.window_size], None, {"budget_unit": options.budget_unit})
         model = load(options.model, device=options.device, dtype=options.dtype)

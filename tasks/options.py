@@ -30,7 +30,7 @@ Model = TypeVar("Model", bound="TaskOptions")
 class TaskOptions(BaseModel):
     """What is read from ``TaskSettings.options``; a task names its own model of them in ``Task.Options``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
     @classmethod
     def parse(cls: type[Model], task: str, options: Mapping[str, Any]) -> Model:

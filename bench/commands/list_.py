@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bench.errors import UserError
+
 if TYPE_CHECKING:
     from bench.methods.base import Method
 
@@ -22,6 +24,7 @@ class What(str, Enum):
 
 def list_things(
     what: Annotated[What, typer.Argument(help="methods, tasks, models or presets.", show_default=False)],
+    schema: Annotated[bool, typer.Option("--schema", help="presets: a JSON schema of them, for editors.")] = False,
     plugin: Annotated[
         list[str] | None,
         typer.Option(help="Python files with methods or tasks of your own; may be repeated.", show_default=False),
@@ -31,6 +34,9 @@ def list_things(
     from rich.console import Console
     from rich.table import Table
 
+    if schema:
+        _print_schema(what)
+        return
     rows: list[tuple[str, ...]]
     failures: list[dict[str, str]] = []
     if what is What.METHODS:
@@ -95,6 +101,16 @@ def _described(method: Method) -> str:
     """A plugin's method in a line."""
     text = method.description or "a method of a plugin"
     return f"{text}: {method.limits}" if method.limits else text
+
+
+def _print_schema(what: What) -> None:
+    import json
+
+    from bench.settings.presets import preset_schema
+
+    if what is not What.PRESETS:
+        raise UserError(f"list {what.value} --schema: only presets have one: list presets --schema", exit_code=2)
+    typer.echo(json.dumps(preset_schema(), indent=2, ensure_ascii=False))
 
 
 def _split(files: list[str] | None) -> list[str]:

@@ -63,7 +63,7 @@ class Method(ABC):
     """A cache method. Subclasses give ``name`` and :meth:`compress`; those of plugins are made without arguments."""
 
     name: str
-    """As in ``--quant-type``: no comma, colon or space, and no other method's name."""
+    """As in ``--methods``: no comma, colon or space, and no other method's name."""
     description: str = ""
     """One line for ``arkv-bench list methods``."""
     limits: str = ""

@@ -136,7 +136,7 @@ def make_hf(name: str) -> tuple[HfQuantized, str]:
     if not hasattr(cache_utils, FP8_LAYER):
         raise UserError(
             f"{name}: transformers {version} has no fp8 backend for its QuantizedCache, which newer versions "
-            f"have (5.23 does); {HF}:quanto-int4, or --quant-type quant --quant-format fp8, do with this one",
+            f"have (5.23 does); {HF}:quanto-int4, or --methods quant --quant-format fp8, do with this one",
             exit_code=2,
         )
     return HfQuantized(name), version

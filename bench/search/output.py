@@ -50,7 +50,7 @@ def write_preset(config: TuneConfig, found: Mapping[str, Any], description: str,
     content: dict[str, Any] = {
         "description": description,
         "model": run.model[0],
-        "quant-type": [FULL, config.method],
+        "methods": [FULL, config.method],
         "budget-unit": run.budget_unit,
         **({"cache-ratio": list(run.cache_ratio)} if run.cache_ratio else {"cache-size": list(run.cache_size)}),
         **({"window-size": run.window_size[0]} if run.window_size else {}),

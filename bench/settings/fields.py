@@ -103,7 +103,8 @@ class Settings(BaseModel):
         UserError: a name is unknown, or a value makes no sense (exit code 2); it names the option and what would work.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    # Built when it is first used: a command line needs one model of many.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, defer_build=True)
 
     not_offered: ClassVar[frozenset[str]] = frozenset()
     """Fields that a command line has no option for."""
@@ -140,7 +141,10 @@ class Settings(BaseModel):
         option = cls.option(name)
         read = setting_of(field).read
         if read is not None and value is not None:
-            value = read(option, value)
+            try:
+                value = read(option, value)
+            except UserError as error:
+                raise SettingError(name, str(error)) from None
         shape = shape_of(field.annotation)
         if value is None:
             if not shape.optional:

@@ -43,7 +43,10 @@ def _read_tasks(option: str, value: Any) -> Any:
 
 
 def _read_batch_size(option: str, value: Any) -> Any:
-    return str(value) if type(value) is int else value
+    text = str(value) if type(value) is int else value
+    if text != "auto" and not (isinstance(text, str) and text.isdecimal() and int(text)):
+        raise UserError(f"{option}={value}: give a whole number of 1 or more, or auto", exit_code=2)
+    return text
 
 
 def _read_kwargs(option: str, value: Any) -> Any:
@@ -263,9 +266,6 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         check_unique(self.methods)
-        if self.batch_size != "auto" and not (self.batch_size.isdecimal() and int(self.batch_size)):
-            said = f"--batch-size={self.batch_size}: give a whole number of 1 or more, or auto"
-            raise SettingError("batch_size", said)
         self._check_executor()
         if self.gpus_per_worker is not None and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             raise SettingError(
