@@ -61,10 +61,16 @@ class _Side:
         return {key: item for key, item in self.by_cell.get((model, cell), {}).items() if key[0] in tasks}
 
     def of_both(self, model: str, cell: str) -> list[tuple[Document, Measured, Measured]]:
-        """The documents that ``full`` and the cell have answered, with the samples of the two."""
+        """The documents that ``full`` and the cell have answered in one start of the run, with the samples of the two.
+
+        Times of two starts may be of two machines.
+        """
         full = self.by_cell.get((model, FULL), {})
-        mine = self.by_cell[model, cell]
-        return [(document, full[document], sample) for document, sample in mine.items() if document in full]
+        return [
+            (document, full[document], sample)
+            for document, sample in self.by_cell[model, cell].items()
+            if document in full and full[document].start == sample.start
+        ]
 
 
 def _same_cells(run: _Side, baseline: _Side) -> dict[str, str]:

@@ -97,13 +97,15 @@ class HarnessTask(Task):
                 chat_template=functools.partial(apply_chat_template, settings.tokenizer, options.enable_thinking),
             )
             self._task = task
-            self._instances, self._rows = {}, {}
+            found: dict[str, list[Any]] = {}
             for instance in task.instances:
                 # lm-eval counts the selected documents; the row in the data set is what stays the same.
                 row = rows[instance.doc_id]
-                self._instances.setdefault(f"{self.name}-{row}", []).append(instance)
+                found.setdefault(f"{self.name}-{row}", []).append(instance)
                 self._rows[f"{self.name}-{row}"] = row
-            documents = [self._document(identifier, settings, options) for identifier in self._instances]
+            # Documents of an earlier call can be scored too.
+            self._instances |= found
+            documents = [self._document(identifier, settings, options) for identifier in found]
         directions = task.higher_is_better()
         self.metrics = tuple(
             Metric(

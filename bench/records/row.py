@@ -88,6 +88,9 @@ class Row(BaseModel):
     decode_tokens_per_s: Amount | None = None
     tpot_ms: Amount | None = None
     peak_memory_bytes: Count | None = None
+    timed_documents: Count | None = None
+    """Those that the times and the memory are of: measured on the same hardware, threads and batches, like those of the
+    other rows. Unknown in older files."""
     prompt_tokens: Amount | None = None
     """Means over documents, as are the tokens generated."""
     generated_tokens: Amount | None = None
@@ -108,6 +111,8 @@ class Row(BaseModel):
 RUN = "run"
 COLUMNS = [name for name in Row.model_fields if name != RUN]
 """Columns of ``results.csv``; unknown is empty."""
+NEEDED = [name for name in COLUMNS if name != "timed_documents"]
+"""Those that every file has."""
 STATISTICS = COLUMNS[COLUMNS.index("score_low") : COLUMNS.index("leading") + 1]
 """Columns about how sure a score is: 95 % intervals over documents, the paired difference to ``full`` with its p-value,
 plain and adjusted over the table, the smallest difference that so many documents would have shown, and whether the row
@@ -128,7 +133,7 @@ def read_results(path: Path) -> list[Row]:
     file = path / RESULTS if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"{path} is no run folder: it has no {RESULTS}")
-    rows = read_models(file, Row, COLUMNS, "the run's own command writes the file anew")
+    rows = read_models(file, Row, NEEDED, "the run's own command writes the file anew")
     if not rows:
         raise UserError(f"{file} has no rows: no task of the run has ended yet, or all have failed")
     return rows

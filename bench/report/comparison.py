@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bench.judge.budgets import by_budget
 from bench.methods.names import limits_of
-from bench.names import BUDGET_UNITS, FULL, TRISTATE
+from bench.names import BUDGET_UNITS, FULL, RECORD, RESULTS, TRISTATE
 from bench.records.row import Row
 from bench.report.columns import TOLERANCE, budget_cell, off_budget
 from bench.report.wording import percent_text, score_text
@@ -69,9 +70,30 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     truncated = max((row.truncated_documents or 0) for row in rows)
     if truncated:
         notes.append(f"{truncated:.0f} prompts were longer than the context or --max-length and were cut")
+    full = any(row.method == FULL for row in rows)
     if len({row.n for row in rows}) > 1:
-        notes.append("the rows are over different numbers of documents: the run is not complete")
+        notes.append(
+            "the rows are over different numbers of documents: the run is not complete, or asked some of its methods "
+            "other ones; compare scores of the same n, a difference to full is over the row's own documents"
+        )
+    elif full and any(row.score_full is None for row in rows):
+        notes.append("not compared with full: rows over documents that full has not answered")
+    if several := [name for name, count in Counter(map(_name, rows)).items() if count > 1]:
+        notes.append(f"rows of one name are of other settings, see cell in {RESULTS}: {', '.join(several)}")
+    timed = sorted({row.timed_documents for row in rows if row.timed_documents is not None})
+    if any(row.timed_documents is not None and row.timed_documents < row.n for row in rows):
+        of = "-".join(map(str, sorted({row.n for row in rows})))
+        notes.append(
+            f"times are over {' to '.join(map(str, dict.fromkeys((timed[0], timed[-1]))))} of {of} documents: those "
+            f"measured on the same hardware, threads and batch size, see starts in {RECORD}"
+        )
     return notes
+
+
+def _name(row: Row) -> str:
+    """What tells a row from the others of its table."""
+    window = "" if row.window_size is None else f"W={row.window_size}"
+    return " ".join(filter(None, (row.run, row.method, row.quant_format, budget_cell(row), window)))
 
 
 def _why_off(row: Row) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from bench.files.text import printable
 from bench.records.row import Row
 from bench.records.sample import Measured, Sample
+from bench.records.starts import terms, timed
 from bench.records.timing import SpeedRecord, summarize
 from bench.report.columns import AGAINST_FULL, BUDGET, DIFFERENCE, METHOD, SCORE, SHARE, STATES, TPOT, TTFT, Column
 from bench.report.comparison import compare
@@ -100,26 +101,38 @@ def run_sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
 
 
 class _TaskSamples:
-    """The samples of some runs on a model's task."""
+    """The samples of some runs on a model's task, those that its rows are made of."""
 
     def __init__(self, runs: Sequence[Run], model: str, task: str) -> None:
         self._of_runs = [
-            (run.samples, [item for item in run.samples.values() if (item.model, item.task) == (model, task)])
+            (run, _newest(item for item in run.samples.values() if (item.model, item.task) == (model, task)))
             for run in runs
         ]
 
-    def measured(self) -> list[Measured]:
-        return [item for _, mine in self._of_runs for item in mine]
+    def clocked(self) -> list[Measured]:
+        """Those whose times count."""
+        found = []
+        for run, mine in self._of_runs:
+            starts = timed((item.start or 0 for item in mine), [terms(dict(start)) for start in run.of_run.starts])
+            found += [item for item in mine if (item.start or 0) in starts]
+        return found
 
     def whole(self) -> Iterator[Sample]:
         """With their answers, read one by one."""
-        for samples, mine in self._of_runs:
-            yield from samples.whole(mine)
+        for run, mine in self._of_runs:
+            yield from run.samples.whole(mine)
 
     def compared(self) -> Iterator[Sample]:
         """Those that are compared with the full cache token by token."""
-        for samples, mine in self._of_runs:
-            yield from samples.whole(item for item in mine if item.kind == "compared")
+        for run, mine in self._of_runs:
+            yield from run.samples.whole(item for item in mine if item.kind == "compared")
+
+
+def _newest(samples: Iterable[Measured]) -> list[Measured]:
+    """Of a document that was asked in several ways, those of the last one."""
+    found = list(samples)
+    asked = {item.document: item.prompt_sha256 for item in found}
+    return [item for item in found if asked[item.document] == item.prompt_sha256]
 
 
 def _of_task(rows: Sequence[Row], samples: _TaskSamples, suffix: str, several: bool, done: int) -> list[Section]:
@@ -139,7 +152,7 @@ def _of_task(rows: Sequence[Row], samples: _TaskSamples, suffix: str, several: b
             if not sections:
                 figures.append(time_figure(f"{name}-time", mine))
                 if done < SHARED:
-                    figures.append(share_figure(f"{name}-shares", mine, samples.measured()))
+                    figures.append(share_figure(f"{name}-shares", mine, samples.clocked()))
                 figures.append(oq_figure(f"{name}-oq", mine, samples.whole()))
                 figures.append(curve_figure(f"{name}-curve", mine, samples.compared()))
         sections.append(

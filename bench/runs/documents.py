@@ -6,6 +6,8 @@ gives and nobody could go on with; where the task is a plugin's, that line ends 
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -60,6 +62,13 @@ def load_documents(task: Task, settings: TaskSettings, vocabulary: int | None) -
         if said := _wrong(document, vocabulary):
             raise _fault(task, "load", f"document {document.id!r} {said}")
     return documents
+
+
+def prompt_hash(document: Document) -> str:
+    """Of everything that was asked: token ids and how to go on from them."""
+    request = document.request
+    asked = {"request": type(request).__name__, **dataclasses.asdict(request)}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _wrong(document: Document, vocabulary: int | None) -> str | None:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.files.text import write_atomic
-from bench.methods.grid import Cell
 from bench.records.sample import Measured, Samples
+from bench.runs.kept import AnyCell
 from tasks.base import Document, Generated, Task
 from tasks.longbench.datasets import DATASETS
 from tasks.longbench.predictions import FOLDER, FOLDER_E, dataset_of
@@ -32,7 +32,7 @@ def write_predictions(
     run: Path,
     task: Task,
     documents: Sequence[Document],
-    cells: Sequence[Cell],
+    cells: Sequence[AnyCell],
     samples: Mapping[tuple[str, str], Measured],
     stored: Samples,
     *,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from statistics import fmean, median
 
 from bench.engine.engine import Measurement
 from bench.judge.comparison import add_statistics
-from bench.methods.grid import Cell
 from bench.names import FULL
 from bench.records.row import Row
 from bench.records.sample import Measured, Sample, Samples, make_sample
+from bench.records.starts import timed
 from bench.runs.documents import evaluation_of, group_evaluation, group_metrics, scores_of
+from bench.runs.kept import AnyCell
 from tasks.base import Compared, Document, Evaluation, Generated, LogLikelihoods, Metric, Task, TaskError, TaskGroup
 
 
@@ -106,7 +107,7 @@ class TaskResults:
         self,
         task: Task,
         documents: Sequence[Document],
-        cells: Sequence[Cell],
+        cells: Sequence[AnyCell],
         samples: Mapping[tuple[str, str], Measured],
         stored: Samples,
     ) -> None:
@@ -139,21 +140,33 @@ class TaskResults:
         """Those of all cells."""
         return [sample for taken in self.samples.values() for sample in taken.values()]
 
-    def full(self, cell: Cell) -> Evaluation | None:
+    def full(self, cell: AnyCell) -> Evaluation | None:
         """What ``full`` scored on the cell's documents; None where it was not measured on them."""
         return self._full_values.get(cell.key)
 
 
-def rows(model: str, results: TaskResults, cells: Sequence[Cell], part_of: str | None = None) -> list[Row]:
-    """Rows of ``results.csv`` for one model and task; ``part_of`` is the group that it was asked for through."""
+def rows(
+    model: str,
+    results: TaskResults,
+    cells: Sequence[AnyCell],
+    part_of: str | None = None,
+    terms: Sequence[str] = (),
+) -> list[Row]:
+    """Rows of ``results.csv`` for one model and task.
+
+    Args:
+        part_of: the group that it was asked for through.
+        terms: what times depend on, of each of the run's starts: times are of samples under the same.
+    """
     task = results.task
+    starts = timed((item.start or 0 for item in results.all_samples()), terms)
     table: list[Row] = []
     for cell in cells:
         taken = list(results.samples[cell.key].values())
         if taken:
             full = results.full(cell)
             mine = results.evaluations[cell.key]
-            table += _cell_rows(model, task.name, part_of, task.metrics, cell, taken, mine, full)
+            table += _cell_rows(model, task.name, part_of, task.metrics, cell, taken, starts, mine, full)
     add_statistics(table, results.all_samples(), task.metrics)
     return table
 
@@ -162,16 +175,20 @@ def group_rows(
     model: str,
     group: TaskGroup,
     results: Mapping[str, TaskResults],
-    cells: Sequence[Cell],
+    cells: Sequence[AnyCell],
     part_of: str | None = None,
+    terms: Sequence[str] = (),
 ) -> list[Row]:
     """Rows of a group of tasks and of the groups in it, outermost first.
 
     Args:
         results: by task name. A group has no row where the results of one of its tasks are missing.
+        terms: as for :func:`rows`.
     """
     table: list[Row] = []
     names = [task.name for task in group.tasks()]
+    together = [sample for name in names if name in results for sample in results[name].all_samples()]
+    starts = timed((item.start or 0 for item in together), terms)
     for cell in cells if results.keys() >= set(names) else ():
         mine = {name: results[name].samples[cell.key] for name in names}
         if not all(mine.values()):
@@ -184,14 +201,12 @@ def group_rows(
             # Tasks of other metrics do not count for this one.
             having = [name for name in names if metric.name in results[name].evaluations[cell.key].values]
             taken = [sample for name in having for sample in mine[name].values()]
-            table += _cell_rows(model, group.name, part_of, [metric], cell, taken, evaluation, full)
+            table += _cell_rows(model, group.name, part_of, [metric], cell, taken, starts, evaluation, full)
     if table:
-        add_statistics(
-            table, [sample for name in names for sample in results[name].all_samples()], group_metrics(group)
-        )
+        add_statistics(table, together, group_metrics(group))
     for member in group.members:
         if isinstance(member, TaskGroup):
-            table += group_rows(model, member, results, cells, group.name)
+            table += group_rows(model, member, results, cells, group.name, terms)
     return table
 
 
@@ -200,21 +215,23 @@ def _cell_rows(
     name: str,
     part_of: str | None,
     metrics: Sequence[Metric],
-    cell: Cell,
+    cell: AnyCell,
     taken: Sequence[Measured],
+    starts: Container[int],
     evaluation: Evaluation,
     full_evaluation: Evaluation | None,
 ) -> list[Row]:
-    """A row per metric of one cell; ``taken`` are its samples.
+    """A row per metric of one cell; ``taken`` are its samples, ``starts`` those whose times count.
 
     Raises:
         TaskError: a score over the documents is no number.
     """
     seen = sum(sample.tokens_seen for sample in taken)
     kv_bytes = sum(sample.kv_bytes for sample in taken)
-    decoded = sum(max(sample.generated_tokens - 1, 0) for sample in taken)
+    clocked = [sample for sample in taken if (sample.start or 0) in starts]
+    decoded = sum(max(sample.generated_tokens - 1, 0) for sample in clocked)
     # Only of what was generated; the reading of given texts is not decoding.
-    decode_s = sum(sample.decode_s for sample in taken if sample.generated_tokens)
+    decode_s = sum(sample.decode_s for sample in clocked if sample.generated_tokens)
     table = []
     for metric in metrics:
         if metric.name not in evaluation.values:
@@ -246,12 +263,13 @@ def _cell_rows(
                 quantized_share=_ratio(sum(sample.tokens_quantized for sample in taken), seen),
                 evicted_share=_ratio(sum(sample.tokens_evicted for sample in taken), seen),
                 compressed_documents=sum(sample.tokens_quantized + sample.tokens_evicted > 0 for sample in taken),
-                prefill_s=_median(sample.prefill_s for sample in taken),
-                compress_s=_median(sample.compress_s for sample in taken),
-                ttft_ms=_median(sample.ttft_ms for sample in taken),
+                prefill_s=_median(sample.prefill_s for sample in clocked),
+                compress_s=_median(sample.compress_s for sample in clocked),
+                ttft_ms=_median(sample.ttft_ms for sample in clocked),
                 decode_tokens_per_s=_ratio(decoded, decode_s) if decoded else None,
                 tpot_ms=1000.0 * decode_s / decoded if decoded else None,
-                peak_memory_bytes=max(filter(None, (sample.peak_memory_bytes for sample in taken)), default=None),
+                peak_memory_bytes=max(filter(None, (sample.peak_memory_bytes for sample in clocked)), default=None),
+                timed_documents=len(clocked),
                 prompt_tokens=fmean(sample.prompt_tokens for sample in taken),
                 generated_tokens=fmean(sample.generated_tokens for sample in taken),
                 truncated_documents=sum(sample.truncated for sample in taken),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,11 +24,13 @@ from bench.progress import ProgressReporter, progress_bars
 from bench.records.curve import CurveRow
 from bench.records.row import Row
 from bench.records.sample import Measured
+from bench.records.starts import terms
 from bench.records.states import MapRecord, write_maps
 from bench.runs import folder as records
 from bench.runs.curve import curve_rows
-from bench.runs.documents import load_documents
+from bench.runs.documents import load_documents, prompt_hash
 from bench.runs.failures import failure_lines
+from bench.runs.kept import AnyCell, all_cells, earlier_documents, kept_curve, kept_rows
 from bench.runs.kinds import RUN, claim
 from bench.runs.predictions import clear_predictions, write_predictions
 from bench.runs.results import TaskResults, group_rows, rows, to_sample
@@ -55,13 +54,6 @@ class Outcome:
     where the task is unknown. Of a plugin, ``plugin`` and ``error``."""
     measured: int = 0
     """Samples measured now, as opposed to found in the folder."""
-
-
-def _prompt_hash(document: Document) -> str:
-    """Of everything that was asked: token ids and how to go on from them."""
-    request = document.request
-    asked = {"request": type(request).__name__, **dataclasses.asdict(request)}
-    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fingerprint(config: RunConfig, models: dict[str, str], plugins: Mapping[str, str]) -> dict[str, Any]:
@@ -254,6 +246,8 @@ class _TaskRun:
     task: Task
     part_of: str | None
     documents: list[Document]
+    earlier: list[Document]
+    """Those of earlier starts that are not asked for now."""
     left: int
     """Answers that are still to come."""
     progress: ProgressReporter
@@ -297,6 +291,16 @@ class _Run:
         begun: Mapping[str, Any] = folder.previous or {}
         self._starts = [*(earlier_starts(begun) if begun else ()), start]
         """This one is the last."""
+        self._terms = [terms(item) for item in self._starts]
+        labels = {**begun.get("cells", {}), **{cell.key: cell.label for cell in cells}}
+        self._all_cells = all_cells(cells, labels, folder.samples.values())
+        """Those of earlier starts too."""
+        self._stored: dict[tuple[str, str], dict[str, str]] = {}
+        """By model and task: the newest prompt's hash of each document that earlier starts have answered."""
+        for sample in folder.samples.values():
+            self._stored.setdefault((sample.model, sample.task), {})[sample.document] = sample.prompt_sha256
+        self._kept = (kept_rows(folder.path), kept_curve(folder.path))
+        """What results hold from before, for the tasks that are not asked for now."""
         first, *again = self._starts
         self._record = {
             "started": first["started"],
@@ -306,7 +310,7 @@ class _Run:
             "starts": self._starts,
             "settings": config.to_json(),
             "origin": dict(origin),
-            "cells": {cell.key: cell.label for cell in cells},
+            "cells": labels,
             "models": {
                 name: {
                     "source": model.source,
@@ -353,13 +357,19 @@ class _Run:
             "data_sha256": task.data_hash() or None,
         }
         self._write_record()
+        choices = [item["choice"] for item in self._starts[:-1] if "choice" in item]
+        stored = self._stored.get((name, task.name), {})
+        earlier = earlier_documents(
+            documents, stored, choices, self.config, lambda config: documents_of(config, self.models[name], task)
+        )
+        if earlier:
+            said = f"{task.name}: {len(earlier)} documents of earlier starts stay in its results"
+            self.console.print(said, markup=False, highlight=False, soft_wrap=True)
         work = []
         for document in documents:
-            prompt_hash = _prompt_hash(document)
+            sha256 = prompt_hash(document)
             left = [
-                cell
-                for cell in self.cells
-                if (name, task.name, document.id, prompt_hash, cell.key) not in folder.samples
+                cell for cell in self.cells if (name, task.name, document.id, sha256, cell.key) not in folder.samples
             ]
             if left:
                 work.append((document, tuple(left)))
@@ -369,7 +379,7 @@ class _Run:
             found = f"{task.name}: {done} of {total} answers are in {folder.path} already"
             self.console.print(found, markup=False, highlight=False, soft_wrap=True)
         progress = ProgressReporter(self.console, f"{name} {task.name}", total, done, bars=self.bars)
-        under_way = _TaskRun(name, task, part_of, documents, answers_left, progress)
+        under_way = _TaskRun(name, task, part_of, documents, earlier, answers_left, progress)
         if not work:
             self._finish(under_way)
             return
@@ -418,7 +428,7 @@ class _Run:
         """Keep a sample. Returns why it cannot be kept, or None."""
         try:
             start = len(self._starts) - 1
-            self.folder.append(to_sample(unit.model, task, document, _prompt_hash(document), result, start))
+            self.folder.append(to_sample(unit.model, task, document, prompt_hash(document), result, start))
         except records.NotFinite as error:
             return str(error)
         self.outcome.measured += 1
@@ -426,19 +436,19 @@ class _Run:
 
     def _finish(self, under_way: _TaskRun) -> None:
         """Everything of a task has been answered, as far as it can be."""
-        name, task, documents = under_way.model, under_way.task, under_way.documents
-        stored = self.folder.samples
-        found = _found(name, task, documents, self.cells, self.folder)
-        results = self._results[name][task.name] = TaskResults(task, documents, self.cells, found, stored)
-        self._rows[name, task.name] = rows(name, results, self.cells, under_way.part_of)
+        name, task, cells, stored = under_way.model, under_way.task, self._all_cells, self.folder.samples
+        documents = [*under_way.documents, *under_way.earlier]
+        found = _found(name, task, documents, cells, self.folder)
+        results = self._results[name][task.name] = TaskResults(task, documents, cells, found, stored)
+        self._rows[name, task.name] = rows(name, results, cells, under_way.part_of, self._terms)
         self._curves[name, task.name] = curve_rows(
             stored.whole(item for item in results.all_samples() if item.kind == "compared")
         )
         several = len(self.models) > 1
         model = name if several else None
-        write_predictions(self.folder.path, task, documents, self.cells, found, stored, model=model)
+        write_predictions(self.folder.path, task, documents, cells, found, stored, model=model)
         if self.config.states:
-            self._leave_maps(name, task, documents[0])
+            self._leave_maps(name, task, under_way.documents[0])
         self._close_task(name, task)
 
     def _leave_maps(self, name: str, task: Task, document: Document) -> None:
@@ -476,13 +486,18 @@ class _Run:
             for group in self.asked:
                 if isinstance(group, TaskGroup):
                     try:
-                        self._rows[name, group.name] = group_rows(name, group, results, self.cells)
+                        self._rows[name, group.name] = group_rows(
+                            name, group, results, self._all_cells, terms=self._terms
+                        )
                     except (TaskError, UserError) as error:
                         self._note(name, group.name, error)
         order = [*(task.name for task, _ in self.tasks), *(item.name for item in self.asked)]
         found = dict.fromkeys((name, item) for name in self.models for item in order)
+        kept, kept_curve = self._kept
         self.outcome.rows = [row for key in found for row in self._rows.get(key, ())]
+        self.outcome.rows += [row for row in kept if (row.model, row.task) not in found]
         self.outcome.curve = [row for key in found for row in self._curves.get(key, ())]
+        self.outcome.curve += [row for row in kept_curve if (row.model, row.task) not in found]
         self.folder.write_results(self.outcome.rows)
         self.folder.write_curve(self.outcome.curve)
         self._write_record()
@@ -501,14 +516,14 @@ def _loaded_facts(name: str, previous: Mapping[str, Any] | None) -> dict[str, An
 
 
 def _found(
-    model: str, task: Task, documents: Sequence[Document], cells: Sequence[Cell], folder: records.RunFolder
+    model: str, task: Task, documents: Sequence[Document], cells: Sequence[AnyCell], folder: records.RunFolder
 ) -> dict[tuple[str, str], Measured]:
     """The folder's samples of the documents as they are asked now, by document id and cell key."""
     found = {}
     for document in documents:
-        prompt_hash = _prompt_hash(document)
+        sha256 = prompt_hash(document)
         for cell in cells:
-            sample = folder.samples.get((model, task.name, document.id, prompt_hash, cell.key))
+            sample = folder.samples.get((model, task.name, document.id, sha256, cell.key))
             if sample is not None:
                 found[document.id, cell.key] = sample
     return found

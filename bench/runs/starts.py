@@ -8,9 +8,7 @@ differ.
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -18,6 +16,7 @@ from bench.methods.grid import Cell
 from bench.models.inputs import input_hashes
 from bench.models.loading import DescribedModel
 from bench.runs import folder as records
+from bench.runs.kept import choice_of
 from bench.settings.run import RunConfig
 
 ANSWERING = ("arkv/", "tasks/", "bench/engine/", "bench/methods/", "bench/models/", "bench/harness/", "bench/extend.py")
@@ -78,6 +77,7 @@ def new_start(config: RunConfig, started: str) -> dict[str, Any]:
         "source_sha256": records.source_sha256(),
         "batch_size": config.batch_size,
         "executor": config.executor,
+        "choice": choice_of(config),
     }
 
 
@@ -86,25 +86,3 @@ def earlier_starts(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "starts" in record:
         return list(record["starts"])
     return [{name: record.get(name) for name in ("started", "finished", "command", *ENVIRONMENT)}]
-
-
-def terms(start: Mapping[str, Any]) -> str:
-    """Everything of a start that times depend on: two starts of the same terms may share a time."""
-    return json.dumps([start.get(name) for name in ("hardware", "batch_size", "executor")], sort_keys=True)
-
-
-def timed(samples: Iterable[int], starts: Sequence[str]) -> frozenset[int]:
-    """The starts whose times a table shows: those of the terms that most samples were measured under, of several the
-    newest.
-
-    Args:
-        samples: of each sample the start.
-        starts: the terms of each start.
-    """
-    counts = Counter(samples)
-    by_terms: dict[str, list[int]] = {}
-    for start in counts:
-        by_terms.setdefault(starts[start] if start < len(starts) else "", []).append(start)
-    if not by_terms:
-        return frozenset()
-    return frozenset(max(by_terms.values(), key=lambda mine: (sum(counts[start] for start in mine), max(mine))))

@@ -15,8 +15,9 @@ from bench.executors.local import LocalExecutor
 from bench.harness import index
 from bench.models.inputs import input_hashes
 from bench.names import RECORD, SAMPLES
+from bench.records.starts import terms, timed
 from bench.runs import starts
-from bench.runs.starts import ANSWERING, earlier_starts, terms, timed
+from bench.runs.starts import ANSWERING, earlier_starts
 from tests.bench.conftest import read_lines
 from tests.bench.lines import recorded
 from tests.bench.runs.test_run import go, toys
