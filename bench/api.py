@@ -87,8 +87,8 @@ class Results:
         """Print the comparison of each task, as ``arkv-bench report`` does; with those of other runs behind it."""
         from rich.console import Console
 
+        from bench.records.shown import headline
         from bench.report.averages import print_averages
-        from bench.report.rows import headline
         from bench.report.terminal import print_comparison
 
         console = console or Console()

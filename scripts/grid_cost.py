@@ -23,12 +23,12 @@ from rich.console import Console
 
 from bench.engine.engine import Engine, Failure
 from bench.errors import UserError
-from bench.files.csv_ import csv_text
-from bench.files.json_ import json_text
-from bench.files.text import write_atomic
 from bench.methods.grid import Cell, grid
 from bench.models.loading import LoadedModel, load
 from bench.names import FULL
+from bench.records.files.csv_ import csv_text
+from bench.records.files.json_ import json_text
+from bench.records.files.text import write_atomic
 from bench.runs import folder as records
 from bench.settings.run import RunConfig
 from bench.telemetry import Stopwatch

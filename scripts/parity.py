@@ -28,13 +28,13 @@ from lm_eval.models.huggingface import HFLM
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bench.engine.engine import Engine, Failure
-from bench.files.csv_ import csv_text
-from bench.files.json_ import json_text
-from bench.files.text import write_atomic
 from bench.harness.task import HarnessTask
 from bench.methods.grid import full_cell, grid
 from bench.models.loading import load
 from bench.names import FULL
+from bench.records.files.csv_ import csv_text
+from bench.records.files.json_ import json_text
+from bench.records.files.text import write_atomic
 from bench.runs import folder as records
 from tasks.base import Document, Generated, LogLikelihoods, Rolling, TaskSettings
 

@@ -27,9 +27,9 @@ from arkv.formats.base import CENTER_DTYPE
 from arkv.kernels import gpu, twin
 from arkv.pools import Part, Plane, Pool
 from arkv.store import Store
-from bench.files.csv_ import csv_text
-from bench.files.json_ import json_text
-from bench.files.text import write_atomic
+from bench.records.files.csv_ import csv_text
+from bench.records.files.json_ import json_text
+from bench.records.files.text import write_atomic
 from bench.runs import folder as records
 
 COLUMNS = ["attention", "quant_format", "context_length", "kv_bytes", "max_error", "repetition", "ms"]

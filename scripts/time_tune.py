@@ -16,9 +16,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.files.json_ import json_text
-from bench.files.text import write_atomic
 from bench.models.loading import LoadedModel, load
+from bench.records.files.json_ import json_text
+from bench.records.files.text import write_atomic
 from bench.runs import folder as records
 from bench.search.config import TuneConfig
 from bench.search.documents import load_splits

@@ -70,7 +70,7 @@ def check(
     from bench.gate.findings import Tolerances
     from bench.gate.reading import read, write_baseline
     from bench.gate.writing import lines, summary, to_markdown
-    from bench.report.wording import bytes_text
+    from bench.records.files.numbers import bytes_text
 
     tolerances = Tolerances(
         score=score_tolerance,

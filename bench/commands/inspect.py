@@ -97,11 +97,11 @@ def _inspect(run: InspectConfig) -> None:
     from rich.console import Console
 
     from bench.engine.inspect import inspect_prompt, prompt_of, states_map
-    from bench.files.json_ import json_text, known_numbers
     from bench.methods.grid import grid
     from bench.methods.plugins import Plugins
     from bench.models.loading import load
     from bench.names import FULL
+    from bench.records.files.json_ import json_text, known_numbers
     from bench.records.states import MapRecord, write_maps
     from bench.report.inspection import print_inspection, to_html
     from bench.runs import folder as records

@@ -34,7 +34,7 @@ def write(path: Path, text: str, *, quiet: bool = False) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    from bench.files.text import write_output
+    from bench.records.files.text import write_output
 
     write_output(path, text)
     if not quiet:

@@ -69,9 +69,9 @@ def report(
         if output is None:
             return
     from bench.records.row import read_results
+    from bench.records.shown import headline, run_names
     from bench.report import against as published
     from bench.report import averages
-    from bench.report.rows import headline, run_names
     from bench.report.terminal import print_comparison
     from bench.report.writing import to_csv, to_markdown
 
@@ -105,15 +105,15 @@ def report(
 
 def _write_latex(runs: list[Path], latex: Path) -> None:
     from bench.records.row import read_results
-    from bench.report.rows import headline
+    from bench.records.shown import headline
     from bench.report.writing import to_latex
 
     write(latex, to_latex([headline(read_results(path)) for path in runs]))
 
 
 def _write_page(runs: list[Path], html: Path | None, figures: Path | None) -> None:
+    from bench.records.finished import read_runs
     from bench.report.page import build
-    from bench.report.runs import read_runs
 
     page = build(read_runs(runs))
     if html is not None:

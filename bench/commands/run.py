@@ -74,8 +74,8 @@ def _summarize(outcome: Outcome, console: Console) -> None:
     """The tables, what failed, where everything is, and what to type next."""
     import shlex
 
+    from bench.records.shown import headline
     from bench.report.averages import print_averages
-    from bench.report.rows import headline
     from bench.report.terminal import print_comparison
     from bench.runs.failures import failure_lines
 

@@ -32,11 +32,11 @@ from bench.gate.findings import (
 )
 from bench.gate.judging import Document, bytes_finding, score_finding, speed_finding
 from bench.names import FULL, RESULTS
+from bench.records.finished import Run, difference
 from bench.records.record import ModelRecord
 from bench.records.row import Row
 from bench.records.sample import Measured
-from bench.report.rows import headline
-from bench.report.runs import Run, difference
+from bench.records.shown import headline
 
 IDENTITY = ("method", "quant_format", "budget_unit", "cache_size", "cache_ratio", "window_size")
 

@@ -10,8 +10,8 @@ from typing import Any
 from bench.gate.findings import BETTER, OK, OPEN, WORSE, Finding
 from bench.judge.stats import Interval, difference_interval, pseudomedian
 from bench.names import LEAST_DOCUMENTS
+from bench.records.files.numbers import bytes_text, percent_text, score_text
 from bench.records.sample import Measured
-from bench.report.wording import bytes_text, percent_text, score_text
 
 Document = tuple[str, str]
 """Task and id of a document."""

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import UserError
-from bench.files.csv_ import DIGITS
-from bench.files.text import read_bytes, write_atomic
 from bench.names import RECORD, RESULTS, SAMPLES
+from bench.records.files.csv_ import DIGITS
+from bench.records.files.text import read_bytes, write_atomic
+from bench.records.finished import Run
 from bench.records.record import read_record, record_text
 from bench.records.row import read_results
 from bench.records.sample import Samples, sample_line
-from bench.report.runs import Run
 
 ANSWER: dict[str, Any] = {
     "text": None,

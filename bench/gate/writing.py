@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from bench.files.markdown import in_markdown, markdown_table
-from bench.files.text import printable
 from bench.gate.findings import BETTER, FAILING, MISSING, NEW, OK, OPEN, WORSE, Finding, Report
+from bench.records.files.markdown import in_markdown, markdown_table
+from bench.records.files.text import printable
 
 
 def summary(report: Report) -> str:

@@ -13,8 +13,8 @@ from bench.methods.full import Full
 from bench.methods.names import library_of
 from bench.methods.prompt import Asked
 from bench.methods.tristate import TriState
+from bench.methods.variants import Variant
 from bench.names import FULL, HF, KVPRESS
-from bench.settings.variants import Variant
 from tasks.base import nearest
 
 

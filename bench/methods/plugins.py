@@ -28,7 +28,7 @@ from bench.errors import OthersCode, UserError, show_traceback
 from bench.methods.base import Method
 from bench.methods.grid import OwnMethod, is_known
 from bench.methods.names import METHOD_GROUP, TASK_GROUP
-from bench.settings.variants import Variant
+from bench.methods.variants import Variant
 from tasks.base import Answer, Document, Evaluation, Metric, Task, TaskGroup, TaskSettings
 from tasks.registry import TASKS as BUILT_IN_TASKS
 from tasks.registry import TaskSource

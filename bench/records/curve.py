@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from bench.files.csv_ import csv_text
+from bench.records.files.csv_ import csv_text
 
 
 class CurveRow(BaseModel):
-    """One model, task, cell and position; see :mod:`bench.runs.curve`."""
+    """One model, task, cell and position; see :mod:`bench.judge.curve`."""
 
     model_config = ConfigDict(allow_inf_nan=False, extra="forbid")
 

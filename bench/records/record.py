@@ -8,8 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from bench.errors import UserError
-from bench.files.json_ import json_text, read_json
 from bench.names import RECORD
+from bench.records.files.json_ import json_text, read_json
 from bench.records.version import FORMAT_VERSION, Versioned
 
 _OPEN = ConfigDict(extra="allow", allow_inf_nan=False)

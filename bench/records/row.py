@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from bench.errors import UserError
-from bench.files.csv_ import DIGITS, csv_text, read_models
 from bench.names import BUDGET_UNITS, FULL, RESULTS
+from bench.records.files.csv_ import DIGITS, csv_text, read_models
 
 Share = Annotated[float, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]

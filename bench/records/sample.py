@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from bench.files.json_ import read_lines
-from bench.files.validation import said
+from bench.records.files.json_ import read_lines
+from bench.records.files.validation import said
 from tasks.base import Answer, Compared, Generated, LogLikelihoods, Scored
 
 Key = tuple[str, str, str, str, str]

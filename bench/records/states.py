@@ -8,9 +8,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
-from bench.files.json_ import json_text, read_json
-from bench.files.text import write_atomic
 from bench.names import STATES
+from bench.records.files.json_ import json_text, read_json
+from bench.records.files.text import write_atomic
 from bench.records.version import FORMAT_VERSION, Versioned
 
 _CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)

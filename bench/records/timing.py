@@ -10,9 +10,9 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from bench.errors import UserError
-from bench.files.csv_ import csv_text, read_models
-from bench.files.json_ import json_text, read_json
 from bench.names import CEILING, FULL, RECORD, SPEED
+from bench.records.files.csv_ import csv_text, read_models
+from bench.records.files.json_ import json_text, read_json
 from bench.records.version import FORMAT_VERSION, Versioned
 
 Positive = Annotated[float, Field(gt=0)]

@@ -17,10 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.errors import UserError
-from bench.files.csv_ import csv_text, finite, read_cells
-from bench.files.markdown import markdown_table
-from bench.files.text import printable
 from bench.names import FULL
+from bench.records.files.csv_ import csv_text, finite, read_cells
+from bench.records.files.markdown import markdown_table
+from bench.records.files.text import printable
 from bench.records.row import Row
 from tasks.longbench.datasets import DATASETS
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.files.markdown import in_markdown, markdown_table
+from bench.records.files.markdown import in_markdown, markdown_table
 from bench.records.row import Row
 from bench.report.columns import BUDGET
 from tasks.longbench.averages import averages

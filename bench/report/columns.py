@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.judge.verdict import ALPHA, p_text, verdict
+from bench.records.files.numbers import bytes_text, interval_text, number_text, percent_text, score_text
 from bench.records.row import Row
-from bench.report.wording import bytes_text, interval_text, number_text, percent_text, score_text
 
 TOLERANCE = 0.02
 """Relative distance from the bytes asked for up to which a row stands at them."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from bench.judge.budgets import by_budget
 from bench.methods.names import limits_of
 from bench.names import BUDGET_UNITS, FULL, RECORD, RESULTS, TRISTATE
+from bench.records.files.numbers import percent_text, score_text
 from bench.records.row import Row
 from bench.report.columns import TOLERANCE, budget_cell, off_budget
-from bench.report.wording import percent_text, score_text
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.engine.inspect import Inspection, Word, states_map, words
-from bench.files.text import printable
+from bench.records.files.text import printable
 from bench.report.figures.layers import states_figure, steps_figure
 from bench.report.page import render
 

@@ -11,15 +11,15 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from bench.files.json_ import json_text
-from bench.files.text import printable
+from bench.records.files.json_ import json_text
+from bench.records.files.text import printable
+from bench.records.finished import Run
+from bench.records.shown import headline
 from bench.report import averages
 from bench.report.columns import LEGEND
 from bench.report.figures.canvas import Figure, file_name
 from bench.report.figures.layers import states_figure
 from bench.report.paragraphs import answer, problems_of
-from bench.report.rows import headline
-from bench.report.runs import Run
 from bench.report.sections import FIGURED, run_sections, speed_sections
 
 MAPS = 6

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from bench.judge.budgets import by_budget
 from bench.names import FULL, RECORD, RESULTS, SAMPLES, budget_text
+from bench.records.finished import Run
 from bench.records.record import Record
 from bench.records.row import Row
+from bench.records.shown import headline
 from bench.report.columns import AGAINST_FULL, DIFFERENCE, SCORE
 from bench.report.comparison import detectable
-from bench.report.rows import headline
-from bench.report.runs import Run
 
 LISTED = 50
 """Cut documents that are named one by one."""

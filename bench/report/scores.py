@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.errors import UserError
-from bench.files.csv_ import csv_text
-from bench.files.json_ import json_text
-from bench.files.markdown import markdown_table
+from bench.records.files.csv_ import csv_text
+from bench.records.files.json_ import json_text
+from bench.records.files.markdown import markdown_table
 from tasks.base import nearest
 from tasks.longbench.averages import Average, averages
 from tasks.longbench.datasets import BUCKETS, DATASETS, EXTENDED

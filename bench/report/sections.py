@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.files.text import printable
+from bench.records.files.text import printable
+from bench.records.finished import Run, comparable
 from bench.records.row import Row
 from bench.records.sample import Measured, Sample
+from bench.records.shown import headline
 from bench.records.starts import terms, timed
 from bench.records.timing import SpeedRecord, summarize
 from bench.report.columns import AGAINST_FULL, BUDGET, DIFFERENCE, METHOD, SCORE, SHARE, STATES, TPOT, TTFT, Column
@@ -21,8 +23,6 @@ from bench.report.figures.layers import oq_figure
 from bench.report.figures.scores import score_figure
 from bench.report.figures.times import share_figure, speed_figure, time_figure
 from bench.report.paragraphs import in_words, named
-from bench.report.rows import headline
-from bench.report.runs import Run, comparable
 from bench.report.speed import COLUMNS as SPEED_COLUMNS
 from bench.report.speed import LEGEND as SPEED_LEGEND
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from bench.files.latex import latex_table
-from bench.files.markdown import in_markdown, markdown_table
+from bench.records.files.latex import latex_table
+from bench.records.files.markdown import in_markdown, markdown_table
 from bench.records.row import Row, rows_csv
 from bench.report.columns import EVERYTHING, LEGEND
 from bench.report.comparison import compare

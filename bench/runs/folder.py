@@ -30,9 +30,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bench.errors import UserError
-from bench.files.text import write_atomic
 from bench.names import CURVE, RECORD, RESULTS, SAMPLES, STATES
 from bench.records.curve import CurveRow, curve_csv
+from bench.records.files.text import write_atomic
 from bench.records.record import Record, read_record, record_text
 from bench.records.row import Row, rows_csv
 from bench.records.sample import NotFinite, Sample, Samples, sample_line

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import UserError
-from bench.files.csv_ import read_models
 from bench.methods.grid import Cell
 from bench.names import CURVE, RESULTS
 from bench.records.curve import CURVE_COLUMNS, CurveRow
+from bench.records.files.csv_ import read_models
 from bench.records.row import NEEDED, Row
 from bench.records.sample import Measured
 from bench.runs.documents import prompt_hash

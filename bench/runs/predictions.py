@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.files.text import write_atomic
+from bench.records.files.text import write_atomic
 from bench.records.sample import Measured, Samples
 from bench.runs.kept import AnyCell
 from tasks.base import Document, Generated, Task

@@ -14,8 +14,8 @@ from rich.progress import Progress
 from bench.engine.engine import AUTO_DOCUMENTS, Failure, Measurement
 from bench.engine.inspect import cells_to_map
 from bench.errors import UserError, show_traceback
-from bench.executors import Answered, Executor, Unit, make_executor
 from bench.harness.tasks import HarnessTasks
+from bench.judge.curve import curve_rows
 from bench.methods.grid import Cell, grid
 from bench.methods.plugins import TASKS, Plugins
 from bench.models.kernels import prepare_kernels
@@ -27,8 +27,8 @@ from bench.records.sample import Measured
 from bench.records.starts import terms
 from bench.records.states import MapRecord, write_maps
 from bench.runs import folder as records
-from bench.runs.curve import curve_rows
 from bench.runs.documents import load_documents, prompt_hash
+from bench.runs.executors import Answered, Executor, Unit, make_executor
 from bench.runs.failures import failure_lines
 from bench.runs.kept import AnyCell, all_cells, earlier_documents, kept_curve, kept_rows
 from bench.runs.kinds import RUN, claim

@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from bench.files.csv_ import csv_text
-from bench.files.json_ import json_text
-from bench.files.text import write_atomic
 from bench.models.loading import LoadedModel
 from bench.names import FULL
+from bench.records.files.csv_ import csv_text
+from bench.records.files.json_ import json_text
+from bench.records.files.text import write_atomic
 from bench.runs import folder as records
 from bench.search.config import TuneConfig
 from bench.search.objective import Objective

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from bench.errors import UserError
+from bench.methods.variants import Variant, check_unique, name_of, read_methods
 from bench.names import FULL
 from bench.settings.fields import Affects, Count, SettingError, Settings, Share, setting, setting_of
 from bench.settings.mappings import read_mapping
 from bench.settings.secrets import redacted, redacted_text
-from bench.settings.variants import Variant, check_unique, name_of, read_methods
 from tasks.base import Rolling
 from tasks.fidelity import FidelityOptions
 from tasks.longbench.options import LongBenchOptions

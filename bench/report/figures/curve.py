@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from bench.judge.curve import curve_rows
 from bench.names import FULL
 from bench.records.curve import CurveRow
 from bench.records.row import Row
@@ -22,7 +23,6 @@ from bench.report.figures.canvas import (
     legend,
     series,
 )
-from bench.runs.curve import curve_rows
 
 
 def curve_figure(name: str, rows: Sequence[Row], samples: Iterable[Sample]) -> Figure | None:

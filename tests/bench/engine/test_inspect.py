@@ -24,9 +24,9 @@ from bench.extend import Method, keep_tokens
 from bench.methods.grid import OwnMethod, grid, tristate_cell
 from bench.methods.reading import record
 from bench.methods.states import EVICTED, ORIGINAL, QUANTIZED, state_codes
+from bench.records.finished import read_runs
 from bench.report.inspection import to_html
 from bench.report.page import build
-from bench.report.runs import read_runs
 from tests.bench.report.test_page import Parsed
 
 CONFIG = CacheConfig.for_method("mix", cache_size=64, window_size=8, quant_format="int8")

@@ -16,6 +16,7 @@ import torch
 from bench.cli import main
 from bench.engine.inspect import states_map
 from bench.errors import UserError
+from bench.records.finished import read_runs
 from bench.records.row import Row
 from bench.records.sample import Sample
 from bench.records.states import MapRecord, write_maps
@@ -26,7 +27,6 @@ from bench.report.figures.scores import pareto_front
 from bench.report.figures.times import share_figure
 from bench.report.page import MAPS, Page, build
 from bench.report.paragraphs import answer, budget_sentences
-from bench.report.runs import read_runs
 from tests.bench.browser import Browser
 from tests.bench.lines import line
 from tests.bench.report.test_report import ROWS, row, write

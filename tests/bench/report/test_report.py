@@ -15,10 +15,10 @@ from bench.cli import main
 from bench.errors import UserError
 from bench.names import RESULTS
 from bench.records.row import COLUMNS, Row, read_results
+from bench.records.shown import headline
 from bench.records.timing import Timing, summarize
 from bench.report.columns import EVERYTHING, LEGEND
 from bench.report.comparison import compare
-from bench.report.rows import headline
 from bench.report.speed import speed_table
 from bench.report.terminal import print_comparison
 from bench.report.writing import to_csv, to_latex, to_markdown

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bench.names import CURVE, RESULTS, SAMPLES
+from bench.records.finished import read_runs
 from bench.report.page import build
-from bench.report.runs import read_runs
 from tests.bench.conftest import read_lines
 from tests.bench.runs.test_records import untimed
 from tests.bench.runs.test_run import a_text, go, toys

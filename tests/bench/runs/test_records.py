@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 
 from bench.errors import UserError
-from bench.files import text
-from bench.files.text import write_atomic
 from bench.names import RECORD, RESULTS, SAMPLES
+from bench.records.files import text
+from bench.records.files.text import write_atomic
 from bench.records.record import read_record
 from bench.records.sample import NotFinite, Samples, make_sample
 from bench.runs.folder import RunFolder

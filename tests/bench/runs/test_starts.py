@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from bench.errors import UserError
-from bench.executors.local import LocalExecutor
 from bench.harness import index
 from bench.models.inputs import input_hashes
 from bench.names import RECORD, SAMPLES
 from bench.records.starts import terms, timed
 from bench.runs import starts
+from bench.runs.executors.local import LocalExecutor
 from bench.runs.starts import ANSWERING, earlier_starts
 from tests.bench.conftest import read_lines
 from tests.bench.lines import recorded

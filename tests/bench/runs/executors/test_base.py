@@ -12,11 +12,11 @@ import pytest
 
 from bench.engine.engine import Failure, Measurement
 from bench.errors import UserError
-from bench.executors import Setup, Unit, make_executor
-from bench.executors.base import Answerer
-from bench.executors.local import LocalExecutor
 from bench.methods.grid import grid
 from bench.models.loading import describe
+from bench.runs.executors import Setup, Unit, make_executor
+from bench.runs.executors.base import Answerer
+from bench.runs.executors.local import LocalExecutor
 from bench.settings.run import RunConfig
 from tasks.base import Document, Generate
 

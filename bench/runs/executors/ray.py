@@ -25,14 +25,14 @@ from rich.markup import escape
 
 from bench.engine.engine import Failure, Measurement
 from bench.errors import UserError
-from bench.executors.base import Answered, Answerer, Executor, Setup, Unit
-from bench.executors.scheduler import Scheduler, Ticket
 from bench.methods.grid import Cell
 from bench.models.inputs import identity
 from bench.models.loading import describe
 from bench.progress import LOG_INTERVAL_S
 from bench.records.states import StatesMap
 from bench.runs import folder as records
+from bench.runs.executors.base import Answered, Answerer, Executor, Setup, Unit
+from bench.runs.executors.scheduler import Scheduler, Ticket
 from bench.settings.run import RunConfig
 from tasks.base import Document
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.files.text import printable
+from bench.records.files.text import printable
 from bench.records.row import Row
 
 

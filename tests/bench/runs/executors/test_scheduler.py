@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from bench.executors.base import Unit
-from bench.executors.scheduler import DEPTH, Scheduler, Ticket
 from bench.methods.grid import full_cell
+from bench.runs.executors.base import Unit
+from bench.runs.executors.scheduler import DEPTH, Scheduler, Ticket
 from tasks.base import Document, Generate
 
 FULL = (full_cell(),)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from bench.files.text import printable
+from bench.records.files.text import printable
 
 NOT_JSON = "not valid JSON"
 

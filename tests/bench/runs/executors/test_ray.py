@@ -23,8 +23,8 @@ from rich.console import Console
 
 from bench.engine.inspect import read_maps
 from bench.errors import UserError
-from bench.executors.base import Unit
 from bench.names import RESULTS, SAMPLES
+from bench.runs.executors.base import Unit
 from bench.runs.run import Outcome, execute
 from bench.settings.run import RunConfig
 from tests.bench.conftest import quiet_environment, read_lines, save_tiny_model
@@ -32,7 +32,7 @@ from tests.bench.lines import recorded
 
 ray = pytest.importorskip("ray")
 
-from bench.executors import ray as executor  # noqa: E402
+from bench.runs.executors import ray as executor  # noqa: E402
 
 PLUGIN = """
 import torch
@@ -151,7 +151,7 @@ def test_an_address_where_somebody_else_listens(model: Path, tmp_path: Path) -> 
 def command(*arguments: object) -> dict[str, Any]:
     return {
         "args": [sys.executable, "-m", "bench.cli", "run", *map(str, arguments)],
-        "cwd": Path(__file__).parents[3],
+        "cwd": Path(__file__).parents[4],
         "text": True,
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
@@ -228,7 +228,7 @@ def cluster() -> Iterator[Any]:
     before = dict(os.environ)
     # Paths of sockets are short.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        root = str(Path(__file__).parents[3])
+        root = str(Path(__file__).parents[4])
         os.environ.update(quiet_environment(**RAY, RAY_TMPDIR=folder, PYTHONPATH=root))
         try:
             found = start_cluster()

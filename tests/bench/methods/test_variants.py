@@ -14,10 +14,10 @@ from arkv import METHODS, CacheConfig
 from bench.errors import UserError
 from bench.methods.cell import Cell
 from bench.methods.grid import grid
+from bench.methods.variants import Variant
 from bench.runs.run import execute
 from bench.settings.presets import load_preset, resolve
 from bench.settings.run import RunConfig
-from bench.settings.variants import Variant
 from tests.bench.conftest import read_lines
 
 CHANGES: dict[str, Any] = {

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from bench.errors import UserError
-from bench.executors.base import Answered, Answerer, Executor, Setup, Unit
 from bench.methods.grid import Cell
 from bench.records.states import StatesMap
+from bench.runs.executors.base import Answered, Answerer, Executor, Setup, Unit
 from tasks.base import Document
 
 

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from bench.errors import UserError
-from bench.files.text import printable
-from bench.files.validation import said
+from bench.records.files.text import printable
+from bench.records.files.validation import said
 
 DIGITS = 6
 """Significant digits of a number, unless all are asked for."""

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from bench.errors import UserError
-from bench.files.text import read_bytes
-from bench.files.validation import NOT_JSON, said
+from bench.records.files.text import read_bytes
+from bench.records.files.validation import NOT_JSON, said
 
 T = TypeVar("T")
 

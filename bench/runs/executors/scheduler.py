@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from bench.executors.base import Unit
+from bench.runs.executors.base import Unit
 
 DEPTH = 2
 """Units that a worker has at once: one it works on, and the next one, so that it never waits for the driver."""

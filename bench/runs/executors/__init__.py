@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
-from bench.executors.base import Answered, Executor, Setup, Unit
 from bench.methods.grid import Cell
 from bench.models.inputs import identity
 from bench.models.loading import DescribedModel
+from bench.runs.executors.base import Answered, Executor, Setup, Unit
 from bench.settings.run import RunConfig
 
 __all__ = ["Answered", "Executor", "Setup", "Unit", "make_executor"]
@@ -25,10 +25,10 @@ def make_executor(
     """
     setup = Setup.of(config, models, cells)
     if config.executor == "ray":
-        from bench.executors.ray import RayExecutor
+        from bench.runs.executors.ray import RayExecutor
 
         fingerprints = {name: identity(model) for name, model in models.items()}
         return RayExecutor(config, setup, fingerprints, console)
-    from bench.executors.local import LocalExecutor
+    from bench.runs.executors.local import LocalExecutor
 
     return LocalExecutor(setup)

@@ -10,9 +10,9 @@ from bench.names import RECORD, RESULTS, SAMPLES, SPEED
 from bench.records.record import Fingerprint, Record, read_record
 from bench.records.row import Row, read_results
 from bench.records.sample import Samples
+from bench.records.shown import run_names
 from bench.records.states import MapRecord, read_maps
 from bench.records.timing import SpeedRecord, Timing, read_speed_record, read_timings
-from bench.report.rows import run_names
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from bench.judge.curve import curve_rows
 from bench.records.sample import Sample
 from bench.report.figures.curve import curve_figure
-from bench.runs.curve import curve_rows
 from tasks.base import Compared
 from tests.bench.lines import sample as make
 from tests.bench.report.test_report import row
