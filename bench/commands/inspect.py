@@ -181,7 +181,7 @@ def _read(path: Path, tokens: int | None, loaded: LoadedModel, steps: int) -> tu
 
 def _document(run: RunConfig, loaded: LoadedModel, doc: str) -> Document:
     """The document of the task by number or id. Raises :class:`UserError` where there is none."""
-    from bench.runs.run import make_task, task_settings, tasks_of
+    from bench.runs.asked import make_task, task_settings, tasks_of
 
     number = int(doc) if doc.isdecimal() else None
     tasks = tasks_of([make_task(name) for name in run.tasks])

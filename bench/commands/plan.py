@@ -29,8 +29,8 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
     from bench.costs.plan import Load, ModelPlan, fit, model_size, parse_bytes
     from bench.errors import UserError
     from bench.models.loading import describe
+    from bench.runs.asked import documents_of, planned
     from bench.runs.failures import failure_lines
-    from bench.runs.run import documents_of, planned
     from bench.settings.presets import resolve
     from tasks.base import TaskError
 

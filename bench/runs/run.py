@@ -14,10 +14,8 @@ from rich.progress import Progress
 from bench.engine.engine import AUTO_DOCUMENTS, Failure, Measurement
 from bench.engine.inspect import cells_to_map
 from bench.errors import UserError, show_traceback
-from bench.harness.tasks import HarnessTasks
 from bench.judge.curve import curve_rows
-from bench.methods.grid import Cell, grid
-from bench.methods.plugins import TASKS, Plugins
+from bench.methods.grid import Cell
 from bench.models.kernels import prepare_kernels
 from bench.models.loading import DescribedModel, LoadedModel, describe, find_device
 from bench.progress import ProgressReporter, progress_bars
@@ -27,7 +25,8 @@ from bench.records.sample import Measured
 from bench.records.starts import terms
 from bench.records.states import MapRecord, write_maps
 from bench.runs import folder as records
-from bench.runs.documents import load_documents, prompt_hash
+from bench.runs.asked import asked_for, documents_of, plugins_of, tasks_of
+from bench.runs.documents import prompt_hash
 from bench.runs.executors import Answered, Executor, Unit, make_executor
 from bench.runs.failures import failure_lines
 from bench.runs.kept import AnyCell, all_cells, earlier_documents, kept_curve, kept_rows
@@ -36,9 +35,7 @@ from bench.runs.predictions import clear_predictions, write_predictions
 from bench.runs.results import TaskResults, group_rows, rows, to_sample
 from bench.runs.starts import ENVIRONMENT, VERSIONS, earlier_starts, loaded_as, made_by, new_start
 from bench.settings.run import RunConfig
-from tasks.base import Document, Task, TaskError, TaskGroup, TaskSettings
-from tasks.registry import TASKS as BUILT_IN_TASKS
-from tasks.registry import TaskSources, get_task, split_spec
+from tasks.base import Document, Task, TaskError, TaskGroup
 
 
 @dataclass
@@ -70,112 +67,6 @@ def fingerprint(config: RunConfig, models: dict[str, str], plugins: Mapping[str,
     }
 
 
-def task_settings(config: RunConfig, model: DescribedModel, task: Task) -> TaskSettings:
-    """What a task of the run builds its documents from. Raises :class:`UserError` for a model of unknown length."""
-    longest = model.context_length
-    if config.max_length is not None:
-        longest = min(config.max_length, longest) if longest is not None else config.max_length
-    if longest is None:
-        raise UserError(f"model {model.name} does not say how long its context is: give --max-length")
-    return TaskSettings(
-        tokenizer=model.tokenizer,
-        max_length=longest,
-        model_type=model.config.model_type,
-        context_length=model.context_length,
-        seed=config.seed,
-        limit=config.limit,
-        sampling_ratio=config.sampling_ratio,
-        data_dir=config.data_dir,
-        options={name: getattr(config, name) for name in task.option_names if getattr(config, name, None) is not None},
-    )
-
-
-def make_task(name: str, include_path: Sequence[Path] = ()) -> Task | TaskGroup:
-    """A task of the suite, of an installed plugin, or a task or group of lm-eval.
-
-    Raises :class:`TaskError` for an unknown name, with the nearest ones.
-    """
-    others = HarnessTasks(include_path=include_path)
-    return get_task(name, fallback=TaskSources(Plugins(others=others), others))
-
-
-def _plugins(config: RunConfig, own: Sequence[Task | TaskGroup] = ()) -> tuple[Plugins, HarnessTasks]:
-    """What plugins and tasks given as objects bring, and what lm-eval does.
-
-    Raises:
-        UserError, TaskError: a file is missing, or a task has a name that it cannot have.
-    """
-    others = HarnessTasks(include_path=[Path(folder) for folder in config.include_path or ()])
-    return Plugins(config.plugin or (), others, own), others
-
-
-def _asked_for(
-    config: RunConfig, plugins: Plugins, others: HarnessTasks
-) -> tuple[list[Cell], list[Task | TaskGroup], list[dict[str, str]]]:
-    """The grid, the tasks, and what failed: plugins with what they may have had, and tasks that cannot be found.
-
-    Raises:
-        UserError, arkv.ConfigError, TaskError: what was asked for makes no sense, or nothing of it is left.
-    """
-    methods = plugins.usable_methods(config.measured_methods)
-    budgets, formats = config.budgets, config.quant_format
-    cells = grid(methods, budgets, config.window_size, formats, config.method_settings, plugins.methods)
-    sources = TaskSources(plugins, others)
-    plugins.refuse_taken(TASKS, [split_spec(name)[0] for name in config.tasks], BUILT_IN_TASKS.__contains__)
-    asked = []
-    errors: dict[str, TaskError] = {}
-    for name in config.tasks:
-        try:
-            item = get_task(name, fallback=sources)
-            tasks_of([item])
-        except TaskError as error:
-            if error.usage and plugins.failures:
-                plugins.lose(str(error))
-            else:
-                errors[name] = error
-        else:
-            asked.append(item)
-    failures = [*plugins.failures, *({"task": name, "error": str(error)} for name, error in errors.items())]
-    wanted = {cell.method for cell in cells} & set(config.method_names)
-    if asked and wanted:
-        return cells, asked, failures
-    if plugins.failures:
-        raise UserError("; ".join(failure_lines(failures)))
-    raise TaskError("; ".join(map(str, errors.values())), usage=any(error.usage for error in errors.values()))
-
-
-def tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]:
-    """The tasks to measure, each once, and the group that one was asked for through.
-
-    Raises :class:`TaskError` for a group whose tasks cannot be found.
-    """
-    tasks: dict[str, tuple[Task, str | None]] = {}
-    direct = {item.name for item in asked}
-
-    def add(item: Task | TaskGroup, group: str | None) -> None:
-        if isinstance(item, Task):
-            tasks.setdefault(item.name, (item, None if item.name in direct else group))
-            return
-        for member in item.members:
-            add(member, item.name)
-
-    for item in asked:
-        add(item, None)
-    return list(tasks.values())
-
-
-def planned(config: RunConfig) -> tuple[list[Cell], list[Task], list[dict[str, str]]]:
-    """The grid of a run, what it would measure, and what cannot be found. Raises as :func:`execute`."""
-    cells, asked, failures = _asked_for(config, *_plugins(config))
-    return cells, [task for task, _ in tasks_of(asked)], failures
-
-
-def documents_of(config: RunConfig, model: DescribedModel, task: Task) -> list[Document]:
-    """The documents of a task for a model. Raises :class:`TaskError`, :class:`UserError`."""
-    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-    return load_documents(task, task_settings(config, model, task), vocabulary)
-
-
 def execute(
     config: RunConfig,
     path: Path,
@@ -201,8 +92,8 @@ def execute(
         UserError, arkv.ConfigError, TaskError: what was asked for makes no sense; nothing has been measured.
     """
     claim(path, RUN)
-    plugins, others = _plugins(config, own_tasks)
-    cells, asked, failures = _asked_for(config, plugins, others)
+    plugins, others = plugins_of(config, own_tasks)
+    cells, asked, failures = asked_for(config, plugins, others)
     tasks = tasks_of(asked)
     outcome = Outcome(path, failures=failures)
     for line in failure_lines(outcome.failures):

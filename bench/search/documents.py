@@ -11,7 +11,7 @@ from pathlib import Path
 from bench.errors import UserError
 from bench.models.loading import LoadedModel
 from bench.names import LEAST_DOCUMENTS
-from bench.runs.run import make_task, task_settings, tasks_of
+from bench.runs.asked import make_task, task_settings, tasks_of
 from bench.search.config import FIDELITY, TuneConfig
 from bench.settings.run import RunConfig
 from tasks.base import Compare, Document, Task, TaskSettings

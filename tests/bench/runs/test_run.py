@@ -17,7 +17,7 @@ from bench.engine.inspect import read_maps
 from bench.errors import UserError
 from bench.methods.grid import Cell
 from bench.names import CURVE, RECORD, RESULTS, SAMPLES, STATES
-from bench.runs import run
+from bench.runs import asked
 from bench.runs.folder import RunFolder
 from bench.runs.run import Outcome, execute
 from bench.settings.run import RunConfig
@@ -207,7 +207,7 @@ def test_a_prompt_within_the_budget_is_no_error(tiny_folder: Path, tmp_path: Pat
 
 def test_an_unknown_task_of_lm_eval_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown task 'gsm8'"):
-        run.make_task("gsm8")
+        asked.make_task("gsm8")
 
 
 def toys(folder: Path) -> dict[str, Any]:
