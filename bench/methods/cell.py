@@ -219,4 +219,5 @@ class Cell:
 
     def planned_bytes(self, sizes: Sizes, tokens: int) -> int | None:
         """See :meth:`bench.methods.base.Method.planned_bytes`."""
-        return self.impl.planned_bytes(sizes, tokens, self.asked)
+        with self._guard():
+            return self.impl.planned_bytes(sizes, tokens, self.asked)
