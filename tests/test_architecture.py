@@ -127,6 +127,7 @@ def test_every_room_of_bench_has_a_floor() -> None:
     standing = {item for floor in FLOORS for item in floor}
     rooms = {room(source.removesuffix(".py").removesuffix("/__init__").replace("/", ".")) for source in SOURCES}
     assert standing == rooms - {None}
+    assert len(FLOORS) <= 7
 
 
 def test_each_room_uses_what_stands_below_it() -> None:

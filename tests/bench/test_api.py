@@ -20,6 +20,7 @@ from bench.errors import UserError
 from tasks.base import Answer, Document, Generate, Generated, Metric, Task, TaskSettings
 from tests.bench.conftest import quiet_environment
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = {"lengths": [250], "samples": 2, "quant_format": "int8", "device": "cpu", "dtype": "float32"}
 TIMES = ("prefill_s", "compress_s", "ttft_ms", "decode_s", "tpot_ms", "decode_tokens_per_s", "peak_memory_bytes")
 
@@ -52,6 +53,14 @@ def test_importing_the_suite_loads_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "[]"
     assert {"evaluate", "load_run", "Results"} <= set(bench.__all__)
+    code = """
+import sys, bench
+results = bench.load_run("results/demo")
+assert len(list(results.samples())) == 90 and "mix" in results._repr_html_()
+print([name for name in ("torch", "transformers", "pandas") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
     with pytest.raises(AttributeError, match="evaluat"):
         _ = bench.evaluat
 
@@ -133,7 +142,7 @@ def test_shares_and_tokens_of_one_s_own(tiny_folder: Path, tmp_path: Path) -> No
 def test_the_lines_of_the_tutorial(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     few = lines.replace("smollm2-135m", str(tiny_folder)).replace("outdir=", "lengths=[300], samples=2, outdir=")
