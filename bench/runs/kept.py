@@ -75,8 +75,9 @@ def earlier_documents(
     choices: Sequence[Mapping[str, Any]],
     config: RunConfig,
     load: Callable[[RunConfig], Sequence[Document]],
-) -> list[Document]:
-    """The documents of earlier starts that the folder has answers to and that are not asked for now.
+) -> tuple[list[Document], str]:
+    """The documents of earlier starts that the folder has answers to and that are not asked for now, and why some of
+    them cannot be made again, empty where all can.
 
     Args:
         now: the documents that are.
@@ -86,21 +87,22 @@ def earlier_documents(
     """
     asked = {document.id for document in now}
     missing = {name: sha256 for name, sha256 in stored.items() if name not in asked}
-    found = []
+    found: list[Document] = []
+    reason = "their prompts have changed"
     for choice in reversed(choices):
         if not missing:
             break
         values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in choice.items()}
         try:
             documents = load(config.model_copy(update=values))
-        except (TaskError, UserError):
-            # Its answers stay in the folder; whoever asks for them again is told what is wrong.
+        except (TaskError, UserError) as error:
+            reason = str(error)
             continue
         for document in documents:
             if missing.get(document.id) == prompt_hash(document):
                 found.append(document)
                 del missing[document.id]
-    return found
+    return found, f"{len(missing)} documents of earlier starts are not in its results: {reason}" if missing else ""
 
 
 def kept_rows(folder: Path) -> list[Row]:

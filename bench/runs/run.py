@@ -250,12 +250,12 @@ class _Run:
         self._write_record()
         choices = [item["choice"] for item in self._starts[:-1] if "choice" in item]
         stored = self._stored.get((name, task.name), {})
-        earlier = earlier_documents(
+        earlier, missing = earlier_documents(
             documents, stored, choices, self.config, lambda config: documents_of(config, self.models[name], task)
         )
-        if earlier:
-            said = f"{task.name}: {len(earlier)} documents of earlier starts stay in its results"
-            self.console.print(said, markup=False, highlight=False, soft_wrap=True)
+        kept = f"{len(earlier)} documents of earlier starts stay in its results" if earlier else ""
+        for said in filter(None, (kept, missing)):
+            self.console.print(f"{task.name}: {said}", markup=False, highlight=False, soft_wrap=True)
         work = []
         for document in documents:
             sha256 = prompt_hash(document)

@@ -108,6 +108,17 @@ def test_documents_of_lm_eval(tiny_folder: Path, tmp_path: Path) -> None:
     assert all(row["score_full"] for row in added), "compared with full on its own documents"
 
 
+def test_documents_that_cannot_be_made_again(tiny_folder: Path, tmp_path: Path) -> None:
+    """Their answers stay in the folder, and it is said that the table is without them."""
+    settings = toys(tmp_path / "toys")
+    go(tiny_folder, tmp_path / "run", **settings)
+    document = read_lines(tmp_path / "run" / SAMPLES)[-1]["document"]
+    samples = tmp_path / "run" / SAMPLES
+    samples.write_text(samples.read_text().replace(f'"{document}"', '"toy_text-9"'))
+    _, said = go(tiny_folder, tmp_path / "run", **settings)
+    assert "toy_text: 1 documents of earlier starts are not in its results: their prompts have changed" in said
+
+
 def test_rows_over_other_documents_say_so(tiny_folder: Path, tmp_path: Path) -> None:
     go(tiny_folder, tmp_path, lengths=(250,), quant_type=("full", "mix"))
     go(tiny_folder, tmp_path, lengths=(300,), quant_type=("full", "origin"))
