@@ -102,7 +102,10 @@ def test_commands_and_options_named_here_exist() -> None:
     for name in re.findall(r"arkv-bench ([a-z]+)", README):
         assert name in commands
     options = {"--help"} | {
-        option for command in (group, *commands.values()) for item in command.params for option in item.opts
+        option
+        for command in (group, *commands.values())
+        for item in command.params
+        for option in (*item.opts, *item.secondary_opts)
     }
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README):
         assert option in options, option

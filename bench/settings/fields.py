@@ -48,6 +48,8 @@ class Setting:
     """A file that counts by what is in it."""
     sparse: bool = False
     """The fingerprint has it only where it is not the default: older folders do not have it."""
+    repeated: bool = False
+    """Its option may stand several times."""
     may_be_empty: bool = False
     """Of a list: no value stands for values of somebody else's."""
     read: Callable[[str, Any], Any] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -40,17 +41,20 @@ def _parameter(model: type[Settings], name: str) -> inspect.Parameter:
     own, shape = setting_of(field), shape_of(field.annotation)
     option = model.option(name)
     names = [option, *(f"--{alias.replace('_', '-')}" for alias in own.aliases)]
+    # Text, which the model reads as it reads a preset's: there is one message for what makes no sense.
     kind: Any = str
+    metavar: str | None = _METAVARS.get(shape.kind, "TEXT") + (",..." if shape.many else "")
     if shape.kind is bool:
-        names, kind = [f"{option}/--no-{option[2:]}"], bool
-    elif not shape.many and shape.kind in (int, float):
-        kind = shape.kind
-    elif name == "plugin":
+        names, kind, metavar = [f"{option}/--no-{option[2:]}"], bool, None
+    elif own.repeated:
         kind = list[str]
-    shown = typer.Option(*names, help=help_of(field), rich_help_panel=own.panel, show_default=False)
+    shown = typer.Option(*names, help=help_of(field), rich_help_panel=own.panel, metavar=metavar, show_default=False)
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, shown]
     )
+
+
+_METAVARS = {int: "INT", float: "FLOAT", Path: "PATH"}
 
 
 def help_of(field: FieldInfo) -> str:

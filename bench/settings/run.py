@@ -252,6 +252,7 @@ class RunConfig(Settings):
         GRID,
         "grid",
         flag_only=True,
+        repeated=True,
     )
     outdir: Path | None = setting(
         None, "Run folder; an unfinished run there is continued.", OUTPUT, "nothing", unset="runs/TIME"
