@@ -53,15 +53,20 @@ def list_things(
             failures = found.failures
             rows += [(name, _described(own.method)) for name, own in found.methods.items()]
     elif what is What.TASKS:
+        from importlib.metadata import entry_points
+
         from bench.harness import tasks as harness
-        from bench.methods import plugins
+        from bench.methods.names import TASK_GROUP
         from tasks.registry import TASKS
 
-        found = plugins.Plugins(_split(plugin), harness.HarnessTasks())
-        found.load_installed(plugins.TASKS)
-        failures = found.failures
         rows = [(name, entry.description) for name, entry in TASKS.items()]
-        rows += [(name, "a task of a plugin") for name in found.tasks]
+        if plugin or entry_points(group=TASK_GROUP):
+            from bench.methods import plugins
+
+            found = plugins.Plugins(_split(plugin), harness.HarnessTasks())
+            found.load_installed(plugins.TASKS)
+            failures = found.failures
+            rows += [(name, "a task of a plugin") for name in found.tasks]
         rows += [
             (name, f"{text} (lm-eval; rows from --data-dir or the hub)") for name, text in harness.DESCRIPTIONS.items()
         ]
