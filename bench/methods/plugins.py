@@ -16,7 +16,7 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
@@ -28,8 +28,9 @@ from bench.errors import OthersCode, UserError, show_traceback
 from bench.methods.base import Method
 from bench.methods.grid import OwnMethod, is_known
 from bench.methods.names import METHOD_GROUP, TASK_GROUP
+from bench.methods.own_tasks import OwnTask
 from bench.methods.variants import Variant
-from tasks.base import Answer, Document, Evaluation, Metric, Task, TaskGroup, TaskSettings
+from tasks.base import Task, TaskGroup
 from tasks.registry import TASKS as BUILT_IN_TASKS
 from tasks.registry import TaskSource
 
@@ -128,7 +129,7 @@ class Plugins:
         if name in BUILT_IN_TASKS or name in self.tasks:
             raise UserError(f"there is another task named {name!r}")
         self._check_free(name)
-        self.tasks[name] = _OwnTask(task) if isinstance(task, Task) else task
+        self.tasks[name] = OwnTask(task) if isinstance(task, Task) else task
 
     def _check_free(self, task: str) -> None:
         """Raises :class:`UserError` for the name of a task that is there without plugins."""
@@ -194,52 +195,6 @@ class Plugins:
     def names(self) -> Iterable[str]:
         """Names of tasks, as far as they are known without running anything."""
         return {*self.tasks, *entry_points(group=TASKS).names}
-
-
-def own_task(task: Task) -> Task:
-    """The task as its author wrote it."""
-    return task.inner if isinstance(task, _OwnTask) else task
-
-
-def file_of(task: Task) -> str:
-    """The file that defines a task."""
-    module = type(task).__module__
-    return str(getattr(sys.modules[module], "__file__", None) or module)
-
-
-class _OwnTask(Task):
-    """A task of the user's own, whose failures are told in one line."""
-
-    def __init__(self, task: Task) -> None:
-        self.inner = task
-        self._theirs = OthersCode(task.name, placed=True, file=file_of(task))
-        self.name, self.option_names = task.name, task.option_names
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]:  # type: ignore[override]
-        """Theirs, as they are now: a task may know them once it has been loaded."""
-        return self.inner.metrics
-
-    def load(self, settings: TaskSettings) -> Sequence[Document]:
-        with self._theirs:
-            return self.inner.load(settings)
-
-    def score(self, document: Document, answer: Answer) -> dict[str, float]:
-        with self._theirs:
-            return self.inner.score(document, answer)
-
-    def evaluate(self, documents: Sequence[Document], answers: Mapping[str, Answer]) -> Evaluation:
-        with self._theirs:
-            return self.inner.evaluate(documents, answers)
-
-    def data_hash(self) -> str:
-        with self._theirs:
-            return self.inner.data_hash()
-
-    def definition_hash(self) -> str:
-        """Of the file that the task stands in: an installed one may change while its version stays."""
-        path = Path(file_of(self.inner))
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _reduce(file: str, source: bytes, method: Method) -> tuple[Any, ...]:

@@ -14,9 +14,8 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from bench.errors import place
-from bench.extend import OthersCode
-from bench.methods.plugins import file_of, own_task
+from bench.errors import OthersCode, place
+from bench.methods.own_tasks import file_of, own_task
 from tasks.base import (
     Answer,
     Compare,

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from statistics import fmean, median
+from typing import TYPE_CHECKING
 
-from bench.engine.engine import Measurement
 from bench.judge.comparison import add_statistics
 from bench.names import FULL
 from bench.records.row import Row
 from bench.records.sample import Measured, Sample, Samples, make_sample
 from bench.records.starts import timed
 from bench.runs.documents import evaluation_of, group_evaluation, group_metrics, scores_of
-from bench.runs.kept import AnyCell
 from tasks.base import Compared, Document, Evaluation, Generated, LogLikelihoods, Metric, Task, TaskError, TaskGroup
+
+if TYPE_CHECKING:
+    from bench.engine.measurement import Measurement
+    from bench.runs.kept import AnyCell
 
 
 def to_sample(

@@ -6,18 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from bench.report.runs import read_runs
+from bench.runs.curve import curve_rows
 
-from bench.files.csv_ import csv_text
 from bench.names import CURVE, RECORD, RESULTS, SAMPLES, SPEED
+from bench.records.files.csv_ import csv_text
 from bench.records.record import read_record, record_text
 from bench.records.row import COLUMNS, STATISTICS, read_results, rows_csv
 from bench.records.sample import LINE, Samples, sample_line
 from bench.records.timing import read_speed_record, read_timings, timings_csv
 from bench.records.version import FORMAT_VERSION
-from bench.report.runs import read_runs
-from bench.runs.curve import curve_rows
 from bench.runs.folder import RunFolder
 from tests.bench.conftest import quiet_environment, read_lines
 from tests.bench.lines import line, sample
@@ -93,7 +94,6 @@ MEGABYTES = 500
 CONTINUE = """
 import json, resource, sys
 from pathlib import Path
-from bench.methods.grid import full_cell
 from bench.runs.folder import RunFolder
 from bench.runs.results import TaskResults, rows
 from tasks.base import Answer, Document, Generate, Metric, Task
@@ -109,14 +109,13 @@ class Long(Task):
         return {"exact_match": float(answer.text.startswith("answer 1"))}
 
 
-class Other:
+class Made:
     def __init__(self, key):
         self.key = self.method = self.label = key
         self.quant_format = self.budget_unit = self.cache_size = self.cache_ratio = self.window_size = None
 
 
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-task, cells = Long(), [full_cell(), *map(Other, ("origin", "quant", "mix", "window"))]
+task, cells = Long(), list(map(Made, ("full", "origin", "quant", "mix", "window")))
 with RunFolder(Path(sys.argv[1]), {}) as folder:
     documents = task.load(None)
     stored = folder.samples
@@ -127,7 +126,7 @@ with RunFolder(Path(sys.argv[1]), {}) as folder:
     folder.write_results(table)
     folder.write_record({"finished": "now", "started": "then"})
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([before // 1024, peak // 1024]))
+print(json.dumps(peak // 1024))
 """
 
 REPORT = """
@@ -141,12 +140,11 @@ except SystemExit as ended:
 """
 
 
-def peak(code: str, *arguments: object) -> list[int]:
+def peak(code: str, *arguments: object) -> Any:
     command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=quiet_environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    numbers: list[int] = json.loads(done.stdout.splitlines()[-1])
-    return numbers
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -159,7 +157,7 @@ def test_a_hundred_thousand_answers_are_continued_and_reported_within_500_mb(tmp
             answer = {"text": text.format(number), "token_ids": list(range(100)), "oq_ratios": [0.5] * 30}
             cell = ("full", "origin", "quant", "mix", "window")[number % 5]
             file.write(json.dumps(line(f"d{number // 5}", cell, **answer)) + "\n")
-    _, continued = peak(CONTINUE, folder)
+    continued = peak(CONTINUE, folder)
     assert continued <= MEGABYTES
     for options in (["--format", "csv"], ["--html", tmp_path / "page.html"]):
         code, reported = peak(REPORT, "report", folder, *options)
