@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench.report.rows import headline
-from bench.report.runs import read_runs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -24,7 +22,9 @@ from bench.gate.reading import read
 from bench.gate.writing import lines, to_markdown
 from bench.names import RECORD, RESULTS, SAMPLES, SPEED, STATES
 from bench.records.files.csv_ import csv_text
+from bench.records.finished import read_runs
 from bench.records.row import read_results
+from bench.records.shown import headline
 from bench.records.states import MapRecord, StatesMap, write_maps
 from bench.report import writing
 from bench.report.page import build
