@@ -14,7 +14,7 @@ import matplotlib
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator
 
-from bench.errors import UserError
+from bench.records.files.text import write_output
 from bench.records.row import Row
 
 if TYPE_CHECKING:
@@ -77,15 +77,11 @@ class Figure:
         """Write it in every one of :data:`FORMATS`.
 
         Raises:
-            UserError: the folder cannot be written to.
+            UserError: a file cannot be written.
         """
         paths = [folder / f"{self.name}.{ending}" for ending in FORMATS]
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for path, ending in zip(paths, FORMATS, strict=True):
-                path.write_bytes(self._bytes(ending))
-        except OSError as error:
-            raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
+        for path, ending in zip(paths, FORMATS, strict=True):
+            write_output(path, self._bytes(ending))
         return paths
 
     def _bytes(self, ending: str) -> bytes:
