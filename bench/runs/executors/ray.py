@@ -7,18 +7,14 @@ The driver hands out units, starts a worker anew where one has died, and alone w
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 import os
 import shutil
-import socket
-import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,18 +22,15 @@ from rich.markup import escape
 from bench.engine.engine import Failure, Measurement
 from bench.errors import UserError
 from bench.methods.grid import Cell
-from bench.models.inputs import identity
-from bench.models.loading import describe
 from bench.progress import LOG_INTERVAL_S
 from bench.records.states import StatesMap
-from bench.runs import folder as records
-from bench.runs.executors.base import Answered, Answerer, Executor, Setup, Unit
+from bench.runs.executors.base import Answered, Executor, Setup, Unit
+from bench.runs.executors.cluster import capacity, join_cluster, ray_library, start_cluster, temporary_folder
 from bench.runs.executors.scheduler import Scheduler, Ticket
+from bench.runs.executors.worker import VERSIONS, Introduction, Worker, versions
 from bench.settings.run import RunConfig
 from tasks.base import Document
 
-CONNECT_S = 15.0
-"""How long a cluster has to answer."""
 START_S = 120.0
 """How long a run waits for all of its workers before it begins with those that are there."""
 PATIENCE_S = 600.0
@@ -46,94 +39,13 @@ WAIT_S = 1.0
 """How long the driver sleeps at most between two looks at its workers."""
 DEATHS = 20
 """So many workers may die in a row without any answer in between."""
-OBJECT_STORE_BYTES = 200_000_000
-"""Of a cluster of the run's own: what passes between its processes is small."""
 
 _OUT_OF_MEMORY = "MemoryError"
 """What errors say of a GPU (OutOfMemoryError), or of the machine, that has no more."""
 _BROKEN = ("AcceleratorError", "CUDA error")
 """What errors say after which a process cannot use its GPU any more."""
-_VERSIONS = ("arkv-bench", "source", "torch", "transformers", "lm-eval")
 _PASSED_ON = ("ARKV_CACHE", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
 """Environment variables that workers get from the driver."""
-
-
-def ray_library() -> Any:
-    """Ray, quiet. Raises :class:`UserError` where it is not installed."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray would announce, for every worker without a GPU, that it will leave a variable alone one day.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    try:
-        import ray
-    except ImportError:
-        raise UserError("--executor=ray needs Ray: pip install 'arkv-bench[ray]'") from None
-    return ray
-
-
-def versions() -> dict[str, str]:
-    """What driver and workers must have in common; ``source`` is a hash of the project's files."""
-    packages = records.environment()["packages"]
-    # A driver without a GPU may have another build of torch: 2.13.0+cpu.
-    found = {name: str(packages.get(name)).partition("+")[0] for name in _VERSIONS}
-    return {**found, "source": records.source_sha256()[:12]}
-
-
-class Introduction(NamedTuple):
-    """Who a worker is."""
-
-    node: str
-    """Name of its machine."""
-    pid: int
-    versions: dict[str, str]
-    hardware: dict[str, Any]
-
-
-class Reply(NamedTuple):
-    """What a worker makes of a unit."""
-
-    results: list[tuple[str, Measurement | Failure]]
-    """Document ids, and what each cell made of them."""
-    loaded: dict[str, dict[str, str]]
-    """Device and dtype of every model that the worker has loaded, by name."""
-
-
-class Worker:
-    """What runs in the process of a worker."""
-
-    def __init__(self, threads: int) -> None:
-        import torch
-
-        torch.set_num_threads(threads)
-        self._answerer: Answerer | None = None
-
-    def introduce(self) -> Introduction:
-        """Who this is; asked first, since another version may understand nothing else."""
-        return Introduction(socket.gethostname(), os.getpid(), versions(), records.environment()["hardware"])
-
-    def prepare(self, setup: Setup, fingerprints: Mapping[str, str]) -> str | None:
-        """Look for the models. Returns what is wrong with them, or None."""
-        self._answerer = Answerer(setup)
-        for name, reference in setup.models.items():
-            try:
-                found = describe(reference, trust_remote_code=setup.trust_remote_code)
-            except UserError as error:
-                return str(error)
-            if (mine := identity(found)) != fingerprints[name]:
-                return (
-                    f"{reference} holds another model there (fingerprint {mine[:12]}, here {fingerprints[name][:12]})"
-                )
-        return None
-
-    def answer(self, unit: Unit) -> Reply:
-        """Answer all of a unit."""
-        assert self._answerer is not None
-        results = [(answered.document.id, answered.result) for answered in self._answerer.answer(unit)]
-        return Reply(results, self._answerer.loaded)
-
-    def map_states(self, name: str, document: Document, cells: Sequence[Cell]) -> dict[str, StatesMap]:
-        """What a model's tri-state cells make of a document's prompt, by key."""
-        assert self._answerer is not None
-        return self._answerer.map_states(name, document, cells)
 
 
 @dataclass
@@ -163,21 +75,6 @@ class _Hands:
     working: dict[str, _Hand] = field(default_factory=dict)
     asked: dict[Any, tuple[_Hand, Ticket]] = field(default_factory=dict)
     """Units by the reference of their answers."""
-
-
-def capacity(nodes: Iterable[Mapping[str, Any]], cpus: float, gpus: float) -> int:
-    """How many workers with so many cores and GPUs each there is room for on ``ray.nodes()``."""
-    room = 0
-    for node in nodes:
-        if node["Alive"]:
-            resources = node["Resources"]
-            most = int(resources.get("CPU", 0) // cpus)
-            if gpus:
-                have = resources.get("GPU", 0)
-                # Shares of one GPU never reach over to another one.
-                most = min(most, int(have // gpus) if gpus >= 1 else int(have) * int(1 / gpus + 1e-9))
-            room += most
-    return room
 
 
 class RayExecutor(Executor):
@@ -227,36 +124,12 @@ class RayExecutor(Executor):
             shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _connect(self) -> None:
-        """Raises :class:`UserError` within :data:`CONNECT_S` where nobody answers."""
-        address = self._config.address
-        settings: dict[str, Any] = {"address": address, "logging_level": logging.CRITICAL, "log_to_driver": False}
-        if address == "local":
-            # The path of a socket has 107 characters at most, and Ray needs sixty of them.
-            short = len(tempfile.gettempdir()) < 30
-            self._temporary = tempfile.mkdtemp(prefix="arkv-ray-", dir=None if short else "/tmp")
-            settings |= {"_temp_dir": self._temporary, "object_store_memory": OBJECT_STORE_BYTES}
-            self._ray.init(include_dashboard=False, **settings)
-            return
-        if address == "auto":
-            address = os.environ.get("RAY_ADDRESS") or address
-        if address != "auto":
-            _knock(address)
-        failed: list[BaseException] = []
-
-        def connect() -> None:
-            try:
-                self._ray.init(**settings)
-            except (OSError, RuntimeError, ValueError, ImportError, AssertionError) as error:
-                failed.append(error)
-
-        # Ray itself would try for more than a minute.
-        attempt = threading.Thread(target=connect, daemon=True)
-        attempt.start()
-        attempt.join(CONNECT_S)
-        if attempt.is_alive():
-            raise UserError(f"--address={address}: no Ray cluster answered there within {CONNECT_S:.0f} s")
-        if failed:
-            raise UserError(_not_connected(address, failed[0])) from failed[0]
+        """Raises :class:`UserError` where nobody answers."""
+        if self._config.address == "local":
+            self._temporary = temporary_folder()
+            start_cluster(self._ray, self._temporary)
+        else:
+            join_cluster(self._ray, self._config.address)
 
     def _hire(self) -> None:
         """Start the workers and wait for them. Raises :class:`UserError`."""
@@ -322,7 +195,7 @@ class RayExecutor(Executor):
             return None
         if isinstance(said, Introduction):
             hand.introduction = said
-            if different := [name for name in _VERSIONS if said.versions[name] != self._versions[name]]:
+            if different := [name for name in VERSIONS if said.versions[name] != self._versions[name]]:
                 theirs, mine = (_named(has, different) for has in (said.versions, self._versions))
                 return self._dismiss(hand, f"{hand.place} has {theirs}; this process has {mine}: install the same")
             self._hands.starting[hand.actor.prepare.remote(self._setup, self._fingerprints)] = hand
@@ -506,26 +379,3 @@ def _last_line(error: BaseException) -> str:
     """Of what Ray says about a death, the part that says why."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__
-
-
-def _knock(address: str) -> None:
-    """Raises :class:`UserError` where nothing listens at ``[ray://]host:port``."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdecimal():
-        raise UserError(f"--address={address}: give auto, local, host:port or ray://host:port", exit_code=2)
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--address={address}: no Ray cluster answers there ({error})") from None
-
-
-def _not_connected(address: str, error: BaseException) -> str:
-    """What a failed connection means to a user."""
-    if isinstance(error, ImportError):
-        return f"--address={address}: an address with ray:// needs Ray's client: pip install 'ray[client]'"
-    if address == "auto":
-        return (
-            "--address=auto: no Ray cluster runs on this machine: start one (`ray start --head`), or give --address "
-            "local or host:port"
-        )
-    return f"--address={address}: {' '.join(str(error).split())[:300]}"

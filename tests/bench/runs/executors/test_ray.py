@@ -21,10 +21,12 @@ from typing import Any, NamedTuple
 import pytest
 from rich.console import Console
 
+from bench.engine.engine import Failure
 from bench.engine.inspect import read_maps
 from bench.errors import UserError
 from bench.names import RESULTS, SAMPLES
 from bench.runs.executors.base import Unit
+from bench.runs.executors.cluster import capacity
 from bench.runs.run import Outcome, execute
 from bench.settings.run import RunConfig
 from tests.bench.conftest import quiet_environment, read_lines, save_tiny_model
@@ -33,6 +35,7 @@ from tests.bench.lines import recorded
 ray = pytest.importorskip("ray")
 
 from bench.runs.executors import ray as executor  # noqa: E402
+from bench.runs.executors import worker  # noqa: E402
 
 PLUGIN = """
 import torch
@@ -109,11 +112,11 @@ def test_room_on_a_cluster() -> None:
         {"Alive": True, "Resources": {"CPU": 3.0}},
         {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
     ]
-    assert executor.capacity(nodes, cpus=1, gpus=0) == 11
-    assert executor.capacity(nodes, cpus=2, gpus=0) == 5
-    assert executor.capacity(nodes, cpus=1, gpus=1) == 2
-    assert executor.capacity(nodes, cpus=1, gpus=2) == 1
-    assert executor.capacity(nodes, cpus=1, gpus=0.4) == 4
+    assert capacity(nodes, cpus=1, gpus=0) == 11
+    assert capacity(nodes, cpus=2, gpus=0) == 5
+    assert capacity(nodes, cpus=1, gpus=1) == 2
+    assert capacity(nodes, cpus=1, gpus=2) == 1
+    assert capacity(nodes, cpus=1, gpus=0.4) == 4
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
@@ -278,13 +281,13 @@ def hold_one_worker(monkeypatch: pytest.MonkeyPatch, note: Path) -> Callable[[],
     """Have the first worker that gets a unit keep it for good, so that its death finds it at work. Returns a function
     that waits until one does, and says who."""
 
-    class Held(executor.Worker):
-        def answer(self, unit: Unit) -> executor.Reply:
+    class Held(worker.Worker):
+        def answer(self, unit: Unit) -> worker.Reply:
             try:
                 with open(note, "x") as file:
                     file.write(f"{os.getpid()} {ray.get_runtime_context().get_node_id()}\n")
             except FileExistsError:
-                return executor.Worker.answer(self, unit)
+                return worker.Worker.answer(self, unit)
             time.sleep(600)
             raise AssertionError("nobody has killed it")
 
@@ -366,7 +369,7 @@ def test_workers_with_another_version(
 def test_a_worker_that_cannot_even_begin(
     cluster: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Lacking(executor.Worker):
+    class Lacking(worker.Worker):
         def __init__(self, threads: int) -> None:
             raise ModuleNotFoundError("No module named 'torch'")
 
@@ -379,10 +382,10 @@ def test_a_worker_that_cannot_even_begin(
 def test_a_model_that_workers_cannot_see(
     cluster: Any, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Blind(executor.Worker):
+    class Blind(worker.Worker):
         def prepare(self, setup: Any, fingerprints: Any) -> str | None:
             moved = {name: f"{reference}-elsewhere" for name, reference in setup.models.items()}
-            return executor.Worker.prepare(self, dataclasses.replace(setup, models=moved), fingerprints)
+            return worker.Worker.prepare(self, dataclasses.replace(setup, models=moved), fingerprints)
 
     monkeypatch.setattr(executor, "Worker", Blind)
     with pytest.raises(
@@ -412,11 +415,11 @@ def test_a_document_that_kills_its_workers_fails_alone(
 ) -> None:
     poison = "needle"
 
-    class Poisoned(executor.Worker):
-        def answer(self, unit: Unit) -> executor.Reply:
+    class Poisoned(worker.Worker):
+        def answer(self, unit: Unit) -> worker.Reply:
             if any(document.id == poison for document, _ in unit.work):
                 os._exit(1)
-            return executor.Worker.answer(self, unit)
+            return worker.Worker.answer(self, unit)
 
     go(config(model, samples=3), tmp_path / "here")
     poison = next(iter(samples(tmp_path / "here")))[2]
@@ -437,14 +440,14 @@ def test_what_one_worker_has_no_memory_for_is_tried_by_another(
 ) -> None:
     refused = tmp_path / "refused"
 
-    class Small(executor.Worker):
-        def answer(self, unit: Unit) -> executor.Reply:
-            results, loaded = executor.Worker.answer(self, unit)
+    class Small(worker.Worker):
+        def answer(self, unit: Unit) -> worker.Reply:
+            results, loaded = worker.Worker.answer(self, unit)
             name, result = results[0]
             if not refused.exists():
                 refused.touch()
-                results[0] = name, executor.Failure(cell=result.cell, error="OutOfMemoryError: CUDA out of memory")
-            return executor.Reply(results, loaded)
+                results[0] = name, Failure(cell=result.cell, error="OutOfMemoryError: CUDA out of memory")
+            return worker.Reply(results, loaded)
 
     monkeypatch.setattr(executor, "Worker", Small)
     outcome, _ = go(on(cluster, model, samples=2, retries=1), tmp_path / "run")
