@@ -290,6 +290,8 @@ class Task(ABC):
     metrics: tuple[Metric, ...]
     Options: ClassVar[type[TaskOptions] | None] = None
     """The model that the task checks ``TaskSettings.options`` with, if it has one."""
+    notes: tuple[str, ...] = ()
+    """What a person should know of the documents, a line each; known after :meth:`load`."""
     option_names: tuple[str, ...] = ()
     """What ``TaskSettings.options`` may hold for this task: the fields of ``Options``, where there is that."""
 

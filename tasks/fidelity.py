@@ -7,14 +7,13 @@ questions cannot show are plain here.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
@@ -30,13 +29,20 @@ from tasks.base import (
     TaskSettings,
     draw,
 )
+from tasks.jsonl import read_json_items, read_jsonl
 from tasks.options import Count, TaskOptions, each_once
-from tasks.text import made_sentences, read_text
+from tasks.text import made_sentences, read_bytes, read_text
 
 SENTENCES = Path("sentences")
 """The value of ``text`` that stands for made sentences."""
 _SENTENCES = 4000
 """How many of them: some 56,000 tokens."""
+_READERS: Mapping[str, Callable[[str, bytes], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json_items,
+}
+"""By the ending of a file's name; all others are plain text."""
 
 
 class FidelityOptions(TaskOptions):
@@ -50,10 +56,11 @@ class FidelityOptions(TaskOptions):
     continuation: Count = Field(64, description="Tokens that are read and compared behind a prompt.")
     text: Path | None = Field(
         None,
-        description="A file of plain text, or of JSON lines (.jsonl), or sentences: made ones, the same everywhere. "
-        "Default: the English reference texts that come with Python, which differ between its versions.",
+        description="A file of plain text, of JSON lines (.jsonl) or of JSON (.json), or sentences: made ones, the "
+        "same everywhere. Default: the English reference texts that come with Python, which differ between its "
+        "versions.",
     )
-    text_field: str = Field("text", description="Field of the text in a file of JSON lines.")
+    text_field: str = Field("text", description="Field of the text in a file of JSON or JSON lines.")
     per_layer: bool = Field(False, description="Compare the outputs of the layers' attention as well.")
 
 
@@ -159,18 +166,13 @@ def _read(options: FidelityOptions) -> str:
         return "\n\n".join(topics[name] for name in sorted(topics))
     if path == SENTENCES:
         return " ".join(islice(made_sentences(random.Random(0)), _SENTENCES))
-    content = read_text(path)
-    if path.suffix != ".jsonl":
-        return content
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        return read_text(path)
     texts = []
-    for number, line in enumerate(content.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise TaskError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get(options.text_field), str):
-            raise TaskError(f"{path}, line {number}: no text in a field {options.text_field!r}")
-        texts.append(row[options.text_field])
+    for where, row in reader(str(path), read_bytes(path)):
+        text = row.get(options.text_field) if isinstance(row, dict) else row
+        if not isinstance(text, str):
+            raise TaskError(f"{where}: no text in a field {options.text_field!r}")
+        texts.append(text)
     return "\n\n".join(texts)

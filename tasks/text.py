@@ -12,9 +12,16 @@ from tasks.base import TaskError
 def read_text(path: Path) -> str:
     """A text file, without a byte order mark. Raises :class:`TaskError` for one that cannot be read or is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TaskError(f"the text {path} is not UTF-8 (byte {error.start})") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds. Raises :class:`TaskError`."""
+    try:
+        return path.read_bytes()
     except OSError as error:
         raise TaskError(f"cannot read the text {path}: {error.strerror}") from error
 

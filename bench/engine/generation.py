@@ -180,6 +180,6 @@ def _text(steps: Steps, tokens: list[int], request: Generate) -> str:
     if request.think_end is not None:
         # As lm-eval has it: all of a thought that never ended.
         text = text.split(request.think_end)[-1].lstrip()
-    for stop in request.stop:
+    for stop in filter(None, request.stop):
         text = text.split(stop)[0]
     return text

@@ -143,8 +143,9 @@ def _stopping(task: str, generation: Mapping[str, Any], tokenizer: Any) -> tuple
         )
     if unsupported := sorted(kwargs.keys() - _GREEDY_IRRELEVANT):
         raise TaskError(f"{task}: the generation setting {unsupported[0]}={kwargs[unsupported[0]]!r} is not supported")
-    eos = None if tokenizer.eos_token_id is None else tokenizer.decode(tokenizer.eos_token_id)
-    return kwargs["max_gen_toks"], tuple(s for s in handle_stop_sequences(kwargs["until"], eos=eos) if s)
+    # An empty stop string is in every text: it ends an answer after one token. That of a token without text is none.
+    eos = None if tokenizer.eos_token_id is None else tokenizer.decode(tokenizer.eos_token_id) or None
+    return kwargs["max_gen_toks"], tuple(handle_stop_sequences(kwargs["until"], eos=eos))
 
 
 def apply_chat_template(

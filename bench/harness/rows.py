@@ -5,15 +5,27 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tasks.base import TaskError, missing_rows, nearest
+from tasks.jsonl import read_jsonl
 
 
-def local_rows(task: str, config: Mapping[str, Any], data_dir: Path, shots: int) -> tuple[dict[str, Any], list[Path]]:
-    """Settings that make lm-eval take a task's rows from ``data_dir``, and the files. Raises :class:`TaskError`."""
+class LocalRows(NamedTuple):
+    """Local rows in the place of a download."""
+
+    settings: dict[str, Any]
+    """What makes lm-eval take them."""
+    files: list[Path]
+    notes: tuple[str, ...]
+    """What a person should know of them."""
+
+
+def local_rows(task: str, config: Mapping[str, Any], data_dir: Path, shots: int) -> LocalRows:
+    """A task's rows from ``data_dir``. Raises :class:`TaskError`."""
     import datasets
 
     if "class" in config:
@@ -25,7 +37,7 @@ def local_rows(task: str, config: Mapping[str, Any], data_dir: Path, shots: int)
     subset = config.get("dataset_name")
     if subset and (folder / subset).is_dir():
         folder, subset = folder / subset, None
-    tables, files = {}, []
+    tables, files, notes = {}, [], []
     for split in dict.fromkeys((evaluation, fewshot)):
         if split is None:
             continue
@@ -35,7 +47,8 @@ def local_rows(task: str, config: Mapping[str, Any], data_dir: Path, shots: int)
         # Where examples come from the evaluated rows, the row in question is set aside.
         if split == fewshot and len(rows) < shots + (fewshot == evaluation):
             raise TaskError(f"{path} has {len(rows)} rows, too few to draw {shots} examples from")
-        tables[split] = datasets.Dataset.from_list(rows)
+        tables[split] = datasets.Dataset.from_list(_with_all_fields(rows))
+        notes += _notes(path, rows, config)
     # lm-eval opens every split that the configuration names, asked for or not.
     roles = ("test_split", "validation_split", "training_split", "fewshot_split")
     unused = {role: None for role in roles if config.get(role) not in (None, *tables)}
@@ -43,7 +56,27 @@ def local_rows(task: str, config: Mapping[str, Any], data_dir: Path, shots: int)
     def custom_dataset(**_: Any) -> datasets.DatasetDict:
         return datasets.DatasetDict(tables)
 
-    return {"custom_dataset": custom_dataset, **unused}, files
+    return LocalRows({"custom_dataset": custom_dataset, **unused}, files, tuple(notes))
+
+
+def _with_all_fields(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row with the fields of all: a table has None where a row lacks one, as the datasets library reads JSON."""
+    known = dict.fromkeys(field for row in rows for field in row)
+    return [{field: row.get(field) for field in known} for row in rows]
+
+
+def _notes(path: Path, rows: Sequence[dict[str, Any]], config: Mapping[str, Any]) -> list[str]:
+    """What of the rows may not be meant: fields that some lack, and an answer that is the same for all."""
+    having = Counter(field for row in rows for field in row)
+    notes = [
+        f"{len(rows) - count} of {len(rows)} rows of {path} have no field {field!r}, which is null there"
+        for field, count in having.items()
+        if count < len(rows)
+    ]
+    target = config.get("doc_to_target")
+    if isinstance(target, str) and target.isidentifier() and target not in having:
+        notes.append(f"no row of {path} has a field {target!r}: doc_to_target is this very word, as lm-eval reads it")
+    return notes
 
 
 def _fewshot_split(config: Mapping[str, Any]) -> str | None:
@@ -86,11 +119,11 @@ def _read_rows(path: Path, config: Mapping[str, Any], subset: str | None) -> lis
     if not rows:
         raise TaskError(f"{path} has no rows")
     if subset and any("subject" in row for _, row in rows):
-        for number, row in rows:
+        for where, row in rows:
             if "subject" not in row:
-                raise TaskError(f"{path}, line {number}: no field 'subject', which other rows have")
+                raise TaskError(f"{where}: no field 'subject', which other rows have")
         subjects = {row["subject"] for _, row in rows}
-        rows = [(number, row) for number, row in rows if row["subject"] == subset]
+        rows = [(where, row) for where, row in rows if row["subject"] == subset]
         if not rows:
             raise TaskError(f"{path} has no rows of the subject {subset!r}: {nearest(subset, map(str, subjects))}")
     # What process_docs makes of the rows is what the templates read.
@@ -102,24 +135,12 @@ def _read_rows(path: Path, config: Mapping[str, Any], subset: str | None) -> lis
 
 
 @functools.lru_cache(maxsize=8)
-def _parse_rows(path: Path, size: int, changed: int) -> list[tuple[int, dict[str, Any]]]:
-    """Rows with their line numbers; read once for all the tasks that share a file of this size and time of change."""
-    rows = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise TaskError(f"{path}, line {number}: not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise TaskError(f"{path}, line {number}: not a JSON object")
-            rows.append((number, row))
-    return rows
+def _parse_rows(path: Path, size: int, changed: int) -> list[tuple[str, dict[str, Any]]]:
+    """Rows with their places; read once for all the tasks that share a file of this size and time of change."""
+    return list(read_jsonl(str(path), path.read_bytes()))
 
 
-def _check_fields(path: Path, rows: Sequence[tuple[int, dict[str, Any]]], config: Mapping[str, Any]) -> None:
+def _check_fields(path: Path, rows: Sequence[tuple[str, dict[str, Any]]], config: Mapping[str, Any]) -> None:
     """Render every template with every numbered row: which fields a template needs may depend on the row."""
     from jinja2 import UndefinedError
     from lm_eval.utils import env
@@ -129,23 +150,27 @@ def _check_fields(path: Path, rows: Sequence[tuple[int, dict[str, Any]]], config
         template = config.get(key)
         if not isinstance(template, str):
             continue
-        # Templates may name a field outright.
-        if key in ("doc_to_target", "doc_to_choice") and template.isidentifier() and template not in known:
-            raise TaskError(f"{path}, line {rows[0][0]}: no field {template!r}, which the task's {key} names")
+        # Templates may name a field outright. What names none is a text, which choices cannot be made of, and which is
+        # right among several only if it is one of them.
+        choices = config.get("doc_to_choice")
+        meant = choices is None or (isinstance(choices, list) and template in choices)
+        named = key == "doc_to_choice" or (key == "doc_to_target" and not meant)
+        if named and template.isidentifier() and template not in known:
+            raise TaskError(f"{rows[0][0]}: no field {template!r}, which the task's {key} names")
         compiled = env.from_string(f"{{{{ {template} }}}}" if template in known else template)
-        for number, row in rows:
+        for where, row in rows:
             try:
                 compiled.render(**row)
             except UndefinedError as error:
-                raise TaskError(f"{path}, line {number}: the task's {key} misses a field: {error}") from error
+                raise TaskError(f"{where}: the task's {key} misses a field: {error}") from error
 
 
-def _check_same_fields(path: Path, rows: Sequence[tuple[int, dict[str, Any]]]) -> None:
+def _check_same_fields(path: Path, rows: Sequence[tuple[str, dict[str, Any]]]) -> None:
     known = dict.fromkeys(field for _, row in rows for field in row)
-    for number, row in rows:
+    for where, row in rows:
         for field in known:
             if field not in row:
-                raise TaskError(f"{path}, line {number}: no field {field!r}, which other rows have")
+                raise TaskError(f"{where}: no field {field!r}, which other rows have")
 
 
 def hash_rows(task: Any) -> str:

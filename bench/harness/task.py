@@ -58,8 +58,9 @@ class HarnessTask(Task):
     or else of its data set (``gsm8k`` for ``openai/gsm8k``), holds one JSON-lines file per split: ``test.jsonl``, or
     else the one whose name goes on after an underscore, ``test_first100.jsonl``. Of a data set in several
     configurations (``dataset_name``), a folder in that folder holds each one's files; or one file holds the rows of
-    all, told apart by their field ``subject``. Rows have the fields of the original data set. They are held in memory;
-    the cache of the datasets library is not touched.
+    all, told apart by their field ``subject``. Rows have the fields of the original data set; one that only some rows
+    have is None in the others, which :attr:`notes` say. They are held in memory; the cache of the datasets library is
+    not touched.
     """
 
     Options = HarnessOptions
@@ -247,8 +248,9 @@ class HarnessTask(Task):
             shots = options.num_fewshot
         overrides: dict[str, Any] = {**self._overrides, "num_fewshot": shots or 0}
         if settings.data_dir is not None:
-            local, self._files = local_rows(self.name, config, settings.data_dir, shots or 0)
-            overrides |= local
+            local = local_rows(self.name, config, settings.data_dir, shots or 0)
+            self._files, self.notes = local.files, local.notes
+            overrides |= local.settings
         # A task in a group is how lm-eval lets a caller change single settings of a task it knows.
         loaded = manager.load([{"group": "arkv-bench", "task": [{"task": self.name, **overrides}]}])
         task = loaded["tasks"][self.name]

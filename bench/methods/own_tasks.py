@@ -35,6 +35,10 @@ class OwnTask(Task):
         """Theirs, as they are now: a task may know them once it has been loaded."""
         return self.inner.metrics
 
+    @property
+    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.inner.notes
+
     def load(self, settings: TaskSettings) -> Sequence[Document]:
         with self._theirs:
             return self.inner.load(settings)

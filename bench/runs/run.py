@@ -254,7 +254,7 @@ class _Run:
             documents, stored, choices, self.config, lambda config: documents_of(config, self.models[name], task)
         )
         kept = f"{len(earlier)} documents of earlier starts stay in its results" if earlier else ""
-        for said in filter(None, (kept, missing)):
+        for said in filter(None, (*task.notes, kept, missing)):
             self.console.print(f"{task.name}: {said}", markup=False, highlight=False, soft_wrap=True)
         work = []
         for document in documents:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tasks.base import TaskError, missing_rows
+from tasks.jsonl import read_jsonl
 from tasks.longbench.datasets import Dataset
 from tasks.longbench.metrics import check_row
 
@@ -127,31 +127,6 @@ def _fetch() -> Path:
 
 
 # --- Reading ---
-
-
-def read_jsonl(source: str, content: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSONL file, each with its ``file, line n``; a BOM and Windows line ends are no content.
-
-    Raises:
-        TaskError: a line that is no JSON object.
-    """
-    try:
-        text = content.decode(json.detect_encoding(content))
-    except UnicodeDecodeError as error:
-        line_number = content.count(b"\n", 0, error.start) + 1
-        raise TaskError(f"{source}, line {line_number}: not UTF-8 text (byte {error.start} of the file)") from error
-    # Not splitlines(): a JSON string may hold other line separators.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{source}, line {number}"
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise TaskError(f"{where}: not JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise TaskError(f"{where}: not a JSON object")
-        yield where, fields
 
 
 def get_field(fields: dict[str, Any], name: str, where: str, is_valid: Callable[[Any], bool], wanted: str) -> Any:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tasks.base import TaskError
-from tasks.longbench.data import answers_of, get_field, read_jsonl
+from tasks.jsonl import read_jsonl
+from tasks.longbench.data import answers_of, get_field
 from tasks.longbench.datasets import DATASETS, Dataset
 from tasks.longbench.metrics import score
 from tasks.longbench.task import mean_scores

@@ -77,6 +77,22 @@ def test_json_lines(tmp_path: Path) -> None:
         load({"text": path})
 
 
+@pytest.mark.parametrize("name", ["text.json", "TEXT.JSON", "text.ndjson"])
+def test_a_file_with_another_ending_of_json(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    rows = [{"text": "abc\u2028" * 20}, {"text": "abc\u0085" * 20}]
+    lines = name.endswith("ndjson")
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) if lines else json.dumps(rows))
+    (document,) = load({"text": path, "lengths": 40, "samples": 1, "continuation": 4})
+    assert set(document.request.context_ids) <= {*map(ord, "abc\n\u2028\u0085")}
+    path.write_text("[1]" if not lines else '{"other": 1}')
+    with pytest.raises(TaskError, match=r"(item|line) 1: no text in a field 'text'"):
+        load({"text": path})
+    path.write_text("Plain words.")
+    with pytest.raises(TaskError, match="not JSON"):
+        load({"text": path})
+
+
 def test_the_default_text_comes_with_python() -> None:
     task = get_task("fidelity")
     assert isinstance(task, FidelityTask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -65,6 +66,8 @@ def read_lines(path: Path, parse: Callable[[bytes], T], remedy: str = "") -> Ite
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 begin, place = place, place + len(line)
+                if number == 1 and line.startswith(BOM_UTF8):
+                    begin, line = len(BOM_UTF8), line.removeprefix(BOM_UTF8)
                 if not line.strip():
                     continue
                 try:

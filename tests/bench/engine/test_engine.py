@@ -147,6 +147,10 @@ def test_stop_strings_end_the_answer_and_are_cut_off(tiny: Any) -> None:
     (stopped,) = answer(tiny, cells("full"), document(new=24, stop=("\0never", middle)))
     assert stopped.answer.text == text.split(middle)[0]
     assert stopped.generated_tokens < plain.generated_tokens
+    # The empty string is in every text.
+    (first,) = answer(tiny, cells("full"), document(new=24, stop=("",)))
+    assert first.answer.token_ids == plain.answer.token_ids[:1]
+    assert text.startswith(first.answer.text)
 
 
 def test_the_end_token_ends_the_answer(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,8 @@ def test_gen_kwargs(tokenizer: Any, data: Path) -> None:
     _, (document, *_) = load(tokenizer, data, options={"gen_kwargs": "max_gen_toks=7"})
     assert document.request.max_new_tokens == 7
     _, (document, *_) = load(tokenizer, data, options={"gen_kwargs": {"max_new_tokens": 9, "until": ["\n", ""]}})
-    assert document.request == Generate(prompt_ids=document.request.prompt_ids, max_new_tokens=9, stop=("\n", "</s>"))
+    asked = Generate(prompt_ids=document.request.prompt_ids, max_new_tokens=9, stop=("\n", "", "</s>"))
+    assert document.request == asked
     with pytest.raises(TaskError, match="samples its answers"):
         load(tokenizer, data, options={"gen_kwargs": {"do_sample": True, "temperature": 0.8}})
     with pytest.raises(TaskError, match="num_beams=4 is not supported"):
@@ -561,6 +562,58 @@ def test_undecodable_rows(tokenizer: Any, data: Path) -> None:
     (data / "gsm8k/test.jsonl").write_bytes(b'{"question": "\xff", "answer": "b"}\n')
     with pytest.raises(TaskError, match=r"test\.jsonl, line 1: not JSON"):
         load(tokenizer, data)
+
+
+OPTIONAL = TOY.replace('"Q:', '"{% if hint is defined and hint %}Hint: {{hint}} {% endif %}Q:')
+
+
+def test_fields_that_only_some_rows_have(tokenizer: Any, tmp_path: Path) -> None:
+    """As the datasets library reads JSON: the field is there, and null where a row lacks it."""
+    folder = define(tmp_path / "tasks", OPTIONAL)
+    rows = [question(1), {**question(2), "hint": "two"}, question(3), {**question(4), "source": {"page": 4}}]
+    write_rows(tmp_path / "data/toy/test.jsonl", rows)
+    task, documents = load(tokenizer, tmp_path / "data", "toy", include_path=[folder])
+    hinted = [prompt(tokenizer, document).startswith("Hint: two Q:") for document in documents]
+    assert hinted == [False, True, False, False]
+    assert task.official.eval_docs[0] == {**question(1), "hint": None, "source": None}
+    said = [note.partition(str(tmp_path))[0] + note.rpartition("jsonl ")[2] for note in task.notes]
+    assert said == [
+        "3 of 4 rows of have no field 'hint', which is null there",
+        "3 of 4 rows of have no field 'source', which is null there",
+    ]
+    write_rows(tmp_path / "data/toy/test.jsonl", [{**question(1), "hint": "one"}])
+    task, _ = load(tokenizer, tmp_path / "data", "toy", include_path=[folder])
+    assert task.notes == ()
+
+
+def test_rows_with_other_separators_in_their_texts(tokenizer: Any, tmp_path: Path) -> None:
+    folder = define(tmp_path / "tasks", TOY)
+    file = tmp_path / "data/toy/test.jsonl"
+    file.parent.mkdir(parents=True)
+    rows = [{"question": f"one{mark}two?", "answer": "3"} for mark in "\u2028\u0085"]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows)
+    file.write_bytes(b"\xef\xbb\xbf" + lines.encode() + b"\r\n")
+    task, _ = load(tokenizer, tmp_path / "data", "toy", include_path=[folder])
+    assert [row["question"] for row in task.official.eval_docs] == [row["question"] for row in rows]
+
+
+def test_an_answer_that_is_the_same_for_all_rows(tokenizer: Any, tmp_path: Path) -> None:
+    """doc_to_target that names no field is a text, as lm-eval has it."""
+    folder = define(tmp_path / "tasks", TOY.replace("doc_to_target: answer", "doc_to_target: unanswerable"))
+    write_rows(tmp_path / "data/toy/test.jsonl", [question(1)])
+    task, (document,) = load(tokenizer, tmp_path / "data", "toy", include_path=[folder])
+    assert document.reference == "unanswerable"
+    assert task.score(document, Generated(text="unanswerable")) == {"exact_match,none": 1.0}
+    assert len(task.notes) == 1
+    assert "has a field 'unanswerable': doc_to_target is this very word" in task.notes[0]
+
+
+def test_an_empty_stop_string_ends_an_answer_after_one_token(tokenizer: Any, tmp_path: Path) -> None:
+    """It is in every text, and cuts none: so lm-eval's own model class has it."""
+    folder = define(tmp_path / "tasks", TOY.replace('["."]', "['']"))
+    write_rows(tmp_path / "data/toy/test.jsonl", [question(1)])
+    _, (document,) = load(tokenizer, tmp_path / "data", "toy", include_path=[folder])
+    assert document.request.stop == ("", "</s>")
 
 
 @pytest.mark.slow
