@@ -36,6 +36,15 @@ def check(
         float,
         typer.Option(help="Share of the baseline's KL, perplexity, ... (less is better).", rich_help_panel=TOLERANCES),
     ] = 0.05,
+    lost: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the baseline's right answers that may be wrong now, rounded up to whole answers. "
+            "Default: 0, or 0.05 where hardware, precision or versions of libraries are not the baseline's.",
+            rich_help_panel=TOLERANCES,
+            show_default=False,
+        ),
+    ] = None,
     bytes_tolerance: Annotated[
         float, typer.Option(help="Share of the baseline's KV bytes.", rich_help_panel=TOLERANCES)
     ] = 0.01,
@@ -55,8 +64,8 @@ def check(
     """Fail when a run is worse than a baseline: scores, KL divergence, KV bytes, tokens/s over full's.
 
     Both must have answered the same documents with the same model. A change fails when its whole 95 % interval over
-    the documents lies beyond the tolerance. Exit codes: 0 passed, 1 worse or incomplete, 2 must not be compared, or
-    what was asked for makes no sense.
+    the documents lies beyond the tolerance, and so does an answer that was right and is wrong now. Exit codes: 0
+    passed, 1 worse or incomplete, 2 must not be compared, or what was asked for makes no sense.
 
     [bold]arkv-bench run --preset ci --outdir runs/ci[/bold]
     [bold]arkv-bench check runs/ci --against results/ci --markdown check.md[/bold]
@@ -66,6 +75,7 @@ def check(
         raise UserError("give --against FOLDER, the baseline: a folder that --update wrote, or another run", 2)
     (folder,) = named_or_newest([run] if run is not None else None)
 
+    from bench.gate.comparing import changes
     from bench.gate.comparing import check as compare
     from bench.gate.findings import Tolerances
     from bench.gate.reading import read, write_baseline
@@ -75,13 +85,17 @@ def check(
     tolerances = Tolerances(
         score=score_tolerance,
         divergence=kl_tolerance,
+        lost=lost,
         kv_bytes=bytes_tolerance,
         speed=speed_tolerance,
         judge_speed=not no_speed,
     )
     if update:
+        changed = changes(folder, against)
         size = write_baseline(folder, against)
         typer.echo(f"wrote {against}, {bytes_text(size)}")
+        for line in changed:
+            typer.echo(f"against the one before: {line}")
         return
     report = compare(read(folder), read(against), tolerances, partial=partial)
     for line in lines(report):

@@ -5,6 +5,10 @@ documents (:mod:`bench.judge.stats`). A quantity has become *worse* where the wh
 what noise can explain passes, and so does what is smaller than the tolerance, however sure it is. Of fewer documents
 than an interval needs, every single one must be worse.
 
+Answers that are right or wrong are counted beside that: one that was right and is wrong now is a change, not noise,
+since the same prompt is decoded greedily. Only where sums are rounded in another way, on other hardware or with other
+versions, may a few be lost (:data:`bench.gate.findings.LOST_ELSEWHERE`).
+
 Speed is never compared in seconds. Each document was decoded by ``full`` and by the method, one right after the other;
 the ratio of the two belongs to the document, and what is compared is that ratio, on a logarithmic scale. Times are now
 and then far off, so their change is a Hodges-Lehmann estimate (:func:`bench.judge.stats.pseudomedian`), not a mean.
@@ -13,16 +17,19 @@ and then far off, so their change is a Hodges-Lehmann estimate (:func:`bench.jud
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from bench.errors import UserError
 from bench.gate.findings import (
     LEAST_TOLERANCE,
+    LOST_ELSEWHERE,
     MISSING,
     NEW,
+    OK,
     OPEN,
     OTHER_MACHINE,
     SAME_MACHINE,
@@ -30,10 +37,12 @@ from bench.gate.findings import (
     Report,
     Tolerances,
 )
-from bench.gate.judging import Document, bytes_finding, score_finding, speed_finding
-from bench.names import FULL, RESULTS
+from bench.gate.judging import Document, best_of, bytes_finding, lost_finding, score_finding, speed_finding
+from bench.gate.reading import read
+from bench.names import FULL, RECORD, RESULTS
+from bench.records.differing import Term, differing, rounding
+from bench.records.files.text import printable
 from bench.records.finished import Run, difference
-from bench.records.record import ModelRecord
 from bench.records.row import Row
 from bench.records.sample import Measured
 from bench.records.shown import headline
@@ -99,11 +108,18 @@ def check(run: Run, baseline: Run, tolerances: Tolerances, *, partial: bool = Fa
     _refuse_others(run, baseline, shared)
     mine, other = _Side(run), _Side(baseline)
     same = _same_cells(mine, other)
+    elsewhere = rounding(baseline.of_run, run.of_run)
+    if tolerances.lost is None:
+        tolerances = replace(tolerances, lost=LOST_ELSEWHERE if elsewhere else 0.0)
     findings: list[Finding] = []
-    for row in headline(baseline.rows):
-        findings += _of_row(row, baseline.rows, mine, other, same, tolerances)
     notes = [f"{side.name} has not ended" for side in (run, baseline) if not side.of_run.finished]
-    notes += _other_terms(run, baseline)
+    for row in headline(baseline.rows):
+        found, lost = _of_row(row, baseline.rows, mine, other, same, tolerances)
+        findings += found
+        notes += lost
+    notes += [_said(term) for term in differing(baseline.of_run, run.of_run)]
+    if elsewhere:
+        notes.append(_explained(elsewhere, tolerances))
     if tolerances.judge_speed:
         tolerance = tolerances.speed
         if tolerance is None:
@@ -131,6 +147,26 @@ def check(run: Run, baseline: Run, tolerances: Tolerances, *, partial: bool = Fa
     return Report(findings=findings, notes=notes)
 
 
+def changes(run: Path, baseline: Path) -> list[str]:
+    """What a new baseline changes: terms, lost answers, what became worse; nothing where there was no baseline.
+
+    Raises:
+        UserError: the run is damaged.
+    """
+    if not (baseline / RECORD).is_file():
+        return []
+    now = read(run)
+    try:
+        report = check(now, read(baseline), Tolerances(judge_speed=False), partial=True)
+    except UserError as error:
+        return [f"not compared with the baseline before: {error}"]
+    beyond = [item for item in report.findings if item.outcome not in (OK, OPEN)]
+    return [
+        *(printable(f"{item.outcome}: {item.what}, {item.cell}: {item.baseline} -> {item.run}") for item in beyond),
+        *map(printable, report.notes),
+    ]
+
+
 def _refuse_others(run: Run, baseline: Run, shared: set[tuple[str, str, str]]) -> None:
     """Raises :class:`UserError` (exit code 2) where the two have answered other questions."""
     pairs = sorted({(model, task) for model, task, _ in shared})
@@ -138,7 +174,10 @@ def _refuse_others(run: Run, baseline: Run, shared: set[tuple[str, str, str]]) -
         asked = [
             "; ".join(sorted({f"{task} on {model}" for model, task, *_ in side.samples})) for side in (run, baseline)
         ]
-        what = f"{asked[0]}, and {asked[1]}" if asked[0] != asked[1] else f"other documents of {asked[0]}"
+        first = next(iter(run.samples.values())).document
+        what = (
+            f"{asked[0]}, and {asked[1]}" if asked[0] != asked[1] else f"other documents of {asked[0]}, first {first}"
+        )
         raise UserError(f"{run.name} and {baseline.name} have nothing in common: {what}", exit_code=2)
     for model, task in pairs:
         documents = {document for *of, document in shared if of == [model, task]}
@@ -148,16 +187,18 @@ def _refuse_others(run: Run, baseline: Run, shared: set[tuple[str, str, str]]) -
             )
 
 
-def _other_terms(run: Run, baseline: Run) -> list[str]:
-    """Versions, precision and machine, where they differ."""
-    here, there = run.of_run, baseline.of_run
-    terms: list[tuple[str, Any, Any]] = []
-    for new, old in ((here.packages, there.packages), (here.hardware, there.hardware)):
-        terms += [(name, old.get(name), new.get(name)) for name in sorted({*new, *old})]
-    for model, mine in here.models.items():
-        other = there.models.get(model, ModelRecord())
-        terms += [(f"dtype of {model}", other.dtype, mine.dtype), (f"device of {model}", other.device, mine.device)]
-    return [f"{name}: {old} in the baseline, now {new}" for name, old, new in terms if old != new]
+def _said(term: Term) -> str:
+    return f"{term.name}: {term.first} in the baseline, now {term.second}"
+
+
+def _explained(elsewhere: Sequence[Term], tolerances: Tolerances) -> str:
+    """What may be concluded where the terms are other ones."""
+    names = ", ".join(term.name for term in elsewhere)
+    return (
+        f"sums are rounded in another way than in the baseline ({names}): up to {100 * (tolerances.lost or 0.0):g} % "
+        "of the right answers, rounded up, may be lost. One that is lost can be of rounding or of a change; to tell "
+        "them apart run the baseline's commit here"
+    )
 
 
 def _members(task: str, rows: Iterable[Row]) -> set[str]:
@@ -166,10 +207,28 @@ def _members(task: str, rows: Iterable[Row]) -> set[str]:
     return {task}.union(*(_members(part, rows) for part in parts))
 
 
+def _right_or_wrong(row: Row, tasks: Container[str], *sides: _Side) -> bool:
+    """Whether the metric knows right and wrong only, by all cells of both sides."""
+    return (
+        best_of(
+            sample.scores[row.metric]
+            for side in sides
+            for (model, _), samples in side.by_cell.items()
+            if model == row.model
+            for (task, _), sample in samples.items()
+            if task in tasks and row.metric in sample.scores
+        )
+        is not None
+    )
+
+
 def _of_row(
     row: Row, rows: Sequence[Row], mine: _Side, other: _Side, same: Mapping[str, str], tolerances: Tolerances
-) -> list[Finding]:
-    """What a row of the baseline's ``results.csv`` is compared with; bytes stand with a task's first metric."""
+) -> tuple[list[Finding], list[str]]:
+    """What a row of the baseline's ``results.csv`` is compared with, and a line that names the answers that were lost.
+
+    Bytes stand with a task's first metric.
+    """
     model, task, metric, cell = row.model, row.task, row.metric, row.cell
     tasks = _members(task, rows)
     named: dict[str, Any] = {"model": model, "cell": other.label(cell)}
@@ -182,8 +241,9 @@ def _of_row(
     if metric == first and (not documents or len(documents) < len(before)):
         note = f"{len(documents)} of {len(before)} documents measured"
         findings.append(Finding(outcome=MISSING, what=task, **named, note=note))
+    lines: list[str] = []
     if not documents:
-        return findings
+        return findings, lines
     share = tolerances.score if row.higher_is_better else tolerances.divergence
     scores = [(now[item].scores.get(metric), before[item].scores.get(metric)) for item in documents]
     values = [(new, old) for new, old in scores if new is not None and old is not None]
@@ -199,7 +259,19 @@ def _of_row(
         level = fmean(old for _, old in values)
         tolerance = max(share * abs(level), LEAST_TOLERANCE)
         findings.append(score_finding(what, named, values, tolerance, higher_is_better=row.higher_is_better))
+    answers = {
+        document: (new, old)
+        for document, (new, old) in zip(documents, scores, strict=True)
+        if new is not None and old is not None
+    }
+    if row.higher_is_better and answers and _right_or_wrong(row, tasks, mine, other):
+        finding, lost = lost_finding(f"{what}, right answers", named, answers, tolerances.lost or 0.0)
+        findings.append(finding)
+        if lost:
+            several = len(tasks) > 1
+            listed = ", ".join(f"{of} {document}" if several else document for of, document in lost)
+            lines.append(f"lost: {what}, {other.label(cell)}: {listed}")
     documents = [item for item in documents if before[item].kv_bytes and now[item].full_kv_bytes]
     if metric == first and documents:
         findings.append(bytes_finding(f"{task} KV bytes", named, now, before, documents, tolerances.kv_bytes))
-    return findings
+    return findings, lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -74,6 +74,42 @@ def score_finding(
         change=_change_text(change, interval, tolerance, lambda value: score_text(value, sign="+")),
         note="" if interval is not None else f"n={len(values)}: no interval",
     )
+
+
+def best_of(scores: Iterable[float | None]) -> float | None:
+    """The score of a right answer, 1 or 100, where every answer is right or wrong; None where it is not so, or no
+    answer is right."""
+    found = set(scores)
+    return next((best for best in (1.0, 100.0) if best in found and found <= {0.0, best}), None)
+
+
+def lost_finding(
+    what: str,
+    named: Mapping[str, Any],
+    answers: Mapping[Document, tuple[float, float]],
+    share: float,
+) -> tuple[Finding, list[Document]]:
+    """Answers that were right in the baseline and are wrong now, and which these are.
+
+    The same prompt, decoded greedily, gives the same answer: what is lost was changed, and no interval excuses it.
+
+    Args:
+        answers: score now and before, 0 where wrong.
+        share: of the right answers that may be lost, rounded up.
+    """
+    right = [document for document, (_, old) in answers.items() if old]
+    lost = [document for document in right if not answers[document][0]]
+    found = sum(bool(new) and not old for new, old in answers.values())
+    allowed = math.ceil(share * len(right))
+    finding = Finding(
+        outcome=WORSE if len(lost) > allowed else OK,
+        what=what,
+        **named,
+        baseline=f"{len(right)} of {len(answers)}",
+        run=f"{sum(bool(new) for new, _ in answers.values())} of {len(answers)}",
+        change=f"{len(lost)} lost, {found} found, tolerance {allowed} lost",
+    )
+    return finding, lost
 
 
 def bytes_finding(

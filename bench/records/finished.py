@@ -88,9 +88,11 @@ def difference(first: Run, second: Run, model: str, task: str, documents: Contai
     if not here or not there:
         return None
     if here.keys() != there.keys():
-        return f"other documents ({len(here)} and {len(there)}, {len(here.keys() & there.keys())} in both)"
-    changed = sum(here[document] != there[document] for document in here)
-    return f"other prompts for {changed} of {len(here)} documents" if changed else None
+        absent = next(document for document in [*here, *there] if document not in here or document not in there)
+        both = len(here.keys() & there.keys())
+        return f"other documents ({len(here)} and {len(there)}, {both} in both), first {absent}"
+    changed = [document for document in here if here[document] != there[document]]
+    return f"other prompts for {len(changed)} of {len(here)} documents, the first is {changed[0]}" if changed else None
 
 
 def _prompts(run: Run, model: str, task: str, documents: Container[str] | None) -> dict[str, str]:

@@ -22,7 +22,7 @@ from arkv.states import Choice, assign
 from arkv.steps import Group
 from bench.cli import main
 from bench.errors import UserError
-from bench.gate.comparing import check
+from bench.gate.comparing import changes, check
 from bench.gate.findings import MISSING, NEW, OK, OPEN, OTHER_MACHINE, WORSE, Report, Tolerances
 from bench.gate.judging import judge
 from bench.gate.reading import read, write_baseline
@@ -135,6 +135,96 @@ def test_a_drop_fails_when_it_is_neither_noise_nor_tolerated(
     assert judge(run, before, 0.02, higher_is_better=True)[0] == outcome
     # The same where less is better.
     assert judge([1 - x for x in run], [1 - x for x in before], 0.02, higher_is_better=False)[0] == outcome
+
+
+# --- Answers ---
+
+INTEL = {"cpu": "one", "cores": 2, "torch_threads": 2, "cpu_kernel": True}
+
+
+@pytest.fixture
+def passkeys(measured: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A run whose ``mix`` finds all passkeys but the first ``lost``; all other answers are right."""
+
+    def make(name: str, lost: int = 0, **record: Any) -> Path:
+        lines = [line for line in read_lines(measured / SAMPLES) if line["task"] == "needle"]
+        documents = list(dict.fromkeys(line["document"] for line in lines))
+
+        def changed(sample: Sample) -> Sample | None:
+            if sample["task"] != "needle":
+                return sample
+            wrong = sample["method"] == "mix" and documents.index(sample["document"]) < lost
+            return {**sample, "score": float(not wrong), "scores": {"exact_match": float(not wrong)}}
+
+        return edited(copied(measured, tmp_path / name, changed), **{"hardware": INTEL, **record})
+
+    return make
+
+
+def lost_line(report: Report) -> str:
+    return next((note for note in report.notes if note.startswith("lost: ")), "")
+
+
+def test_every_lost_answer_fails_on_the_same_terms_and_is_listed(passkeys: Callable[..., Path]) -> None:
+    baseline = passkeys("baseline")
+    assert not gate(passkeys("same"), baseline, judge_speed=False).failed
+    documents = list(dict.fromkeys(x["document"] for x in read_lines(baseline / SAMPLES) if x["task"] == "needle"))
+    for lost in range(1, 7):
+        report = gate(passkeys(f"of-{lost}", lost), baseline, judge_speed=False)
+        assert ("mix", "needle exact_match, right answers") in worse(report)
+        assert lost_line(report).endswith(": " + ", ".join(documents[:lost]))
+        assert "mix" in lost_line(report)
+    # A new commit, other threads or a package that answers do not go through are no excuse.
+    record = {"commit": "f" * 40, "hardware": {**INTEL, "cores": 8, "torch_threads": 8}, "python": "3.99"}
+    assert gate(passkeys("commit", 1, **record), baseline, judge_speed=False).failed
+    # Answers that are found make up for none.
+    assert not gate(baseline, passkeys("before", 3), judge_speed=False).failed
+
+
+def test_what_may_be_lost_can_be_said(passkeys: Callable[..., Path]) -> None:
+    baseline, two = passkeys("baseline"), passkeys("two", 2)
+    assert not gate(two, baseline, judge_speed=False, lost=0.3).failed
+    assert gate(two, baseline, judge_speed=False, lost=0.1).failed
+    with pytest.raises(UserError, match="tolerance of lost: 1\\.5 is no share"):
+        Tolerances(lost=1.5)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"hardware": {**INTEL, "cpu": "another"}},
+        {"hardware": {}},
+        {"packages": {"torch": "99"}},
+        {"models": {"tiny": {"dtype": "float16", "device": "cpu"}}},
+    ],
+)
+def test_on_other_terms_rounding_may_cost_an_answer_and_half_of_them_fails(
+    passkeys: Callable[..., Path], record: dict[str, Any]
+) -> None:
+    baseline = passkeys("baseline")
+    report = gate(passkeys("one", 1, **record), baseline, judge_speed=False)
+    assert not report.failed
+    assert lost_line(report), "it is listed all the same"
+    (said,) = [note for note in report.notes if note.startswith("sums are rounded in another way")]
+    assert "up to 5 % of the right answers" in said
+    assert "run the baseline's commit here" in said
+    assert gate(passkeys("two", 2, **record), baseline, judge_speed=False).failed
+    assert gate(passkeys("strict", 1, **record), baseline, judge_speed=False, lost=0.0).failed
+
+
+def test_a_new_baseline_says_what_it_changes(passkeys: Callable[..., Path]) -> None:
+    baseline, new = passkeys("baseline"), passkeys("new", 2, hardware={**INTEL, "cpu": "another"})
+    said = changes(new, baseline)
+    assert any(line.startswith("worse: needle exact_match, right answers, mix") for line in said)
+    assert any(line.startswith("lost: needle exact_match, mix") for line in said)
+    assert "cpu: one in the baseline, now another" in said
+    assert changes(new, baseline.with_name("none")) == []
+
+
+def test_the_record_of_another_machine_passes_against_the_baseline_of_ci(tmp_path: Path) -> None:
+    results = Path(__file__).parents[3] / "results" / "ci"
+    run = edited(copied(results, tmp_path / "ci"), hardware={**INTEL, "cpu": "another"})
+    assert not gate(run, results, judge_speed=False).failed
 
 
 # --- Speed ---
@@ -344,9 +434,12 @@ def change_samples(path: Path, **changes: Any) -> None:
     ("change", "said"),
     [
         (other_model, "another fingerprint of the model"),
-        (lambda path: change_samples(path, prompt_sha256="0"), "other prompts for 6 of 6 documents"),
+        (lambda path: change_samples(path, prompt_sha256="0"), "other prompts for 6 of 6 documents, the first is "),
         (lambda path: change_samples(path, model="huge"), "nothing in common: fidelity on huge; needle on huge, and"),
-        (lambda path: change_samples(path, document="x"), "nothing in common: other documents of fidelity on tiny"),
+        (
+            lambda path: change_samples(path, document="x"),
+            "nothing in common: other documents of fidelity on tiny; needle on tiny, first x",
+        ),
     ],
 )
 def test_a_baseline_of_something_else_is_refused(
