@@ -48,19 +48,30 @@ class Engine(Steps):
         prefill_chunk: tokens of a prompt that are read in one forward, to save memory; None for all.
     """
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> str:
         """Run a short prompt through every cell, compression included, so that one-time costs do not count for the
-        first document. Budgets that would hold it are made smaller for that."""
+        first document. Budgets that would hold it are made smaller for that.
+
+        Returns:
+            What was done, for the record: with the cells that could not answer, or had a budget and kept all.
+        """
         windows = [cell.window_size or 0 for cell in self.cells]
         tokens = max(_WARM_UP_TOKENS, 2 * self.recorded_queries, 4 * max(windows, default=0))
         new = 3
         context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if context is not None:
             tokens = max(1, min(tokens, context - new))
-        smaller = [cell.resized(max(tokens // 2, 1)) for cell in self.cells]
+        budget = max(tokens // 2, 1)
+        smaller = list(dict.fromkeys(cell.resized(budget) for cell in self.cells))
         request = Generate(prompt_ids=(0,) * tokens, max_new_tokens=new)
-        for _ in self.answer(Document(id="warm-up", request=request), list(dict.fromkeys(smaller))):
-            pass
+        cold = [
+            outcome.cell.label
+            for outcome in self.answer(Document(id="warm-up", request=request), smaller)
+            if isinstance(outcome, Failure)
+            or (outcome.cell.impl.has_budget and not outcome.tokens_evicted + outcome.tokens_quantized)
+        ]
+        done = f"a prompt of {tokens} tokens through every cell, budgets of {budget}"
+        return f"{done}; not compressed: {', '.join(cold)}" if cold else done
 
     def answer(self, document: Document, cells: Sequence[Cell]) -> Iterator[Measurement | Failure]:
         """Compute the document's contexts once, then answer with each of ``cells``, in their order.

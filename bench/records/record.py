@@ -48,6 +48,8 @@ class Start(BaseModel):
     dirty: bool | None = None
     packages: dict[str, str] | None = None
     hardware: dict[str, Any] | None = None
+    cell_order: str | None = None
+    """In which order the cells answered a document; unknown in older records."""
 
 
 class ModelRecord(BaseModel):
@@ -61,6 +63,8 @@ class ModelRecord(BaseModel):
     dtype: str | None = None
     """Unknown before the model is loaded, as is the device."""
     device: str | None = None
+    warm_up: str | None = None
+    """What went through every cell before the first document; unknown in older records."""
 
 
 class TaskRecord(BaseModel):

@@ -31,6 +31,7 @@ from bench.runs.executors import Answered, Executor, Unit, make_executor
 from bench.runs.failures import failure_lines
 from bench.runs.kept import AnyCell, all_cells, earlier_documents, kept_curve, kept_rows
 from bench.runs.kinds import RUN, claim
+from bench.runs.order import turned
 from bench.runs.predictions import clear_predictions, write_predictions
 from bench.runs.results import TaskResults, group_rows, rows, to_sample
 from bench.runs.starts import ENVIRONMENT, VERSIONS, earlier_starts, loaded_as, made_by, new_start
@@ -257,11 +258,10 @@ class _Run:
         for said in filter(None, (*task.notes, kept, missing)):
             self.console.print(f"{task.name}: {said}", markup=False, highlight=False, soft_wrap=True)
         work = []
-        for document in documents:
+        for place, document in enumerate(documents):
             sha256 = prompt_hash(document)
-            left = [
-                cell for cell in self.cells if (name, task.name, document.id, sha256, cell.key) not in folder.samples
-            ]
+            order = turned(self.cells, place, self.config.documents_at_once)
+            left = [cell for cell in order if (name, task.name, document.id, sha256, cell.key) not in folder.samples]
             if left:
                 work.append((document, tuple(left)))
         total = len(documents) * len(self.cells)

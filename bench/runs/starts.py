@@ -17,6 +17,7 @@ from bench.models.inputs import input_hashes
 from bench.models.loading import DescribedModel
 from bench.runs import folder as records
 from bench.runs.kept import choice_of
+from bench.runs.order import order_text
 from bench.settings.run import RunConfig
 
 ANSWERING = ("arkv/", "tasks/", "bench/engine/", "bench/methods/", "bench/models/", "bench/harness/", "bench/extend.py")
@@ -77,6 +78,7 @@ def new_start(config: RunConfig, started: str) -> dict[str, Any]:
         "source_sha256": records.source_sha256(),
         "batch_size": config.batch_size,
         "executor": config.executor,
+        "cell_order": order_text(config.documents_at_once),
         "choice": choice_of(config),
     }
 

@@ -105,7 +105,7 @@ class Answerer:
         self._model: LoadedModel | None = None
         self._name = ""
         self.loaded: dict[str, dict[str, str]] = {}
-        """Device and dtype of every model that was loaded, by name."""
+        """Device, dtype and warm-up of every model that was loaded, by name."""
 
     def engine(self, name: str) -> Engine:
         """The engine of a model, loaded and warm. Raises :class:`UserError`."""
@@ -128,7 +128,7 @@ class Answerer:
                 batch_size=setup.batch_size,
                 prefill_chunk=setup.prefill_chunk,
             )
-            engine.warm_up()
+            self.loaded[name]["warm_up"] = engine.warm_up()
             self._engine, self._model, self._name = engine, loaded, name
         return self._engine
 
@@ -161,7 +161,7 @@ class Executor(AbstractContextManager["Executor"], Protocol):
         """What a model's tri-state cells make of a document's prompt, by key. Raises :class:`UserError`."""
 
     def loaded(self) -> Mapping[str, Mapping[str, str]]:
-        """Device and dtype of the models that have been loaded so far, by name."""
+        """Device, dtype and warm-up of the models that have been loaded so far, by name."""
 
     def record(self) -> dict[str, Any]:
         """What took part, for the run's record."""

@@ -44,7 +44,7 @@ class Reply(NamedTuple):
     results: list[tuple[str, Measurement | Failure]]
     """Document ids, and what each cell made of them."""
     loaded: dict[str, dict[str, str]]
-    """Device and dtype of every model that the worker has loaded, by name."""
+    """Device, dtype and warm-up of every model that the worker has loaded, by name."""
 
 
 class Worker:

@@ -231,11 +231,19 @@ def test_the_warm_up_compresses(
             yield outcome
 
     monkeypatch.setattr(Engine, "answer", noted)
-    Engine(tiny.model, tiny.tokenizer, grid_).warm_up()
+    said = Engine(tiny.model, tiny.tokenizer, grid_).warm_up()
+    assert said.startswith("a prompt of ")
+    assert "not compressed" not in said
     compressed = {item.cell.method: item.tokens_quantized + item.tokens_evicted for item in measured_only(outcomes)}
     assert list(compressed) == [*METHODS, "kvpress:knorm"]
     assert compressed.pop("full") == 0
     assert min(compressed.values()) > 50
+
+
+def test_a_warm_up_names_who_compressed_nothing(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid_ = grid(["full", "origin"], [{"cache_size": 512}], [], None, {})
+    monkeypatch.setattr(type(grid_[0]), "resized", lambda self, cache_size: self)
+    assert "; not compressed: origin" in Engine(tiny.model, tiny.tokenizer, grid_).warm_up()
 
 
 # --- Scoring given texts ---

@@ -46,7 +46,8 @@ def test_one_model_at_a_time(tiny_folder: Path) -> None:
     first = answerer.engine("tiny")
     assert answerer.engine("tiny") is first
     assert answerer.engine("other") is not first
-    assert answerer.loaded["other"] == {"dtype": "float32", "device": "cpu"}
+    warm_up = "a prompt of 256 tokens through every cell, budgets of 128"
+    assert answerer.loaded["other"] == {"dtype": "float32", "device": "cpu", "warm_up": warm_up}
 
 
 def test_a_further_model_that_cannot_be_loaded_fails_alone(tiny_folder: Path, tmp_path: Path) -> None:
