@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 
@@ -9,6 +10,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LOG_INTERVAL_S = 30.0
+MB = 10**6
+
+
+def stderr() -> Console:
+    """Where progress is written, so that what a command prints stays apart."""
+    return Console(stderr=True)
+
+
+def say(line: str) -> None:
+    """A line on stderr, as it is."""
+    stderr().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -68,9 +80,10 @@ class ProgressReporter:
         self._task = self._bars.add_task(self.label, total=self.total, completed=self.done, note="")
         return self
 
-    def advance(self, note: str = "", *, failed: bool = False) -> None:
-        """One more step is done, or has failed; ``note`` says what it gave or how it goes."""
-        self.done += 1
+    def advance(self, note: str = "", *, failed: bool = False, steps: int = 1) -> None:
+        """One more step is done, or has failed, or several are; ``note`` says what it gave or how it goes."""
+        first = self.done == self.skipped
+        self.done += steps
         self.failed += failed
         if self.failed:
             note = f"{self.failed} failed" + (f"; {note}" if note else "")
@@ -78,7 +91,7 @@ class ProgressReporter:
             self._bars.update(self._task, completed=self.done, note=note)
             return
         current = time.monotonic()
-        if self.done == self.skipped + 1 or self.done == self.total or current - self._last >= LOG_INTERVAL_S:
+        if first or self.done == self.total or current - self._last >= LOG_INTERVAL_S:
             self._last = current
             elapsed = current - self._start
             left = elapsed / (self.done - self.skipped) * (self.total - self.done)
@@ -88,6 +101,11 @@ class ProgressReporter:
                 markup=False,
                 highlight=False,
             )
+
+    def advance_to(self, done: float) -> None:
+        """As many steps as it takes until ``done`` of them are done, a begun one too; not more than there are."""
+        if (steps := math.ceil(min(done, self.total)) - self.done) > 0:
+            self.advance(steps=steps)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -125,10 +125,14 @@ def _index() -> str:
 def _models() -> Iterator[Finding]:
     from bench.models.embedded import list_models
     from bench.models.storage import cache_root
+    from bench.progress import MB
 
     root = cache_root()
     for row in list_models():
-        found = f"in {root}" if row.present else f"not fetched yet: the first run does it, from {_index()}"
+        if row.present:
+            found = f"in {root}, {row.disk / MB:,.0f} MB; {row.licence}"
+        else:
+            found = f"not here: its first run fetches {row.download / MB:,.0f} MB from {_index()}; {row.licence}"
         yield Finding(True if row.present else None, f"model {row.name}", found)
 
 

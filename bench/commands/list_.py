@@ -73,25 +73,27 @@ def list_things(
         rows.append(("NAME", "any other task or group of lm-eval"))
     elif what is What.MODELS:
         from bench.models.embedded import list_models
+        from bench.progress import MB
 
         rows = [
             (
                 row.name,
-                row.description,
-                f"licence {row.licence}",
+                f"{row.description}; licence {row.licence}; "
+                f"{row.download / MB:,.0f} MB to fetch, {row.disk / MB:,.0f} MB on disk",
                 "in the cache" if row.present else "fetched when used",
             )
             for row in list_models()
         ]
-        rows.append(("ORG/NAME", "any causal language model of the Hugging Face hub", "", ""))
-        rows.append(("FOLDER", "a local folder with config.json and safetensors weights", "", ""))
-        rows.append(("FILE.gguf", "a local GGUF file, converted once", "", ""))
+        rows.append(("ORG/NAME", "any causal language model of the Hugging Face hub", ""))
+        rows.append(("FOLDER", "a local folder with config.json and safetensors weights", ""))
+        rows.append(("FILE.gguf", "a local GGUF file, converted once", ""))
     else:
         from bench.settings.presets import preset_description, preset_names
 
         rows = [(name, preset_description(name)) for name in preset_names()]
     table = Table(box=None, show_header=False, pad_edge=False)
-    for _ in range(max(map(len, rows))):
+    table.add_column(no_wrap=what is What.MODELS, overflow="fold")
+    for _ in range(1, max(map(len, rows))):
         table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*row)

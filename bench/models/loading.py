@@ -6,6 +6,7 @@ functions: a command that loads no model does not wait for torch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -76,7 +77,7 @@ def fetch(source: ModelSource, *, trust_remote_code: bool = False, weights: bool
         return fetch_hub(source, trust_remote_code, weights)
     if source.kind == "embedded":
         model = embedded.EMBEDDED[source.name]
-        return gguf.convert_once(model.gguf_sha256, lambda work: embedded.fetch_embedded(model, work))
+        return gguf.convert_once(model.gguf_sha256, lambda: embedded.fetched(model))
     assert source.path is not None
     if source.kind == "folder":
         return source.path
@@ -85,7 +86,7 @@ def fetch(source: ModelSource, *, trust_remote_code: bool = False, weights: bool
         digest = remembered_sha256(file)
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    return gguf.convert_once(digest, lambda work: file)
+    return gguf.convert_once(digest, lambda: contextlib.nullcontext(file))
 
 
 _OWN_KWARGS = frozenset(

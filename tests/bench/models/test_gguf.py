@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 from bench.models import gguf as conversion
+from bench.models import weights
 from bench.models.loading import fetch, load
 from bench.models.references import resolve
-from tests.bench.models.conftest import BOS, CONTEXT, EOS, HIDDEN, THINK, fail, refused, write_gguf
+from bench.models.tokenizer import end_tokens, gguf_tokenizer
+from tests.bench.models.conftest import BOS, CONTEXT, EOS, HIDDEN, MERGES, PAD, THINK, fail, refused, write_gguf
 
 
 @pytest.mark.parametrize(
@@ -91,7 +93,14 @@ def test_qwen2_composes_accents(cache: Path, tmp_path: Path) -> None:
         ({"extra_tensor": "rope_freqs.weight"}, "scales its rotary positions"),
         ({"left_out": "blk.1.ffn_down.weight"}, "lacks 1 of its weights, such as model.layers.1.mlp.down_proj.weight"),
         ({"merges": ["h e", "he llo"]}, "is damaged: its tokenizer merges into tokens that it does not have"),
-        ({"architecture": "wonder"}, "architecture wonder"),
+        (
+            {"architecture": "wonder"},
+            "has the architecture wonder, which is not converted (known: llama,",
+        ),
+        ({"architecture": "gemma3", "tokenizer": "llama"}, "has the architecture gemma3"),
+        ({"split": 3}, "is one of 3 files of a model: put them together with llama.cpp's `llama-gguf-split --merge`"),
+        ({"big_endian": True}, "is in the byte order of other machines (big-endian)"),
+        ({"extra_tensor": "blk.0.attn_q.bias"}, "holds blk.0.attn_q.bias, for which transformers' llama has no place"),
     ],
 )
 def test_ggufs_that_would_convert_unfaithfully_are_refused(
@@ -101,6 +110,77 @@ def test_ggufs_that_would_convert_unfaithfully_are_refused(
     assert said in str(error)
     assert "tiny.gguf" in str(error)
     assert [path.suffix for path in (cache / "models").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_weights_and_config_are_those_that_transformers_reads(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, packed: bool
+) -> None:
+    """Which unpacks all in float32 first; here in blocks of a few rows."""
+    import torch
+    import transformers
+
+    pre = "qwen2" if architecture == "qwen2" else "smollm"
+    file = write_gguf(tmp_path / "tiny.gguf", architecture=architecture, pre=pre, packed=packed)
+    monkeypatch.setattr(weights, "_BLOCK", 3 * HIDDEN)
+    ours = load(str(file)).model
+    config_class = getattr(transformers, "GgufConfig", None)
+    unpack = {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, dtype=torch.bfloat16, **unpack
+    )
+    expected = theirs.state_dict()
+    assert ours.state_dict().keys() == expected.keys()
+    for name, weight in ours.state_dict().items():
+        assert torch.equal(weight, expected[name]), name
+    left_out = {"_name_or_path", "_model_name_or_path", "architectures", "quantization_config"}
+    ours_said, theirs_said = (
+        {key: value for key, value in model.config.to_dict().items() if key not in left_out} for model in (ours, theirs)
+    )
+    assert ours_said == theirs_said
+
+
+def test_qwen3_converts(cache: Path, tmp_path: Path) -> None:
+    import torch
+
+    loaded = load(str(write_gguf(tmp_path / "tiny.gguf", architecture="qwen3", pre="qwen2")))
+    assert loaded.model.config.head_dim == HIDDEN // 2
+    assert loaded.model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
+TEXTS = [
+    "In 2024, 1234567 people\n\n\n  and ３ more\r\n\r\n",
+    "今天天气很好，我们去公园。\n한국어 문장 12개",
+    "class A:\n\n    def f(self, x):\n\t\treturn x**2 // 10  # ok\n\n\n        pass\n  ",
+    "I'LL we'Ve it's  'd e\u0301 ＡＢ １２ the  the",
+    f"{BOS}user\nthe{EOS}\n{THINK}12",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_qwen2_tokens_are_those_of_the_official_rules(tmp_path: Path, text: str) -> None:
+    """transformers' own class, written by the publisher of the models, over the same vocabulary."""
+    from tokenizers import AddedToken
+    from transformers import Qwen2Tokenizer
+
+    _, metadata = conversion._read_gguf(write_gguf(tmp_path / "t.gguf", architecture="qwen2", pre="qwen2"))
+    built, _ = gguf_tokenizer("t.gguf", metadata)
+    vocabulary = {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    official = Qwen2Tokenizer(vocab=vocabulary, merges=MERGES, eos_token=EOS, pad_token=PAD, unk_token=EOS)
+    official.add_tokens([AddedToken(token, normalized=False) for token in (BOS, EOS, PAD, THINK)])
+    assert built.encode(text).ids == official(text)["input_ids"]
+
+
+def test_qwen2_answers_end_at_the_end_of_a_text_too() -> None:
+    metadata = {
+        "tokenizer.ggml.tokens": ["a", "<|endoftext|>", "<|im_end|>"],
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.pre": "qwen2",
+    }
+    assert end_tokens(metadata) == [2, 1]
+    assert end_tokens(metadata | {"tokenizer.ggml.pre": "smollm"}) == [2]
+    assert end_tokens(metadata | {"tokenizer.ggml.eot_token_id": 0}) == [2, 0, 1]
 
 
 @pytest.mark.parametrize("content", [b"", b"no GGUF at all" * 100, None])
@@ -150,7 +230,9 @@ def test_a_killed_conversion_leaves_nothing_that_counts(
     assert load(str(gguf_file)).model.config.hidden_size == HIDDEN
 
 
-def test_two_conversions_at_once(cache: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_conversions_at_once(
+    cache: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = resolve(str(gguf_file))
     runs = []
 
@@ -168,6 +250,7 @@ def test_two_conversions_at_once(cache: Path, gguf_file: Path, monkeypatch: pyte
     for thread in threads:
         thread.join()
     assert (len(runs), found) == (1, [True] * 3)
+    assert f"Waiting for another process, which is making {cache}" in capsys.readouterr().err
 
 
 def test_cache_that_cannot_be_written(gguf_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,8 @@ def test_folder_and_file_references(folder: Path, gguf_file: Path, monkeypatch: 
     ("reference", "said"),
     [
         ("smollm2", "did you mean smollm2-135m?"),
-        ("gpt2", "known: smollm2-135m"),
-        ("", "known: smollm2-135m"),
+        ("gpt2", "known: qwen2.5-coder-0.5b, qwen2.5-coder-1.5b, smollm2-135m"),
+        ("", "known: qwen2.5-coder-0.5b, qwen2.5-coder-1.5b, smollm2-135m"),
         ("./nope", "./nope does not exist"),
         ("../nope", "../nope does not exist"),
         ("/nope/nope", "/nope/nope does not exist"),
