@@ -1,4 +1,5 @@
-"""Writes what the code says of itself: docs/commands, a page per command, and docs/layout.md, a line per file."""
+"""Writes what the code says of itself: docs/commands, a page per command; docs/layout.md, a line per file; the table of
+generation settings in docs/tasks.md."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 FOLDER = ROOT / "docs" / "commands"
 LAYOUT = ROOT / "docs" / "layout.md"
+TASKS = ROOT / "docs" / "tasks.md"
 PACKAGES = ("arkv", "bench", "tasks", "scripts")
 
 
@@ -61,9 +63,26 @@ def _first_line(path: Path) -> str:
     return " ".join(said.split("\n\n")[0].split()).replace("|", "\\|")
 
 
+def with_settings(page: str) -> str:
+    """The page about tasks with the table of generation settings as it is now."""
+    from tasks.generation import RULES
+
+    reasons = dict.fromkeys((rule.fate, rule.why) for rule in RULES.values())
+    lines = ["| settings | | |", "|---|---|---|"]
+    for fate, why in sorted(reasons, key=lambda reason: list(type(reason[0])).index(reason[0])):
+        names = ", ".join(f"`{name}`" for name, rule in RULES.items() if (rule.fate, rule.why) == (fate, why))
+        lines.append(f"| {names} | {fate} | {why} |")
+    before, begin, rest = page.partition("<!-- Written by make docs: -->\n")
+    _, end, after = rest.partition("\n<!-- until here. -->")
+    if not begin or not end:
+        raise SystemExit(f"{TASKS} has no place for the table of generation settings")
+    return before + begin + "\n".join(lines) + end + after
+
+
 def main() -> None:
     """Replace the pages, and remove those of commands that are gone."""
     LAYOUT.write_text(layout(), encoding="utf-8")
+    TASKS.write_text(with_settings(TASKS.read_text(encoding="utf-8")), encoding="utf-8")
     FOLDER.mkdir(parents=True, exist_ok=True)
     written = pages()
     for name, text in written.items():

@@ -97,6 +97,8 @@ class Generate:
     nor that one: an answer has at least one token, as with ``min_new_tokens=1`` in transformers."""
     think_end: str | None = None
     """What ends the model's thinking: the answer, and the search for stop strings, begin behind it."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """Generation settings of transformers, laid over the model's own: see :mod:`tasks.generation`."""
 
     @property
     def prompt_tokens(self) -> int:

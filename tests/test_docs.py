@@ -193,6 +193,8 @@ def test_written_pages_are_those_of_the_code() -> None:
     written = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "commands").glob("*.md")}
     assert written == module.pages(), "run make docs"
     assert (ROOT / "docs" / "layout.md").read_text(encoding="utf-8") == module.layout(), "run make docs"
+    tasks = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    assert tasks == module.with_settings(tasks), "run make docs"
 
 
 def test_the_workflow_runs_what_ci_runs() -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from arkv import TriStateCache
+from bench.engine.decoding import Decoder, check, choose_all
 from bench.engine.jobs import Job, cells_of, noting
 from bench.engine.measurement import Measurement
 from bench.engine.steps import Steps
@@ -29,6 +30,7 @@ class Answering:
     request: Generate
     prompt: Prompt
     compressed: Compressed
+    decoder: Decoder
     tokens: list[int] = field(default_factory=list)
     begin: int | None = None
     """Where the answer begins; None while the model is thinking."""
@@ -69,6 +71,10 @@ class SideBySide:
 
 def answer(steps: Steps, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measurement]]:
     """Answer documents that ask for a generation."""
+    for job in jobs:
+        with noting([job], job.cells):
+            check(steps.model, job.request(Generate))
+    jobs = [job for job in jobs if any(map(job.waits_for, job.cells))]
     requests = [job.request(Generate) for job in jobs]
     prompts = steps.prefills([(job, request.prompt_ids) for job, request in zip(jobs, requests, strict=True)])
     for cell in cells_of(jobs):
@@ -81,8 +87,11 @@ def answer(steps: Steps, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measurement
                 with noting([job], [cell]):
                     if prompt is None:
                         raise UserError("an empty prompt: there is nothing to go on from")
+                    decoder = Decoder(steps.model, steps.tokenizer, request)
                     compressed = steps.compress(cell, prompt)
-                    rows.append(Answering(job=job, request=request, prompt=prompt, compressed=compressed))
+                    rows.append(
+                        Answering(job=job, request=request, prompt=prompt, compressed=compressed, decoder=decoder)
+                    )
             with noting([row.job for row in rows], [cell]):
                 together = list(steps.together(cell, rows, [row.compressed.cache for row in rows]))
             for mine in together if rows else ():
@@ -121,7 +130,7 @@ def decode(steps: Steps, cell: Cell, rows: Sequence[Answering]) -> None:
         clock = Stopwatch(steps.device)
         assert row.compressed.logits is not None
         with clock:
-            row.tokens.append(int(_answerable(steps, row.compressed.logits, row.request).argmax(dim=-1)))
+            row.tokens.append(row.decoder.choose(row.compressed.logits, first=True))
         row.first_s = clock.seconds
     with steps.attention(cell, [row.compressed.cache for row in rows]):
         side_by_side = SideBySide([row for row in rows if not _ended(steps, row)])
@@ -129,7 +138,7 @@ def decode(steps: Steps, cell: Cell, rows: Sequence[Answering]) -> None:
             clock = Stopwatch(steps.device)
             with clock:
                 logits = step(steps, side_by_side)
-                tokens = logits[:, -1].argmax(dim=-1).tolist()
+                tokens = choose_all([row.decoder for row in rows], logits[:, -1])
             for row, token in zip(rows, tokens, strict=True):
                 row.tokens.append(token)
                 row.decode_s += clock.seconds / len(rows)
@@ -147,21 +156,13 @@ def step(steps: Steps, side_by_side: SideBySide) -> torch.Tensor:
     return logits
 
 
-def _answerable(steps: Steps, logits: torch.Tensor, request: Generate) -> torch.Tensor:
-    """Logits [1, V] of the first token, of which some cannot begin an answer."""
-    if not request.end_ids:
-        return logits
-    ends = torch.tensor([*steps.end_ids, *request.end_ids], device=logits.device)
-    return logits.index_fill(-1, ends, -torch.inf)
-
-
 def _ended(steps: Steps, row: Answering) -> bool:
     request, tokens = row.request, row.tokens
     if request.think_end is None:
         row.begin = 0
     elif row.begin is None and _ends_in(steps, tokens, (request.think_end,)):
         row.begin = len(tokens)
-    if len(tokens) >= request.max_new_tokens or tokens[-1] in steps.end_ids or tokens[-1] in request.end_ids:
+    if len(tokens) >= request.max_new_tokens or row.decoder.ends_with(tokens):
         return True
     return row.begin is not None and _ends_in(steps, tokens[row.begin :], request.stop)
 

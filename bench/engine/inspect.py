@@ -19,6 +19,7 @@ from arkv import CacheConfig, PrefillCache
 from arkv.layer import TriStateLayer
 from arkv.prefill import PrefillLayer
 from arkv.scores import Prompt, oq_ratios, oq_score
+from bench.engine.decoding import Decoder
 from bench.engine.jobs import FAILURES
 from bench.errors import UserError
 from bench.methods.cell import Cell
@@ -152,16 +153,18 @@ def inspect_prompt(
     first = before
     following: list[int] = []
     noted = []
-    end = model.generation_config.eos_token_id
-    ends = {token for token in (end if isinstance(end, list) else [end]) if token is not None}
+    decoder = None
+    if continuation is None and steps:
+        # The answer would go on behind the last token that is read.
+        decoder = Decoder(model, tokenizer, Generate(prompt_ids=tuple(ids), max_new_tokens=steps + 1))
     for place in range(steps):
-        if continuation is None:
-            token = int(logits.argmax(dim=-1))
-        elif place < len(continuation):
+        if decoder is not None:
+            token = decoder.choose(logits)
+            if decoder.ends_with([token]):
+                break
+        elif continuation is not None and place < len(continuation):
             token = continuation[place]
         else:
-            break
-        if continuation is None and token in ends:
             break
         with cell.decoding(model, [cache]):
             logits = forward(model, [cache], [[token]])[:, -1]

@@ -59,9 +59,6 @@ class Steps:
         self.batch_size = batch_size if kinds <= {"full_attention", "sliding_attention"} else 1
         self.prefill_chunk = prefill_chunk
         self.device = model.device
-        end = model.generation_config.eos_token_id
-        ends = end if isinstance(end, list) else [end]
-        self.end_ids = {token for token in [*ends, tokenizer.eos_token_id] if token is not None}
         self.recorded_queries = max((cell.recorded_queries for cell in cells), default=1)
 
     # --- Prompts ---

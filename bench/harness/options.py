@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -17,7 +18,7 @@ class HarnessOptions(TaskOptions):
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """None: the task's own."""
     gen_kwargs: Mapping[str, Any] | None = None
-    """Laid over the task's generation settings; a mapping, or ``key=value,key=value``."""
+    """Laid over the task's generation settings; a mapping, or ``key=value,key=value``, or JSON."""
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool | None = None
     """None: with a chat template."""
@@ -36,6 +37,8 @@ class HarnessOptions(TaskOptions):
     def _read(cls, given: Any) -> Any:
         if not isinstance(given, str):
             return given
+        if given.lstrip().startswith("{"):
+            return json.loads(given)
         from lm_eval.utils import simple_parse_args_string
 
         return simple_parse_args_string(given)

@@ -8,15 +8,13 @@ from typing import Any
 
 from bench.harness.options import HarnessOptions
 from tasks.base import Continuation, Generate, LogLikelihood, Rolling, TaskError, TaskSettings
+from tasks.generation import counting
 
 _MAX_NEW_TOKENS = 256
 """lm-eval's ``max_gen_toks`` for Hugging Face models, where the task sets none."""
 
 _THINK_END = "</think>"
 """What a thinking model writes between its thoughts and its answer."""
-
-_GREEDY_IRRELEVANT = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p", "min_p"}
-"""Generation settings that are honoured, or that change nothing when decoding greedily."""
 
 
 def _encode(tokenizer: Any, prompt: str) -> list[int]:
@@ -29,7 +27,7 @@ def _encode(tokenizer: Any, prompt: str) -> list[int]:
 def to_generate(task: str, instance: Any, settings: TaskSettings, thinks: bool) -> tuple[Generate, int]:
     """The request of an instance, and how many tokens were cut from its beginning. Raises :class:`TaskError`."""
     prompt, generation = instance.args
-    max_new_tokens, stop = _stopping(task, generation, settings.tokenizer)
+    max_new_tokens, stop, others = _generation(task, generation, settings.tokenizer)
     room = settings.max_length - max_new_tokens
     if room < 1:
         raise TaskError(
@@ -42,6 +40,7 @@ def to_generate(task: str, instance: Any, settings: TaskSettings, thinks: bool) 
         max_new_tokens=max_new_tokens,
         stop=stop,
         think_end=_THINK_END if thinks else None,
+        generation=others,
     )
     return request, max(0, len(ids) - room)
 
@@ -132,20 +131,24 @@ def _encode_pairs(tokenizer: Any, instances: Sequence[Any]) -> list[tuple[list[i
     return pairs
 
 
-def _stopping(task: str, generation: Mapping[str, Any], tokenizer: Any) -> tuple[int, tuple[str, ...]]:
-    """Longest answer in tokens, and stop strings, the end-of-sequence token among them. Raises :class:`TaskError`."""
+def _generation(
+    task: str, generation: Mapping[str, Any], tokenizer: Any
+) -> tuple[int, tuple[str, ...], dict[str, Any]]:
+    """Longest answer in tokens, stop strings, the end-of-sequence token among them, and what else changes an answer of
+    what lm-eval passes on to ``generate``. Raises :class:`TaskError`."""
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-    kwargs: Mapping[str, Any] = normalize_gen_kwargs(dict(generation), _MAX_NEW_TOKENS)
-    if kwargs["do_sample"]:
-        raise TaskError(
-            f"{task} samples its answers; only greedy decoding is supported: set do_sample=False in gen_kwargs"
-        )
-    if unsupported := sorted(kwargs.keys() - _GREEDY_IRRELEVANT):
-        raise TaskError(f"{task}: the generation setting {unsupported[0]}={kwargs[unsupported[0]]!r} is not supported")
+    kwargs: dict[str, Any] = dict(normalize_gen_kwargs(dict(generation), _MAX_NEW_TOKENS))
+    max_new_tokens, until = kwargs.pop("max_gen_toks"), kwargs.pop("until")
+    if "max_length" in kwargs:
+        raise TaskError(f"{task}: max_length counts the prompt too: set max_gen_toks in gen_kwargs")
+    try:
+        others = counting(kwargs)
+    except ValueError as error:
+        raise TaskError(f"{task}: {error}") from None
     # An empty stop string is in every text: it ends an answer after one token. That of a token without text is none.
     eos = None if tokenizer.eos_token_id is None else tokenizer.decode(tokenizer.eos_token_id) or None
-    return kwargs["max_gen_toks"], tuple(handle_stop_sequences(kwargs["until"], eos=eos))
+    return max_new_tokens, tuple(handle_stop_sequences(until, eos=eos)), others
 
 
 def apply_chat_template(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.errors import UserError
 from bench.harness.tasks import HarnessTasks
@@ -12,10 +14,15 @@ from bench.methods.plugins import TASKS, Plugins
 from bench.models.loading import DescribedModel
 from bench.runs.documents import load_documents
 from bench.runs.failures import failure_lines
+from bench.settings.mappings import read_mapping
 from bench.settings.run import RunConfig
-from tasks.base import Document, Task, TaskError, TaskGroup, TaskSettings
+from tasks.base import Document, Generate, Task, TaskError, TaskGroup, TaskSettings
+from tasks.generation import counting
 from tasks.registry import TASKS as BUILT_IN_TASKS
 from tasks.registry import TaskSources, get_task, split_spec
+
+_ENDS = {"until", "max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"}
+"""Settings in ``--gen-kwargs`` that say where an answer ends: for lm-eval's tasks only."""
 
 
 def task_settings(config: RunConfig, model: DescribedModel, task: Task) -> TaskSettings:
@@ -121,4 +128,21 @@ def planned(config: RunConfig) -> tuple[list[Cell], list[Task], list[dict[str, s
 def documents_of(config: RunConfig, model: DescribedModel, task: Task) -> list[Document]:
     """The documents of a task for a model. Raises :class:`TaskError`, :class:`UserError`."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-    return load_documents(task, task_settings(config, model, task), vocabulary)
+    documents = load_documents(task, task_settings(config, model, task), vocabulary)
+    if config.gen_kwargs is None or "gen_kwargs" in task.option_names:
+        return documents
+    given = read_mapping("--gen-kwargs", config.gen_kwargs)
+    try:
+        settings = counting({name: value for name, value in given.items() if name not in _ENDS})
+    except ValueError as error:
+        raise TaskError(f"{task.name}: {error}") from None
+    return [_with_settings(document, settings) for document in documents]
+
+
+def _with_settings(document: Document, settings: Mapping[str, Any]) -> Document:
+    """The document with generation settings, which the task's own win over."""
+    request = document.request
+    if not isinstance(request, Generate) or not settings:
+        return document
+    changed = dataclasses.replace(request, generation={**settings, **request.generation})
+    return dataclasses.replace(document, request=changed)

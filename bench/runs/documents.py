@@ -32,6 +32,7 @@ from tasks.base import (
     TaskGroup,
     TaskSettings,
 )
+from tasks.generation import refusal
 
 REQUESTS = (Generate, LogLikelihood, Rolling, Compare)
 
@@ -67,6 +68,9 @@ def prompt_hash(document: Document) -> str:
     """Of everything that was asked: token ids and how to go on from them."""
     request = document.request
     asked = {"request": type(request).__name__, **dataclasses.asdict(request)}
+    if not asked.get("generation"):
+        # Of prompts without settings of their own it is what it was before there were any.
+        asked.pop("generation", None)
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -86,9 +90,12 @@ def _wrong(document: Document, vocabulary: int | None) -> str | None:
             return f"has the token {outside} in its {what}; the model knows 0 to {(vocabulary or 1) - 1}"
     if isinstance(request, Generate) and request.max_new_tokens < 1:
         return f"asks for {request.max_new_tokens} new tokens"
-    for name in ("info", "reference"):
+    generation = request.generation if isinstance(request, Generate) else {}
+    if said := refusal(generation):
+        return f"asks for {said}"
+    for name, value in (("info", document.info), ("reference", document.reference), ("generation", generation)):
         try:
-            json.dumps(getattr(document, name), allow_nan=False)
+            json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
             return f"has no JSON as its {name}: {error}"
     return None

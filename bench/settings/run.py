@@ -152,10 +152,10 @@ class RunConfig(Settings):
     )
     gen_kwargs: str | None = setting(
         None,
-        "lm-eval tasks: generation settings, as max_gen_toks=512.",
+        "Generation settings over the model's own, as repetition_penalty=1.1; max_gen_toks=512 for lm-eval tasks.",
         DATA,
         "answer",
-        unset="the task's own",
+        unset="the model's and the task's own",
     )
     confirm_run_unsafe_code: bool = setting(
         False,

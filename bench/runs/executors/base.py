@@ -8,6 +8,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+from rich.console import Console
+
+from bench.engine.decoding import about
 from bench.engine.engine import Engine, Failure, Measurement
 from bench.engine.inspect import map_states
 from bench.methods.grid import Cell
@@ -120,6 +123,8 @@ class Answerer:
                 trust_remote_code=setup.trust_remote_code,
                 model_kwargs=setup.model_kwargs,
             )
+            if said := about(loaded.model):
+                Console(stderr=True).print(f"{name}: {said}", markup=False, highlight=False, soft_wrap=True)
             self.loaded[name] = {"dtype": loaded.dtype, "device": loaded.device}
             engine = Engine(
                 loaded.model,

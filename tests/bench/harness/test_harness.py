@@ -192,8 +192,58 @@ def test_gen_kwargs(tokenizer: Any, data: Path) -> None:
     assert document.request == asked
     with pytest.raises(TaskError, match="samples its answers"):
         load(tokenizer, data, options={"gen_kwargs": {"do_sample": True, "temperature": 0.8}})
-    with pytest.raises(TaskError, match="num_beams=4 is not supported"):
-        load(tokenizer, data, options={"gen_kwargs": {"num_beams": 4}})
+    for refused, said in (
+        ({"num_beams": 4}, "generation setting num_beams=4: answers are decoded greedily, one beam"),
+        ({"nonsense": 4}, "generation setting nonsense=4: this setting is not known"),
+        ({"max_length": 4}, "max_length counts the prompt too: set max_gen_toks"),
+    ):
+        with pytest.raises(TaskError, match=said):
+            load(tokenizer, data, options={"gen_kwargs": refused})
+    with pytest.raises(TaskError, match="gen_kwargs"):
+        load(tokenizer, data, options={"gen_kwargs": "{nonsense"})
+    given = '{"suppress_tokens": [5, 7], "num_beams": 1, "top_k": 3, "repetition_penalty": null}'
+    _, (document, *_) = load(tokenizer, data, options={"gen_kwargs": given})
+    assert document.request.generation == {"suppress_tokens": [5, 7], "num_beams": 1, "repetition_penalty": None}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"repetition_penalty": 1.4},
+        {"no_repeat_ngram_size": 1, "until": ["e"]},
+        {"min_new_tokens": 9, "temperature": 0.0},
+        {"suppress_tokens": list(range(0, 300, 2)), "num_beams": 1},
+        {"do_sample": False, "top_k": 3},
+    ],
+)
+def test_settings_are_those_of_lm_evals_own_model(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    """Those that are passed on, over those of the model."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import GenerationConfig
+
+    from bench.engine.engine import Engine
+    from bench.harness.requests import to_generate
+    from bench.methods.grid import full_cell
+
+    shipped = GenerationConfig(eos_token_id=0, pad_token_id=0, repetition_penalty=1.2, do_sample=True, top_p=0.8)
+    monkeypatch.setattr(tiny.model, "generation_config", shipped)
+    model = HFLM(pretrained=tiny.model, tokenizer=tiny.tokenizer, max_length=100, device="cpu", batch_size=1)
+    prompts = ["The old farmer bought", "I will ask you about the special magic number, 1 2 3 " * 4]
+    instances = [
+        Instance("generate_until", {}, (prompt, {"max_gen_toks": 12, "until": [], **given}), place)
+        for place, prompt in enumerate(prompts)
+    ]
+    theirs = model.generate_until(instances, disable_tqdm=True)
+    settings = TaskSettings(tokenizer=tiny.tokenizer, max_length=100)
+    requests = [to_generate("toy", instance, settings, False)[0] for instance in instances]
+    cells = [full_cell()]
+    engine = Engine(tiny.model, tiny.tokenizer, cells, batch_size=4)
+    work = [(Document(id=str(place), request=request), cells) for place, request in enumerate(requests)]
+    ours = {document.id: outcome.answer.text for document, outcome in engine.answer_batch(work)}
+    assert [ours[str(place)] for place in range(len(prompts))] == theirs
 
 
 # --- Scores ---

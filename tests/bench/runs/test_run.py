@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import shutil
 from pathlib import Path
 from statistics import fmean
@@ -366,6 +367,44 @@ def test_the_default_model_finds_the_needle_with_the_full_cache(tmp_path: Path) 
     assert full.score == 1.0
     assert window.score < 1.0
     assert (window.kv_share or 1.0) < 0.2
+
+
+def test_generation_settings_of_a_models_file_and_of_the_command(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(tiny_folder, folder)
+    file = folder / "generation_config.json"
+    own = {**json.loads(file.read_text()), "repetition_penalty": 1.4, "do_sample": True, "temperature": 0.5}
+    file.write_text(json.dumps(own))
+    plain: dict[str, Any] = {"samples": 1, "quant_type": ("full",)}
+
+    def tokens(path: Path) -> list[list[int]]:
+        return [line["token_ids"] for line in read_lines(path / SAMPLES)]
+
+    go(tiny_folder, tmp_path / "plain", **plain)
+    assert "generation_config" not in capsys.readouterr().err
+    go(folder, tmp_path / "penalty", **plain)
+    said = (
+        "tiny: of its generation_config.json, repetition_penalty=1.4 is applied and do_sample=True, temperature=0.5 are"
+    )
+    assert capsys.readouterr().err.count(said) == 1
+    go(folder, tmp_path / "without", **plain, gen_kwargs="repetition_penalty=1.0,max_gen_toks=1")
+    assert tokens(tmp_path / "penalty") != tokens(tmp_path / "plain") == tokens(tmp_path / "without")
+    file.write_text(json.dumps({**own, "num_beams": 4}))
+    outcome, _ = go(folder, tmp_path / "beams", **plain)
+    assert all("generation setting num_beams=4: " in failure["error"] for failure in outcome.failures)
+    assert outcome.failures
+    outcome, _ = go(folder, tmp_path / "one", **plain, gen_kwargs='{"num_beams": 1}')
+    assert tokens(tmp_path / "one") == tokens(tmp_path / "penalty")
+    for given, said in (
+        ("do_sample=true", "samples its answers"),
+        ("nonsense=1", "nonsense=1: this setting is not known"),
+    ):
+        outcome, _ = go(folder, tmp_path / "refused", **plain, gen_kwargs=given, fresh=True)
+        (failure,) = outcome.failures
+        assert said in failure["error"]
+        assert not outcome.measured
 
 
 def test_states_are_left_once(tiny_folder: Path, tmp_path: Path) -> None:
