@@ -18,6 +18,7 @@ EXIT_CODES = {
     1: "something failed on the way, or check found a regression",
     2: "what was asked for makes no sense",
     130: "stopped by Ctrl-C",
+    errors.NOBODY_READS: "nobody reads what it prints",
 }
 
 BUG = (
@@ -90,8 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     typed = with_dashes(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(traceback_first(typed), standalone_mode=True)
+        try:
+            app(traceback_first(typed), standalone_mode=True)
+        finally:
+            # What is still to be written may find nobody.
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BaseException as error:
+        if errors.nobody_reads(error):
+            errors.close_output()
+            typer.echo("arkv-bench: nobody reads what it prints; stopped", err=True)
+            sys.exit(errors.NOBODY_READS)
         if (explained := _explain(error)) is not None:
             message, code = explained
             if errors.SHOW_TRACEBACK:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 from types import TracebackType
@@ -56,11 +57,21 @@ def place_of(error: BaseException, file: str | None = None) -> str:
     return place(mine[-1].filename, mine[-1].lineno)
 
 
+_LONGEST = 500
+"""Characters of what an error says that are shown: some say whole tensors."""
+
+
+def said_in_one_line(error: BaseException) -> str:
+    """What an error says, with everything written out that a terminal would obey or a file could not hold."""
+    text = textwrap.shorten(str(error), _LONGEST, placeholder=" ...")
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class OthersCode:
-    """Whatever the code of a user's own under this raises becomes one line that names it; nothing is swallowed.
+    """Whatever the code of others under this raises becomes one line that names it; nothing is swallowed.
 
     Args:
-        name: whose code it is.
+        name: whose code it is; may be empty where the reader knows.
         passing: kinds of errors that say what they mean themselves, beside the two that always do.
         placed: say where the error was raised.
         file: the user's own file, whose innermost line is said; without, it is the innermost of all.
@@ -81,6 +92,32 @@ class OthersCode:
     ) -> None:
         # A plugin is often a script, and a script ends itself.
         if isinstance(error, SystemExit) or (isinstance(error, Exception) and not isinstance(error, self.passing)):
-            said = " ".join(str(error).split())
-            where = f" ({place_of(error, self.file)})" if self.placed else ""
-            raise UserError(f"{self.name}: {type(error).__name__}" + (f": {said}" if said else "") + where) from error
+            said = ": ".join(filter(None, (self.name, type(error).__name__, said_in_one_line(error))))
+            raise UserError(f"{said} ({place_of(error, self.file)})" if self.placed else said) from error
+
+
+NOBODY_READS = 141
+"""Exit code of a command whose output goes into a pipe that was closed, as a shell has it of a program that SIGPIPE
+ended."""
+
+
+def nobody_reads(error: BaseException) -> bool:
+    """Whether a command ends because what it prints goes into a pipe that was closed, as by ``| head -1``.
+
+    Libraries that print may have made an end of the process of it.
+    """
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, BrokenPipeError) and inner.filename is None:
+            return True
+        inner = inner.__context__ if isinstance(inner, SystemExit) else None
+    return False
+
+
+def close_output() -> None:
+    """Nothing more is written to a pipe that nobody reads, not even when the process ends."""
+    try:
+        number = sys.stdout.fileno()
+    except (OSError, ValueError):
+        return
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bench.errors import UserError
+from bench.errors import NOBODY_READS, UserError, close_output, nobody_reads
 from bench.settings.options import FRESH, PRESET, given, takes
 from bench.settings.run import OUTPUT, RunConfig
 
@@ -55,16 +55,22 @@ def run(
 
     console = Console()
     path = config.outdir or new_folder(Path(preset).stem if preset else None)
+    again = f"the same command with --outdir {path} continues"
     try:
         outcome = execute(config, path, console, fresh=fresh, origin=origin)
     except KeyboardInterrupt:
-        message = f"stopped; what was measured is in {path}: the same command with --outdir {path} continues"
+        message = f"stopped; what was measured is in {path}: {again}"
         raise UserError(message, exit_code=130) from None
-    except OSError as error:
-        if error.errno not in DISK_FULL:
+    except (OSError, SystemExit) as error:
+        if nobody_reads(error):
+            close_output()
+            message = f"stopped, since nobody reads what it prints; what was measured is in {path}: {again}"
+            raise UserError(message, exit_code=NOBODY_READS) from None
+        if not isinstance(error, OSError) or not error.strerror:
             raise
-        message = f"stopped: {error.strerror}; free some: the same command with --outdir {path} continues"
-        raise UserError(message) from None
+        if error.errno in DISK_FULL:
+            raise UserError(f"stopped: {error.strerror}; free some: {again}") from None
+        raise UserError(f"stopped: {error.filename or path}: {error.strerror}; {again}") from error
     _summarize(outcome, console)
     if outcome.failures:
         raise typer.Exit(1)

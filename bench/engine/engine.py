@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from bench.engine import choices, distributions, generation, texts
-from bench.engine.jobs import FAILURES, Job
+from bench.engine.jobs import Job, cells_of, noting
 from bench.engine.measurement import Failure, Measurement
 from bench.engine.steps import AUTO_BYTES, Steps
 from bench.methods.cell import Cell
 from tasks.base import Compare, Document, Generate, LogLikelihood, Request, Rolling
 
-__all__ = ["AUTO_DOCUMENTS", "FAILURES", "Engine", "Failure", "Measurement"]
+__all__ = ["AUTO_DOCUMENTS", "Engine", "Failure", "Measurement"]
 
 AUTO_DOCUMENTS = 32
 """Most documents of an automatic batch, which is what a killed run has to measure again."""
@@ -88,15 +88,26 @@ class Engine(Steps):
         """Answer any number of documents with the cells of each, ``batch_size`` of them side by side.
 
         There is one outcome for each document and cell. Batches come in the order of ``work`` and each one's failures
-        come last. What the documents of a batch share, such as the memory of a forward, is the failure of all.
+        come last. What fails where the documents of a batch share a step, such as a forward, is tried again one by one:
+        the fault, or the want of memory, may be that of a single one.
         """
         for jobs in self._side_by_side([Job(document, cells) for document, cells in work]):
+            yield from self._answer_jobs(jobs)
+            for job in jobs:
+                alone = Job(job.document, [cell for cell in job.cells if cell.key in job.together])
+                if alone.cells:
+                    yield from self._answer_jobs([alone])
+                    job.failed = {**job.failed, **alone.failed}
+                for key, failure in job.failed.items():
+                    if key not in alone.answered:
+                        yield job.document, failure
+
+    def _answer_jobs(self, jobs: Sequence[Job]) -> Iterator[tuple[Document, Measurement]]:
+        """The answers of a batch; failures stay in its jobs."""
+        with noting(jobs, cells_of(jobs)):
             for job, measured in _KINDS[type(jobs[0].document.request)](self, jobs):
                 job.answered.add(measured.cell.key)
                 yield job.document, measured
-            for job in jobs:
-                for failure in job.failed.values():
-                    yield job.document, failure
 
     def _side_by_side(self, jobs: Iterable[Job]) -> Iterator[list[Job]]:
         """Batches of jobs in their order, each of requests of one kind."""
@@ -119,6 +130,9 @@ class Engine(Steps):
     def _bytes_needed(self, request: Request) -> int:
         """About what a document takes while a cell answers it: its prefill, and a cache as large as the full one."""
         config: Any = self.model.config.get_text_config(decoder=True)
+        if not hasattr(config, "num_attention_heads"):
+            # A model without attention, of which nothing is known: alone.
+            return AUTO_BYTES + 1
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         per_token: int = 2 * config.num_hidden_layers * heads * head_dim * self.model.dtype.itemsize

@@ -20,7 +20,7 @@ from arkv.layer import TriStateLayer
 from arkv.prefill import PrefillLayer
 from arkv.scores import Prompt, oq_ratios, oq_score
 from bench.engine.decoding import Decoder
-from bench.engine.jobs import FAILURES
+from bench.engine.jobs import FAILURES, in_a_line
 from bench.errors import UserError
 from bench.methods.cell import Cell
 from bench.methods.reading import forward, record
@@ -369,16 +369,21 @@ def map_states(
 ) -> dict[str, StatesMap]:
     """What cells make of a document's prompt, by the cell's key.
 
-    Cells that cannot compress the prompt are left out: the run itself has recorded their failures. So are those whose
-    caches do not know which tokens they hold.
+    Cells that cannot compress the prompt are left out, all of them where the model cannot read it: the run itself has
+    recorded their failures. So are those whose caches do not know which tokens they hold.
     """
     ids, _ = prompt_of(document)
     most = max(cell.recorded_queries for cell in cells)
-    (prompt,) = record(model.model, [ids], most, prefill_chunk)
-    maps = {}
+    maps: dict[str, StatesMap] = {}
+    try:
+        with in_a_line():
+            (prompt,) = record(model.model, [ids], most, prefill_chunk)
+    except FAILURES:
+        return maps
     for cell in cells:
         try:
-            layers, codes = known_states(cell, cell.compress(model.model, prompt).cache)
+            with in_a_line():
+                layers, codes = known_states(cell, cell.compress(model.model, prompt).cache)
         except FAILURES:
             continue
         maps[cell.key] = states_map(codes, layers)

@@ -9,15 +9,20 @@ from typing import TypeVar
 
 from arkv import ConfigError
 from bench.engine.measurement import Failure
-from bench.errors import UserError, show_traceback
+from bench.errors import OthersCode, UserError, said_in_one_line, show_traceback
 from bench.methods.cell import Cell
-from tasks.base import Document
+from tasks.base import Document, TaskError
 
 _T = TypeVar("_T")
 
-FAILURES = (ConfigError, UserError, RuntimeError, MemoryError)
-"""What a cell may meet in a document: a prompt or a model that its method cannot do, or no memory left. Whatever else
-the code of a method raises is a :class:`UserError` by then (:class:`bench.methods.cell.Cell`)."""
+FAILURES = (ConfigError, UserError, TaskError)
+"""What a cell may meet in a document, once :func:`in_a_line` has seen it."""
+
+
+def in_a_line() -> OthersCode:
+    """Under this, whatever a model or a method raises is one of :data:`FAILURES`: with its kind, what it said and
+    where. No error is ours for certain: a model whose forward takes other arguments fails in the line that calls it."""
+    return OthersCode("", ConfigError, placed=True)
 
 
 @dataclass(eq=False)
@@ -30,6 +35,8 @@ class Job:
     """Keys of cells."""
     failed: dict[str, Failure] = field(default_factory=dict)
     """By the key of the cell."""
+    together: set[str] = field(default_factory=set)
+    """Keys of cells that have failed in what several documents share: another one may be the cause."""
 
     def request(self, kind: type[_T]) -> _T:
         """The document's request, which is of this kind."""
@@ -51,14 +58,12 @@ def cells_of(jobs: Iterable[Job]) -> list[Cell]:
 def noting(jobs: Sequence[Job], cells: Sequence[Cell]) -> Iterator[None]:
     """Note in ``jobs`` that ``cells`` could not do what is under this, as far as they have not done it."""
     try:
-        yield
+        with in_a_line():
+            yield
     except FAILURES as error:
         show_traceback(error)
         for job in jobs:
             for cell in filter(job.waits_for, cells):
-                job.failed[cell.key] = Failure(cell=cell, error=said(error))
-
-
-def said(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if isinstance(error, RuntimeError | MemoryError) else text
+                job.failed[cell.key] = Failure(cell=cell, error=said_in_one_line(error))
+                if len(set(jobs)) > 1:
+                    job.together.add(cell.key)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -135,7 +136,10 @@ class Cell:
     # --- What it does ---
 
     def _guard(self) -> OthersCode:
-        return OthersCode(self.method, ConfigError)
+        module = type(self.impl).__module__
+        own = module.partition(".")[0] not in ("bench", "arkv")
+        file = getattr(sys.modules.get(module), "__file__", None) if own else None
+        return OthersCode(self.method, ConfigError, placed=True, file=file)
 
     def compress(self, model: PreTrainedModel, prompt: Prompt | None) -> Compressed:
         """The cell's own cache of a prompt; None for an empty one.

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bench.errors import UserError
+from bench.errors import OthersCode, UserError
 
 
 def check_complete(info: Mapping[str, Any], name: str) -> None:
@@ -27,7 +27,8 @@ def load_transformers() -> Any:
 
 @contextlib.contextmanager
 def transformers_errors(what: str) -> Iterator[None]:
-    """Turn what transformers raises on files or settings it cannot use into a :class:`UserError`."""
+    """Turn what transformers raises on files or settings it cannot use, and whatever a model's own code raises, into a
+    :class:`UserError`."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -42,7 +43,8 @@ def transformers_errors(what: str) -> Iterator[None]:
         StrictDataclassError,
     )
     try:
-        yield
+        with OthersCode(what, *broken, placed=True):
+            yield
     except broken as error:
         if "trust_remote_code" in str(error):
             raise UserError(f"{what}: it brings its own code, which runs only with trust_remote_code") from error

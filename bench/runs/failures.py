@@ -30,7 +30,8 @@ def failure_lines(failures: Iterable[Mapping[str, str]]) -> list[str]:
     for (what, cell), mine in cells.items():
         first = mine[0]
         more = f" and {len(mine) - 1} more documents" if len(mine) > 1 else ""
-        lines.append(f"{what}, {cell}, {first['document']}{more}: {first['error']}")
+        where = f"{first['document']}{more}" if first.get("document") else "all documents together"
+        lines.append(f"{what}, {cell}, {where}: {first['error']}")
     return lines
 
 

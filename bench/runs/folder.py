@@ -163,6 +163,9 @@ class RunFolder:
             text = sample_line(sample)
         except ValueError:
             raise NotFinite("the answer holds numbers that are not finite") from None
+        if not os.fstat(self._file.fileno()).st_nlink:
+            # Of a file that is gone, what is written would be lost without a word.
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path / SAMPLES))
         place = self._file.seek(0, os.SEEK_END)
         line = memoryview(f"{text}\n".encode())
         while line:

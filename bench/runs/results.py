@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
+from bench.errors import UserError
 from bench.judge.comparison import add_statistics
 from bench.names import FULL
 from bench.records.row import Row
@@ -128,14 +129,25 @@ class TaskResults:
         def evaluate(taken: Iterable[Measured]) -> Evaluation:
             return evaluation_of(task, documents, {item.document: item.answer for item in stored.whole(taken)})
 
-        self.evaluations = {key: evaluate(taken.values()) for key, taken in self.samples.items() if taken}
-        """Of each cell that has samples."""
+        labels = {cell.key: cell.label for cell in cells}
+        self.evaluations: dict[str, Evaluation] = {}
+        """Of each cell that has samples and can be evaluated."""
+        self.failures: dict[str, TaskError | UserError] = {}
+        """Why a cell cannot be evaluated, by its key."""
+        for key, taken in self.samples.items():
+            if taken:
+                try:
+                    self.evaluations[key] = _checked(task, labels[key], len(taken), evaluate(taken.values()))
+                except (TaskError, UserError) as error:
+                    self.failures[key] = error
         self._full_values: dict[str, Evaluation | None] = {}
         whole = self.samples.get(FULL, {})
         for key, taken in self.samples.items():
-            if taken and whole.keys() == taken.keys():
+            if key not in self.evaluations or FULL not in self.evaluations:
+                continue
+            if whole.keys() == taken.keys():
                 self._full_values[key] = self.evaluations[FULL]
-            elif taken and whole.keys() > taken.keys():
+            elif whole.keys() > taken.keys():
                 # A cell that a stopped run left incomplete is compared on its own documents.
                 self._full_values[key] = evaluate(whole[document] for document in taken)
 
@@ -146,6 +158,15 @@ class TaskResults:
     def full(self, cell: AnyCell) -> Evaluation | None:
         """What ``full`` scored on the cell's documents; None where it was not measured on them."""
         return self._full_values.get(cell.key)
+
+
+def _checked(task: Task, label: str, documents: int, evaluation: Evaluation) -> Evaluation:
+    """Raises :class:`TaskError` where a score over the documents is no number."""
+    for metric in task.metrics:
+        score = evaluation.values.get(metric.name, 0.0)
+        if not math.isfinite(score):
+            raise TaskError(f"{task.name}: {metric.name} of {label} over {documents} documents is {score}, no number")
+    return evaluation
 
 
 def rows(
@@ -166,9 +187,9 @@ def rows(
     table: list[Row] = []
     for cell in cells:
         taken = list(results.samples[cell.key].values())
-        if taken:
+        mine = results.evaluations.get(cell.key)
+        if mine is not None:
             full = results.full(cell)
-            mine = results.evaluations[cell.key]
             table += _cell_rows(model, task.name, part_of, task.metrics, cell, taken, starts, mine, full)
     add_statistics(table, results.all_samples(), task.metrics)
     return table
@@ -194,7 +215,7 @@ def group_rows(
     starts = timed((item.start or 0 for item in together), terms)
     for cell in cells if results.keys() >= set(names) else ():
         mine = {name: results[name].samples[cell.key] for name in names}
-        if not all(mine.values()):
+        if not all(cell.key in results[name].evaluations for name in names):
             continue
         counts = {name: len(samples) for name, samples in mine.items()}
         evaluation = group_evaluation(group, {name: results[name].evaluations[cell.key] for name in names}, counts)

@@ -48,8 +48,9 @@ class Outcome:
     curve: list[CurveRow] = field(default_factory=list)
     """Divergence over the position, of tasks that compare distributions."""
     failures: list[dict[str, str]] = field(default_factory=list)
-    """``model``, ``task`` and ``error``; ``cell`` and ``document`` where one cell failed in one document; no ``model``
-    where the task is unknown. Of a plugin, ``plugin`` and ``error``."""
+    """``model``, ``task`` and ``error``; ``cell`` and ``document`` where one cell failed in one document, or ``cell``
+    alone where its answers could not be evaluated; no ``model`` where the task is unknown. Of a plugin, ``plugin`` and
+    ``error``."""
     measured: int = 0
     """Samples measured now, as opposed to found in the folder."""
 
@@ -109,7 +110,17 @@ def execute(
         console.print(f"Loading {escape(reference)} ...", highlight=False)
         # On a cluster, workers fetch the weights that this process has no use for.
         weights = config.executor == "local"
-        model = describe(reference, trust_remote_code=config.trust_remote_code, weights=weights)
+        try:
+            model = describe(reference, trust_remote_code=config.trust_remote_code, weights=weights)
+        except UserError as error:
+            # One of several that cannot be read fails alone; a name that nobody knows is a slip.
+            if error.exit_code == 2 or (reference == config.model[-1] and not models):
+                raise
+            show_traceback(error)
+            console.print(f"[red]{escape(str(error))}[/red]", highlight=False)
+            unread = {"model": reference, "error": str(error), "reason": str(error)}
+            outcome.failures += [{"task": task.name, **unread} for task, _ in tasks]
+            continue
         if model.name in models:
             raise UserError(f"--model: {reference!r} has the name of another one, {model.name!r}; rename its folder")
         models[model.name] = model
@@ -320,6 +331,9 @@ class _Run:
         try:
             start = len(self._starts) - 1
             self.folder.append(to_sample(unit.model, task, document, prompt_hash(document), result, start))
+        except (TaskError, UserError) as error:
+            show_traceback(error)
+            return str(error)
         except records.NotFinite as error:
             return str(error)
         self.outcome.measured += 1
@@ -331,6 +345,10 @@ class _Run:
         documents = [*under_way.documents, *under_way.earlier]
         found = _found(name, task, documents, cells, self.folder)
         results = self._results[name][task.name] = TaskResults(task, documents, cells, found, stored)
+        self.outcome.failures += [
+            {"model": name, "task": task.name, "cell": key, "error": str(error)}
+            for key, error in results.failures.items()
+        ]
         self._rows[name, task.name] = rows(name, results, cells, under_way.part_of, self._terms)
         self._curves[name, task.name] = curve_rows(
             stored.whole(item for item in results.all_samples() if item.kind == "compared")

@@ -11,8 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from arkv import ConfigError
-from bench.engine.engine import FAILURES, Engine, Failure
-from bench.errors import UserError
+from bench.engine.engine import Engine, Failure
+from bench.engine.jobs import FAILURES, in_a_line
+from bench.errors import UserError, said_in_one_line
 from bench.methods.cell import Cell
 from bench.methods.grid import tristate_cell
 from bench.models.loading import LoadedModel
@@ -84,19 +85,20 @@ class Objective:
     def _kl(self, found: Mapping[str, Any]) -> dict[str, float] | str:
         configs = self.config.configs(found)
         try:
-            return {
-                KL: fmean(
-                    kl
-                    for item in self.splits
-                    if item.task.name == FIDELITY
-                    for document in item.tuning
-                    if isinstance(document.request, Compare)
-                    for kl in self.fidelity.divergences(document.request, configs)
-                )
-            }
+            with in_a_line():
+                return {
+                    KL: fmean(
+                        kl
+                        for item in self.splits
+                        if item.task.name == FIDELITY
+                        for document in item.tuning
+                        if isinstance(document.request, Compare)
+                        for kl in self.fidelity.divergences(document.request, configs)
+                    )
+                }
         except FAILURES as error:
             # A budget in bytes can prove too small only once the prompt is there, and memory can end.
-            return " ".join(str(error).split())
+            return said_in_one_line(error)
 
     def _scores(self, found: Sequence[Mapping[str, Any]]) -> list[float | str]:
         """Mean of the tasks' first metrics of each set of settings, all answered from the same prefills."""

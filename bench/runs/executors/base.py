@@ -13,6 +13,7 @@ from rich.console import Console
 from bench.engine.decoding import about
 from bench.engine.engine import Engine, Failure, Measurement
 from bench.engine.inspect import map_states
+from bench.errors import OthersCode
 from bench.methods.grid import Cell
 from bench.models.loading import DescribedModel, LoadedModel, load
 from bench.records.states import StatesMap
@@ -116,24 +117,25 @@ class Answerer:
             # Two models need not fit on the device.
             self._engine = self._model = None
             setup = self.setup
-            loaded = setup.loaded.get(name) or load(
-                setup.models[name],
-                dtype=setup.dtype,
-                device=setup.device,
-                trust_remote_code=setup.trust_remote_code,
-                model_kwargs=setup.model_kwargs,
-            )
-            if said := about(loaded.model):
-                Console(stderr=True).print(f"{name}: {said}", markup=False, highlight=False, soft_wrap=True)
-            self.loaded[name] = {"dtype": loaded.dtype, "device": loaded.device}
-            engine = Engine(
-                loaded.model,
-                loaded.tokenizer,
-                setup.cells,
-                batch_size=setup.batch_size,
-                prefill_chunk=setup.prefill_chunk,
-            )
-            self.loaded[name]["warm_up"] = engine.warm_up()
+            with OthersCode(name, placed=True):
+                loaded = setup.loaded.get(name) or load(
+                    setup.models[name],
+                    dtype=setup.dtype,
+                    device=setup.device,
+                    trust_remote_code=setup.trust_remote_code,
+                    model_kwargs=setup.model_kwargs,
+                )
+                if said := about(loaded.model):
+                    Console(stderr=True).print(f"{name}: {said}", markup=False, highlight=False, soft_wrap=True)
+                self.loaded[name] = {"dtype": loaded.dtype, "device": loaded.device}
+                engine = Engine(
+                    loaded.model,
+                    loaded.tokenizer,
+                    setup.cells,
+                    batch_size=setup.batch_size,
+                    prefill_chunk=setup.prefill_chunk,
+                )
+                self.loaded[name]["warm_up"] = engine.warm_up()
             self._engine, self._model, self._name = engine, loaded, name
         return self._engine
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from bench.errors import UserError
+from bench.errors import UserError, show_traceback
 from bench.methods.grid import Cell
 from bench.records.states import StatesMap
 from bench.runs.executors.base import Answered, Answerer, Executor, Setup, Unit
@@ -17,34 +17,41 @@ class LocalExecutor(Executor):
 
     def __init__(self, setup: Setup) -> None:
         self._answerer = Answerer(setup)
+        self._broken: dict[str, str] = {}
+        """Why a model cannot be loaded, by its name."""
 
     def __enter__(self) -> LocalExecutor:
         # What the device or the weights have against it is known before anything is written.
-        self._answerer.engine(next(iter(self._answerer.setup.models)))
+        first, *others = self._answerer.setup.models
+        if not self._loads(first) and not others:
+            raise UserError(self._broken[first])
         return self
+
+    def _loads(self, name: str) -> bool:
+        if name not in self._broken:
+            try:
+                self._answerer.engine(name)
+            except UserError as error:
+                show_traceback(error)
+                self._broken[name] = str(error)
+        return name not in self._broken
 
     def __exit__(self, *_: object) -> None:
         """Nothing to put away."""
 
     def run(self, units: Iterable[Unit]) -> Iterator[Answered]:
-        """See :meth:`Executor.run`. A further model that cannot be loaded fails alone."""
-        broken: dict[str, str] = {}
+        """See :meth:`Executor.run`. One of several models that cannot be loaded fails alone."""
         for unit in units:
-            if unit.model not in broken:
-                try:
-                    self._answerer.engine(unit.model)
-                except UserError as error:
-                    broken[unit.model] = str(error)
-            if unit.model in broken:
-                yield from unit.failures(broken[unit.model])
-            else:
+            if self._loads(unit.model):
                 yield from self._answerer.answer(unit)
+            else:
+                yield from unit.failures(self._broken[unit.model])
 
     def status(self) -> str:
         return ""
 
     def map_states(self, name: str, document: Document, cells: Sequence[Cell]) -> dict[str, StatesMap]:
-        return self._answerer.map_states(name, document, cells)
+        return self._answerer.map_states(name, document, cells) if self._loads(name) else {}
 
     def loaded(self) -> dict[str, dict[str, str]]:
         return self._answerer.loaded
