@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import hashlib
@@ -26,6 +27,32 @@ def definition_sha256(task: Any) -> str:
     return hashlib.sha256(described.encode()).hexdigest()
 
 
+def _code_sha256(path: Path) -> str:
+    """Of a file of code, and of those beside it that it imports."""
+    files: dict[str, str] = {}
+    waiting = [path]
+    while waiting:
+        file = waiting.pop()
+        content = file.read_bytes()
+        files[file.name] = hashlib.sha256(content).hexdigest()
+        waiting += [beside for beside in _beside(file, content) if beside.name not in files]
+    if len(files) == 1:
+        return files[path.name]
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _beside(file: Path, content: bytes) -> list[Path]:
+    """Files in the same folder that a file's code imports, as far as it says so by their names."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(content)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(alias.name for alias in node.names)}
+    found = {file.with_name(f"{name.rpartition('.')[2]}.py") for name in names if name}
+    return sorted(path for path in found - {file} if path.is_file())
+
+
 def _plain(value: Any) -> Any:
     """What stands for something that is no JSON: of code, its name and a hash of its file."""
     if isinstance(value, functools.partial):
@@ -37,7 +64,7 @@ def _plain(value: Any) -> Any:
         except TypeError:
             file = None
         path = None if file is None else Path(file)
-        found = hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else ""
+        found = _code_sha256(path) if path is not None and path.is_file() else ""
         return [getattr(code, "__qualname__", type(code).__qualname__), found]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {item.name: getattr(value, item.name) for item in dataclasses.fields(value)}

@@ -29,7 +29,7 @@ def given(model: Any, tokenizer: Any) -> LoadedModel:
         raise UserError("the model has weights that are not loaded (device meta)", exit_code=2)
     origin = str(model.config.name_or_path or type(model).__name__)
     with torch.no_grad():
-        fingerprint = _fingerprint(model)
+        fingerprint = _fingerprint(model, tokenizer)
     return LoadedModel(
         config=model.config,
         tokenizer=tokenizer,
@@ -47,14 +47,27 @@ def given(model: Any, tokenizer: Any) -> LoadedModel:
     )
 
 
-def _fingerprint(model: Any) -> str:
-    """SHA-256 over the config and every weight as it is now, whatever file it came from."""
+def _fingerprint(model: Any, tokenizer: Any) -> str:
+    """SHA-256 over config, generation config, tokenizer and every weight as they are now, whatever file they are of."""
     import torch
 
-    config = model.config.to_dict()
-    for name in ("transformers_version", "_name_or_path"):
-        config.pop(name, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    generation = model.generation_config.to_dict() if model.generation_config is not None else {}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    known = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    for name in ("padding", "truncation") if backend is not None else ():
+        # As its newest call has left them.
+        known.pop(name, None)
+    parts = {
+        "config": model.config.to_dict(),
+        "generation_config": generation,
+        "tokenizer": known,
+        "special_tokens": tokenizer.special_tokens_map,
+        "chat_template": tokenizer.chat_template,
+    }
+    for written in (parts["config"], generation):
+        for name in ("transformers_version", "_name_or_path"):
+            written.pop(name, None)
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -92,6 +92,43 @@ def test_another_definition_of_a_task(tiny_folder: Path, tmp_path: Path) -> None
     assert outcome.measured == 0
 
 
+def test_the_code_that_a_task_names_is_a_part_of_its_definition(tmp_path: Path) -> None:
+    """With what it imports from beside it."""
+    from bench.harness.definition import _code_sha256
+
+    code, helper, other = (tmp_path / f"{name}.py" for name in ("utils", "helper", "other"))
+    code.write_text("from helper import clean\n\n\ndef score(doc, results):\n    return {}\n")
+    found = [_code_sha256(code)]
+    for file, text in (
+        (helper, "from . import deeper"),
+        (tmp_path / "deeper.py", "import utils"),
+        (code, "import helper"),
+    ):
+        file.write_text(text)
+        found.append(_code_sha256(code))
+    assert len(set(found)) == 4
+    other.write_text("x = 1")
+    assert _code_sha256(code) == found[-1]
+
+
+def test_what_a_model_given_as_an_object_generates_with(tiny_folder: Path) -> None:
+    from bench.models.given import given
+    from bench.models.loading import load
+
+    loaded = load(str(tiny_folder), dtype="float32", device="cpu")
+    model, tokenizer = loaded.model, loaded.tokenizer
+    found = [given(model, tokenizer).fingerprint]
+    tokenizer(["a", "bc def"], padding=True)
+    assert given(model, tokenizer).fingerprint == found[0]
+    model.generation_config.repetition_penalty = 1.3
+    found.append(given(model, tokenizer).fingerprint)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    found.append(given(model, tokenizer).fingerprint)
+    tokenizer.add_tokens(["<new>"])
+    found.append(given(model, tokenizer).fingerprint)
+    assert len(set(found)) == 4
+
+
 @pytest.mark.parametrize(("dtype", "device"), [("bfloat16", "cpu"), ("float32", "cuda:1")])
 def test_another_precision_or_device(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, device: str
