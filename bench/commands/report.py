@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bench.commands.output import named_or_newest, write
 from bench.errors import UserError
+
+if TYPE_CHECKING:
+    from bench.records.row import Row
+    from bench.report.between import Pair
 
 
 class Format(str, Enum):
@@ -49,6 +53,9 @@ def report(
 ) -> None:
     """Print the comparison of each task: methods as rows, budgets grouped, the best of each budget in bold.
 
+    Of several runs every table says in a column which run a row is of, and each further run is compared with the first
+    on the documents that both have answered, with everything that differs between the two.
+
     Tasks that were asked for through a group with a score of its own stand in the CSV format only.
 
     [bold]arkv-bench report[/bold]
@@ -68,14 +75,17 @@ def report(
             _write_page(folders, html, figures)
         if output is None:
             return
+    from bench.records.files.markdown import in_markdown
     from bench.records.row import read_results
-    from bench.records.shown import headline, run_names
+    from bench.records.shown import run_names
     from bench.report import against as published
     from bench.report import averages
+    from bench.report import between_written as changed
     from bench.report.terminal import print_comparison
     from bench.report.writing import to_csv, to_markdown
 
     tables = [read_results(path) for path in folders]
+    shown, pairs_of_runs, reasons = _shown(folders)
     rows = [row for table in tables for row in table]
     pairs = published.pair(rows, published.read_published(against)) if against is not None else None
     if format is Format.TERMINAL and output is None:
@@ -85,30 +95,48 @@ def report(
         if pairs is not None:
             published.print_against(pairs, console)
             return
-        print_comparison([headline(table) for table in tables], console)
+        changed.print_pairs(pairs_of_runs, console)
+        print_comparison(shown, console)
+        for reason in reasons:
+            console.print(reason, markup=False, highlight=False)
         for table in tables:
             averages.print_averages(table, console)
         return
     if pairs is not None:
         text = published.to_csv(pairs) if format is Format.CSV else published.to_markdown(pairs)
     elif format is Format.CSV:
-        text = to_csv(dict(zip(run_names(folders), tables, strict=True)))
+        text = to_csv(dict(zip(run_names(folders), tables, strict=True)), pairs_of_runs)
     else:
-        text = to_markdown([headline(table) for table in tables]) + "".join(
-            f"\n{averages.to_markdown(table)}" for table in tables
-        )
+        text = to_markdown(shown) + changed.to_markdown(pairs_of_runs)
+        text += "".join(f"\n{reason}\n" for reason in map(in_markdown, reasons))
+        text += "".join(f"\n{averages.to_markdown(table)}" for table in tables)
     if output is None:
         typer.echo(text, nl=False)
     else:
         write(output, text)
 
 
-def _write_latex(runs: list[Path], latex: Path) -> None:
+def _shown(folders: list[Path]) -> tuple[list[list[Row]], list[Pair], list[str]]:
+    """Rows by table, further runs against the first, and why some must not be compared."""
+    from bench.records.finished import read_runs
     from bench.records.row import read_results
     from bench.records.shown import headline
+    from bench.report.between import between
+    from bench.report.comparison import tables_of
+
+    if len(folders) == 1:
+        return [headline(read_results(folders[0]))], [], []
+    runs = read_runs(folders)
+    tables, reasons = tables_of(runs)
+    return tables, between(runs), reasons
+
+
+def _write_latex(runs: list[Path], latex: Path) -> None:
+    from bench.report import between_written as changed
     from bench.report.writing import to_latex
 
-    write(latex, to_latex([headline(read_results(path)) for path in runs]))
+    shown, pairs, _ = _shown(runs)
+    write(latex, to_latex(shown) + changed.to_latex(pairs))
 
 
 def _write_page(runs: list[Path], html: Path | None, figures: Path | None) -> None:

@@ -16,8 +16,7 @@ and then far off, so their change is a Hodges-Lehmann estimate (:func:`bench.jud
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -42,12 +41,10 @@ from bench.gate.reading import read
 from bench.names import FULL, RECORD, RESULTS
 from bench.records.differing import Term, differing, rounding
 from bench.records.files.text import printable
-from bench.records.finished import Run, difference
+from bench.records.finished import Run, difference, members, same_cells
 from bench.records.row import Row
 from bench.records.sample import Measured
 from bench.records.shown import headline
-
-IDENTITY = ("method", "quant_format", "budget_unit", "cache_size", "cache_ratio", "window_size")
 
 
 class _Side:
@@ -56,11 +53,9 @@ class _Side:
     def __init__(self, run: Run) -> None:
         self.rows = {(row.model, row.task, row.metric, row.cell): row for row in run.rows}
         self.by_cell: dict[tuple[str, str], dict[Document, Measured]] = {}
-        self.identities: dict[str, tuple[Any, ...]] = {}
         for sample in run.samples.values():
             mine = self.by_cell.setdefault((sample.model, sample.cell), {})
             mine[sample.task, sample.document] = sample
-            self.identities[sample.cell] = tuple(getattr(sample, name) for name in IDENTITY)
         self.labels: Mapping[str, str] = run.of_run.cells
 
     def label(self, cell: str) -> str:
@@ -82,16 +77,6 @@ class _Side:
         ]
 
 
-def _same_cells(run: _Side, baseline: _Side) -> dict[str, str]:
-    """The run's cell for each of the baseline's: the same settings, or else the only one of that method and budget."""
-    found = {cell: cell for cell in baseline.identities if cell in run.identities}
-    counts = Counter(baseline.identities.values()), Counter(run.identities.values())
-    for cell, identity in baseline.identities.items():
-        if cell not in found and counts[0][identity] == counts[1][identity] == 1:
-            found[cell] = next(other for other, mine in run.identities.items() if mine == identity)
-    return found
-
-
 def check(run: Run, baseline: Run, tolerances: Tolerances, *, partial: bool = False) -> Report:
     """Compare ``run`` with ``baseline``.
 
@@ -107,7 +92,7 @@ def check(run: Run, baseline: Run, tolerances: Tolerances, *, partial: bool = Fa
     shared &= {(model, task, document) for model, task, document, *_ in baseline.samples}
     _refuse_others(run, baseline, shared)
     mine, other = _Side(run), _Side(baseline)
-    same = _same_cells(mine, other)
+    same = same_cells(baseline.samples.values(), run.samples.values())
     elsewhere = rounding(baseline.of_run, run.of_run)
     if tolerances.lost is None:
         tolerances = replace(tolerances, lost=LOST_ELSEWHERE if elsewhere else 0.0)
@@ -201,12 +186,6 @@ def _explained(elsewhere: Sequence[Term], tolerances: Tolerances) -> str:
     )
 
 
-def _members(task: str, rows: Iterable[Row]) -> set[str]:
-    """The task, or all that were asked for through the group of that name."""
-    parts = {row.task for row in rows if row.part_of == task and row.task != task}
-    return {task}.union(*(_members(part, rows) for part in parts))
-
-
 def _right_or_wrong(row: Row, tasks: Container[str], *sides: _Side) -> bool:
     """Whether the metric knows right and wrong only, by all cells of both sides."""
     return (
@@ -230,7 +209,7 @@ def _of_row(
     Bytes stand with a task's first metric.
     """
     model, task, metric, cell = row.model, row.task, row.metric, row.cell
-    tasks = _members(task, rows)
+    tasks = members(task, rows)
     named: dict[str, Any] = {"model": model, "cell": other.label(cell)}
     what = f"{task} {metric}"
     before = other.of(model, cell, tasks)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench.names import RECORD, RESULTS, SAMPLES, SPEED
 from bench.records.record import Fingerprint, Record, read_record
 from bench.records.row import Row, read_results
-from bench.records.sample import Samples
+from bench.records.sample import Measured, Samples
 from bench.records.shown import run_names
 from bench.records.states import MapRecord, read_maps
 from bench.records.timing import SpeedRecord, Timing, read_speed_record, read_timings
@@ -101,6 +103,32 @@ def _prompts(run: Run, model: str, task: str, documents: Container[str] | None) 
         for sample in run.samples.values()
         if sample.model == model and sample.task == task and (documents is None or sample.document in documents)
     }
+
+
+IDENTITY = ("method", "quant_format", "budget_unit", "cache_size", "cache_ratio", "window_size")
+"""What makes a cell the same one for a person, whatever its other settings."""
+
+
+def identities(samples: Iterable[Measured]) -> dict[str, tuple[Any, ...]]:
+    """Of each cell, what :data:`IDENTITY` names."""
+    return {sample.cell: tuple(getattr(sample, name) for name in IDENTITY) for sample in samples}
+
+
+def same_cells(first: Iterable[Measured], second: Iterable[Measured]) -> dict[str, str]:
+    """The second run's cell for each of the first's: the same settings, or the only one of that method and budget."""
+    before, now = identities(first), identities(second)
+    found = {cell: cell for cell in before if cell in now}
+    counts = Counter(before.values()), Counter(now.values())
+    for cell, identity in before.items():
+        if cell not in found and counts[0][identity] == counts[1][identity] == 1:
+            found[cell] = next(other for other, mine in now.items() if mine == identity)
+    return found
+
+
+def members(task: str, rows: Iterable[Row]) -> set[str]:
+    """The task, or all that were asked for through the group of that name."""
+    parts = {row.task for row in rows if row.part_of == task and row.task != task}
+    return {task}.union(*(members(part, rows) for part in parts))
 
 
 def comparable(runs: Sequence[Run], model: str, task: str) -> tuple[list[list[Run]], list[str]]:

@@ -119,9 +119,9 @@ plain and adjusted over the table, the smallest difference that so many document
 is the best of its budget or cannot be told from it."""
 
 
-def rows_csv(rows: Iterable[Row], *, of_runs: bool = False, digits: int | None = DIGITS) -> str:
-    """The rows as CSV, with a column for the run if they are ``of_runs``; ``digits`` as :func:`csv_text` takes them."""
-    return csv_text([RUN, *COLUMNS] if of_runs else COLUMNS, rows, digits)
+def rows_csv(rows: Iterable[Row]) -> str:
+    """The rows of one run as CSV."""
+    return csv_text(COLUMNS, rows, DIGITS)
 
 
 def read_results(path: Path) -> list[Row]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from bench.judge.verdict import ALPHA, p_text, verdict
@@ -74,6 +74,8 @@ def _difference(row: Row) -> str:
     return _two_lines(score_text(row.difference, sign="+"), interval)
 
 
+RUN = Column("run", lambda row: row.run or "", left=True, needed=True)
+"""Stands where rows of several runs do."""
 BUDGET = Column("budget", budget_cell, needed=True)
 AGAINST_FULL = Column("against full", _against_full, left=True)
 STATES = Column("O/Q/E %", _states)
@@ -122,3 +124,8 @@ LEGEND = (
     "TTFT: prefill, compression and the first token; TPOT: every later token. Times are of the machine in record.json.",
 )
 """What the columns mean."""
+
+
+def with_run(columns: Sequence[Column], rows: Iterable[Row]) -> list[Column]:
+    """The columns, first of all the run where the rows are of several."""
+    return [RUN, *columns] if any(row.run for row in rows) else list(columns)

@@ -10,8 +10,12 @@ from bench.judge.budgets import by_budget
 from bench.methods.names import limits_of
 from bench.names import BUDGET_UNITS, FULL, RECORD, RESULTS, TRISTATE
 from bench.records.files.numbers import percent_text, score_text
+from bench.records.finished import Run, comparable
 from bench.records.row import Row
+from bench.records.shown import headline
 from bench.report.columns import TOLERANCE, budget_cell, off_budget
+
+WITHIN = "differences, p-values and bold are within each run; what changed from run to run stands in a table of its own"
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,25 @@ def compare(rows: Sequence[Row]) -> list[Comparison]:
         counts = sorted({row.n for row in mine})
         direction = "higher" if mine[0].higher_is_better else "lower"
         title = f"{task}, {metric} ({direction} is better), {model}, n={'-'.join(map(str, counts))}"
-        comparisons.append(Comparison(title, groups, _notes(mine)))
+        notes = _notes(mine)
+        if len({row.run for row in mine}) > 1:
+            notes.append(WITHIN)
+        comparisons.append(Comparison(title, groups, notes))
     return comparisons
+
+
+def tables_of(runs: Sequence[Run]) -> tuple[list[list[Row]], list[str]]:
+    """The rows to show of several runs, each with its run: those of a task in one table where they may be compared; and
+    why some may not."""
+    tables: list[list[Row]] = []
+    reasons: list[str] = []
+    for model, task in dict.fromkeys((row.model, row.task) for run in runs for row in headline(run.rows)):
+        sets, why = comparable(runs, model, task)
+        reasons += why
+        for together in sets:
+            mine = [(run.name, row) for run in together for row in run.rows if (row.model, row.task) == (model, task)]
+            tables.append([row.model_copy(update={"run": name}) for name, row in mine])
+    return tables, reasons
 
 
 def _by_bytes(row: Row) -> tuple[bool, float]:

@@ -20,7 +20,7 @@ from bench.report.columns import LEGEND
 from bench.report.figures.canvas import Figure, file_name
 from bench.report.figures.layers import states_figure
 from bench.report.paragraphs import answer, problems_of
-from bench.report.sections import FIGURED, run_sections, speed_sections
+from bench.report.sections import FIGURED, pair_sections, run_sections, speed_sections
 
 MAPS = 6
 """States maps that are drawn: each takes some 60 kB."""
@@ -70,6 +70,7 @@ def build(runs: Sequence[Run]) -> Page:
     """The page of one or more runs."""
     sections, warnings = run_sections(runs)
     speed, reasons = speed_sections(runs)
+    pairs = pair_sections(runs)
     maps, undrawn = _map_figures(runs)
     figures = [*(figure for section in [*sections, *speed] for figure in section.figures), *maps]
     html = render(
@@ -78,7 +79,7 @@ def build(runs: Sequence[Run]) -> Page:
         runs=runs,
         answers={run.name: answer(run) for run in runs if run.is_run},
         warnings=[*warnings, *reasons],
-        sections=[*sections, *speed],
+        sections=[*sections, *pairs, *speed],
         maps=maps,
         undrawn=undrawn,
         unfigured=max(len(sections) - FIGURED, 0),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from bench.records.files.text import printable
 from bench.records.finished import Run, comparable
@@ -15,7 +17,13 @@ from bench.records.sample import Measured, Sample
 from bench.records.shown import headline
 from bench.records.starts import terms, timed
 from bench.records.timing import SpeedRecord, summarize
-from bench.report.columns import AGAINST_FULL, BUDGET, DIFFERENCE, METHOD, SCORE, SHARE, STATES, TPOT, TTFT, Column
+from bench.report.between import between
+from bench.report.between_written import HEADERS as PAIR_HEADERS
+from bench.report.between_written import LEFT as PAIR_LEFT
+from bench.report.between_written import LEGEND as PAIR_LEGEND
+from bench.report.between_written import cells as pair_cells
+from bench.report.between_written import notes as pair_notes
+from bench.report.columns import AGAINST_FULL, BUDGET, DIFFERENCE, METHOD, RUN, SCORE, SHARE, STATES, TPOT, TTFT, Column
 from bench.report.comparison import compare
 from bench.report.figures.canvas import Figure, file_name
 from bench.report.figures.curve import curve_figure
@@ -25,6 +33,8 @@ from bench.report.figures.times import share_figure, speed_figure, time_figure
 from bench.report.paragraphs import in_words, named
 from bench.report.speed import COLUMNS as SPEED_COLUMNS
 from bench.report.speed import LEGEND as SPEED_LEGEND
+
+_Sampled = TypeVar("_Sampled", bound=Measured)
 
 FIGURED = 40
 """Comparisons that get figures: more would make the page too large for a phone, and nobody looks at more."""
@@ -76,7 +86,6 @@ ORDERED: tuple[tuple[Column, Callable[[Row], Any]], ...] = (
     (TPOT, lambda row: row.tpot_ms),
 )
 """The columns of the page, and by what each is sorted."""
-RUN = Column("run", lambda row: row.run or "", left=True)
 
 
 def run_sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
@@ -96,36 +105,64 @@ def run_sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
                 if (row.model, row.task) == (model, task)
             ]
             suffix = f", {together[0].name}" if len(sets) > 1 else ""
-            sections += _of_task(rows, _TaskSamples(together, model, task), suffix, several, len(sections))
+            sections += _of_task(rows, _TaskSamples(together, rows, model, task), suffix, several, len(sections))
     return sections, warnings
 
 
 class _TaskSamples:
-    """The samples of some runs on a model's task, those that its rows are made of."""
+    """The samples of some runs on a model's task, exactly those that the rows of a table are made of.
 
-    def __init__(self, runs: Sequence[Run], model: str, task: str) -> None:
-        self._of_runs = [
-            (run, _newest(item for item in run.samples.values() if (item.model, item.task) == (model, task)))
-            for run in runs
-        ]
+    A folder can hold others beside them: of documents that its results are without, or of a start that has not ended.
+    Which they are no row says, but how many it has: a cell with another number of samples gets no figure of them.
+    """
+
+    def __init__(self, runs: Sequence[Run], rows: Sequence[Row], model: str, task: str) -> None:
+        counts = {(row.run, row.cell): row.n for row in rows}
+        self._timed = {(row.run, row.cell): row.timed_documents for row in rows}
+        self._of_runs: list[tuple[Run, str | None, list[Measured]]] = []
+        self.other: list[str] = []
+        """Cells with another number of samples than their row."""
+        for run in runs:
+            name = run.name if len(runs) > 1 else None
+            mine = _newest(item for item in run.samples.values() if (item.model, item.task) == (model, task))
+            held = Counter(item.cell for item in mine)
+            other = {cell for cell, count in held.items() if counts.get((name, cell), count) != count}
+            self.other += [key(name, run.of_run.cells.get(cell, cell)) for cell in sorted(other)]
+            self._of_runs.append((run, name, [item for item in mine if item.cell not in other]))
 
     def clocked(self) -> list[Measured]:
         """Those whose times count."""
         found = []
-        for run, mine in self._of_runs:
+        for run, name, mine in self._of_runs:
             starts = timed((item.start or 0 for item in mine), [terms(dict(start)) for start in run.of_run.starts])
-            found += [item for item in mine if (item.start or 0) in starts]
+            counting = [item for item in mine if (item.start or 0) in starts]
+            held = Counter(item.cell for item in counting)
+            wanted = {cell: self._timed.get((name, cell)) for cell in held}
+            found += [_of_run(item, name) for item in counting if wanted[item.cell] in (None, held[item.cell])]
         return found
 
     def whole(self) -> Iterator[Sample]:
         """With their answers, read one by one."""
-        for run, mine in self._of_runs:
-            yield from run.samples.whole(mine)
+        for run, name, mine in self._of_runs:
+            yield from (_of_run(item, name) for item in run.samples.whole(mine))
 
     def compared(self) -> Iterator[Sample]:
         """Those that are compared with the full cache token by token."""
-        for run, mine in self._of_runs:
-            yield from run.samples.whole(item for item in mine if item.kind == "compared")
+        for run, name, mine in self._of_runs:
+            found = run.samples.whole(item for item in mine if item.kind == "compared")
+            yield from (_of_run(item, name) for item in found)
+
+
+def key(run: str | None, cell: str) -> str:
+    """A cell of one of several runs: the same method in two runs is two series of a figure."""
+    return cell if run is None else f"{run}: {cell}"
+
+
+def _of_run(sample: _Sampled, run: str | None) -> _Sampled:
+    """The sample under the key of its run's cell."""
+    found = copy.copy(sample)
+    found.cell = key(run, sample.cell)
+    return found
 
 
 def _newest(samples: Iterable[Measured]) -> list[Measured]:
@@ -144,17 +181,22 @@ def _of_task(rows: Sequence[Row], samples: _TaskSamples, suffix: str, several: b
         mine = list(itertools.chain.from_iterable(comparison.groups))
         name = f"{done + len(sections) + 1:02d}-{file_name(mine[0].task, mine[0].metric)}"
         notes = list(comparison.notes)
-        if several:
-            notes.append("differences, p-values and bold are within each run; nothing is tested from run to run")
+        # Figures take rows and samples by their cell.
+        drawn = [row.model_copy(update={"cell": key(row.run, row.cell)}) for row in mine]
+        if samples.other and not sections:
+            notes.append(
+                "not in the figures that are made of samples, of which the folder holds others than the table: "
+                + ", ".join(samples.other)
+            )
         figures: list[Figure | None] = []
         if done + len(sections) < FIGURED:
-            figures.append(score_figure(name, mine))
+            figures.append(score_figure(name, drawn))
             if not sections:
-                figures.append(time_figure(f"{name}-time", mine))
+                figures.append(time_figure(f"{name}-time", drawn))
                 if done < SHARED:
-                    figures.append(share_figure(f"{name}-shares", mine, samples.clocked()))
-                figures.append(oq_figure(f"{name}-oq", mine, samples.whole()))
-                figures.append(curve_figure(f"{name}-curve", mine, samples.compared()))
+                    figures.append(share_figure(f"{name}-shares", drawn, samples.clocked()))
+                figures.append(oq_figure(f"{name}-oq", drawn, samples.whole()))
+                figures.append(curve_figure(f"{name}-curve", drawn, samples.compared()))
         sections.append(
             Section(
                 title=comparison.title + suffix,
@@ -172,6 +214,38 @@ def _of_task(rows: Sequence[Row], samples: _TaskSamples, suffix: str, several: b
                 ],
                 notes=notes,
                 figures=[figure for figure in figures if figure is not None],
+            )
+        )
+    return sections
+
+
+def pair_sections(runs: Sequence[Run]) -> list[Section]:
+    """A section for each run that is compared with the first one, as far as the two may be."""
+    sections = []
+    for number, pair in enumerate((pair for pair in between(runs) if pair.changes), start=1):
+        order = [
+            [None, None, None, None, item.n, item.before, item.now, item.difference, None, item.p_holm, item.lost]
+            for item in pair.changes
+        ]
+        lines = [
+            Line(
+                cells=[
+                    Cell([text], text if key is None else key)
+                    for text, key in zip(pair_cells(change), keys, strict=True)
+                ],
+                leading=False,
+                exercised=not change.row.not_exercised,
+                first=place == 0,
+            )
+            for place, (change, keys) in enumerate(zip(pair.changes, order, strict=True))
+        ]
+        sections.append(
+            Section(
+                title=pair.title,
+                anchor=f"pair-{number}",
+                headers=[(header, place in PAIR_LEFT) for place, header in enumerate(PAIR_HEADERS)],
+                lines=lines,
+                notes=[*pair_notes(pair), PAIR_LEGEND],
             )
         )
     return sections

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from rich import box
@@ -10,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.records.row import Row
-from bench.report.columns import EVERYTHING, LEGEND, STACKED, Column
+from bench.report.columns import EVERYTHING, LEGEND, STACKED, Column, with_run
 from bench.report.comparison import Comparison, compare
 
 
@@ -43,10 +44,11 @@ def _fitting(comparison: Comparison, console: Console) -> tuple[Table, list[str]
         table.title = title
         return width <= console.width
 
-    columns = list(EVERYTHING)
+    rows = list(itertools.chain.from_iterable(comparison.groups))
+    columns = with_run(EVERYTHING, rows)
     table = _table(comparison, columns)
     if not fits(table):
-        columns = list(STACKED)
+        columns = with_run(STACKED, rows)
         table = _table(comparison, columns)
     left_out: list[str] = []
     while not fits(table) and (spare := [column for column in columns if not column.needed]):

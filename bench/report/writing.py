@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+from bench.records.files.csv_ import csv_text
 from bench.records.files.latex import latex_table
 from bench.records.files.markdown import in_markdown, markdown_table
-from bench.records.row import Row, rows_csv
-from bench.report.columns import EVERYTHING, LEGEND
+from bench.records.row import COLUMNS, RUN, Row
+from bench.report.between import Pair
+from bench.report.between_written import AGAINST, csv_cells
+from bench.report.columns import EVERYTHING, LEGEND, with_run
 from bench.report.comparison import compare
 
 LATEX_LEFT_OUT = ("against full", "KV bytes")
@@ -18,11 +21,12 @@ LATEX_LEFT_OUT = ("against full", "KV bytes")
 def to_markdown(tables: Sequence[Sequence[Row]]) -> str:
     """The comparisons as Markdown."""
     lines: list[str] = []
-    headers = [column.header for column in EVERYTHING]
-    right = [place for place, column in enumerate(EVERYTHING) if not column.left]
     for comparison in itertools.chain.from_iterable(map(compare, tables)):
         rows = list(itertools.chain.from_iterable(comparison.groups))
-        cells = [[column.cell(row) for column in EVERYTHING] for row in rows]
+        columns = with_run(EVERYTHING, rows)
+        headers = [column.header for column in columns]
+        right = [place for place, column in enumerate(columns) if not column.left]
+        cells = [[column.cell(row) for column in columns] for row in rows]
         leading = [place for place, row in enumerate(rows) if row.leading]
         lines += [f"**{in_markdown(comparison.title)}**", ""]
         lines += markdown_table(headers, cells, right=right, bold=leading)
@@ -32,10 +36,11 @@ def to_markdown(tables: Sequence[Sequence[Row]]) -> str:
 
 def to_latex(tables: Sequence[Sequence[Row]]) -> str:
     """The comparisons as tables for a paper; they need the package booktabs."""
-    columns = [column for column in EVERYTHING if column.header not in LATEX_LEFT_OUT]
-    left = [place for place, column in enumerate(columns) if column.left]
+    fitting = [column for column in EVERYTHING if column.header not in LATEX_LEFT_OUT]
     lines = ["% Needs \\usepackage{booktabs}. Written by arkv-bench report."]
     for comparison in itertools.chain.from_iterable(map(compare, tables)):
+        columns = with_run(fitting, itertools.chain.from_iterable(comparison.groups))
+        left = [place for place, column in enumerate(columns) if column.left]
         groups = [
             [([column.cell(row) for column in columns], bool(row.leading)) for row in group]
             for group in comparison.groups
@@ -45,13 +50,20 @@ def to_latex(tables: Sequence[Sequence[Row]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def to_csv(tables: Mapping[str, Sequence[Row]]) -> str:
+def to_csv(tables: Mapping[str, Sequence[Row]], pairs: Sequence[Pair] = ()) -> str:
     """All rows of all runs under one header; of several runs, with a column that says which.
 
     Args:
         tables: the rows by the name of their run.
+        pairs: runs that are compared with the first, whose rows get the columns :data:`AGAINST`.
     """
     several = len(tables) > 1
-    rows = (row.model_copy(update={"run": name}) if several else row for name, mine in tables.items() for row in mine)
+    against = csv_cells(pairs)
+    lines = [
+        {**row.model_dump(), RUN: name, **against.get((name, row.model, row.task, row.metric, row.cell), {})}
+        for name, mine in tables.items()
+        for row in mine
+    ]
+    columns = [*([RUN] if several else []), *COLUMNS, *(AGAINST if against else ())]
     # What was read has the digits of its file.
-    return rows_csv(rows, of_runs=several, digits=None)
+    return csv_text(columns, lines, None)

@@ -46,6 +46,10 @@ SAMPLES = [
 ]
 
 
+OF_SAMPLES = [item.model_copy(update={"n": 2}) if item.cell == "mix-512" else item for item in ROWS]
+"""The rows of a folder that holds :data:`SAMPLES`."""
+
+
 def typed(lines: list[dict[str, Any]]) -> list[Sample]:
     return [Sample(**item) for item in lines]
 
@@ -65,7 +69,7 @@ def make_run(
     **record: Any,
 ) -> Path:
     folder.mkdir(parents=True)
-    write(folder, ROWS if rows is None else rows)
+    write(folder, OF_SAMPLES if rows is None else rows)
     lines = SAMPLES if samples is None else samples
     (folder / "samples.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines))
     (folder / "record.json").write_text(json.dumps({**RECORD, **record}))
@@ -221,12 +225,14 @@ def test_a_page_of_many_tasks_stays_small(tmp_path: Path) -> None:
 
 def test_comparable_runs_share_a_table(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path / "a"), make_run(tmp_path / "b"))
-    (table,) = Parsed(page.html).tables
+    table, changes = Parsed(page.html).tables
     assert table[0][2] == "run"
     assert {line[2] for line in table[1:]} == {"a", "b"}
     assert len(table) == 1 + 2 * len(ROWS)
     assert "must not be compared on" not in page.html
-    assert "nothing is tested from run to run" in page.html
+    assert "what changed from run to run stands in a table of its own" in page.html
+    assert changes[0][:5] == ["run", "task, metric", "method", "budget", "n"]
+    assert [line[:5] for line in changes[1:]] == [["b", "needle, exact_match", "mix int8", "512", "2"]]
 
 
 @pytest.mark.parametrize(
@@ -389,6 +395,40 @@ def test_the_front_is_what_nothing_beats() -> None:
 
 def test_ratios_are_means_over_documents() -> None:
     assert layer_means(typed(SAMPLES)) == {"mix-512": [pytest.approx(0.6), 1.0]}
+
+
+def test_figures_are_of_exactly_the_samples_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two runs each row has its own; of other samples than the table has no figure is made."""
+    given: dict[str, list[tuple[str, str, float]]] = {}
+    for name in ("share_figure", "oq_figure"):
+
+        def noted(figure: str, rows: Sequence[Row], samples: Any, name: str = name) -> None:
+            known = {row.cell for row in rows}
+            given.setdefault(name, []).extend(
+                (item.cell, item.document, item.decode_s) for item in samples if item.cell in known
+            )
+
+        monkeypatch.setattr(f"bench.report.sections.{name}", noted)
+    rows = [item.model_copy(update={"n": 2}) for item in ROWS if item.cell == "mix-512"]
+    a = make_run(tmp_path / "a", rows, [{**item, "decode_s": 1.0} for item in SAMPLES])
+    b = make_run(tmp_path / "b", rows, [{**item, "decode_s": 3.0} for item in SAMPLES])
+    page = page_of(a, b)
+    of = [
+        (f"{run}: mix-512", document, seconds) for run, seconds in (("a", 1.0), ("b", 3.0)) for document in ("d0", "d1")
+    ]
+    assert given == {"share_figure": of, "oq_figure": of}
+    assert "not in the figures" not in page.html
+    # A document that the results are without.
+    given.clear()
+    more = make_run(tmp_path / "more", rows, [*SAMPLES, sample("mix-512", "d2", oq_ratios=[0.1, 0.1])])
+    page = page_of(more)
+    assert given == {"share_figure": [], "oq_figure": []}
+    assert "not in the figures that are made of samples" in page.html
+    # Times of fewer documents than the row's are not the row's.
+    given.clear()
+    page_of(make_run(tmp_path / "times", [item.model_copy(update={"timed_documents": 1}) for item in rows]))
+    assert given["share_figure"] == []
+    assert len(given["oq_figure"]) == 2
 
 
 @pytest.mark.slow
