@@ -8,7 +8,9 @@ storage. Stock caches keep working under the same function, which then is transf
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
+from collections.abc import Iterator
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal
@@ -19,25 +21,30 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from arkv.blocks import plain_attention
-from arkv.config import ConfigError
+from arkv.config import ConfigError, NotCompressible
 
 NAME = "arkv"
 
 
 class NotAttached(ConfigError, AttributeError):
-    """A model used something itself that only this library's attention function can read."""
+    """A model that is not attached used something that only this library's attention function can read."""
 
-    def __init__(self, config: Any, what: str) -> None:
-        if getattr(config, "_attn_implementation", None) == NAME:
-            super().__init__(
-                f"model {config.model_type!r} works on {what} itself: its own attention does not go through "
-                "transformers' attention interface, so that no compressed cache serves it; a full cache does"
-            )
-        else:
-            super().__init__(
-                "the model's own attention cannot read this cache: put `with attach(model):` (from arkv) around the "
-                "model's call"
-            )
+
+class UsedItself(NotCompressible, AttributeError):
+    """A model that is attached did, in an attention of its own."""
+
+
+def _misused(config: Any, what: str) -> ConfigError:
+    """The error where a model of ``config`` works on ``what`` itself."""
+    if getattr(config, "_attn_implementation", None) == NAME:
+        return UsedItself(
+            f"model {config.model_type!r} works on {what} itself: its own attention does not go through "
+            "transformers' attention interface, so that no compressed cache serves it; a full cache does"
+        )
+    return NotAttached(
+        "the model's own attention cannot read this cache: put `with attach(model):` (from arkv) around the model's "
+        "call"
+    )
 
 
 class Handle:
@@ -50,7 +57,7 @@ class Handle:
     """Where the layer has one."""
 
     def __getattr__(self, name: str) -> Any:
-        raise NotAttached(self.config, "the keys and values of its cache")
+        raise _misused(self.config, "the keys and values of its cache")
 
     def attend(
         self, module: torch.nn.Module, query: torch.Tensor, mask: Any, scaling: float, **kwargs: Any
@@ -61,7 +68,7 @@ class Handle:
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handles = (item for item in tree_leaves((args, kwargs)) if isinstance(item, Handle))
-        raise NotAttached(next(handles).config, "the keys and values of its cache")
+        raise _misused(next(handles).config, "the keys and values of its cache")
 
 
 class LazyMask:
@@ -79,15 +86,15 @@ class LazyMask:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        raise NotAttached(self.__dict__.get("_arguments", {}).get("config"), "its attention mask")
+        raise _misused(self.__dict__.get("_arguments", {}).get("config"), "its attention mask")
 
     def __getitem__(self, index: Any) -> Any:
-        raise NotAttached(self._arguments.get("config"), "its attention mask")
+        raise _misused(self._arguments.get("config"), "its attention mask")
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         masks = (item for item in tree_leaves((args, kwargs)) if isinstance(item, LazyMask))
-        raise NotAttached(next(masks)._arguments.get("config"), "its attention mask")
+        raise _misused(next(masks)._arguments.get("config"), "its attention mask")
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         # A static cache counts its tokens in a tensor that it changes before the mask is made.
@@ -199,18 +206,20 @@ _HARMLESS = {
 
 
 def _check_understood(module: torch.nn.Module, handle: Handle, dropout: float, kwargs: dict[str, Any]) -> None:
-    """Raises :class:`ConfigError` where a layer asks for attention that a compressed cache does not compute."""
+    """Raises :class:`NotCompressible` where a layer asks for attention that a compressed cache does not compute."""
     config = handle.config or getattr(module, "config", None)
     name = f"model {getattr(config, 'model_type', None)!r}"
     strange = [key for key, item in kwargs.items() if item is not None and key not in _UNDERSTOOD | _HARMLESS]
     if strange:
-        raise ConfigError(f"{name} hands {min(strange)!r} to its attention, which a compressed cache does not know")
+        raise NotCompressible(f"{name} hands {min(strange)!r} to its attention, which a compressed cache does not know")
     window, context = kwargs.get("sliding_window"), getattr(config, "max_position_embeddings", None)
     if window is not None and handle.sliding_window is None and not (context is not None and window >= context):
-        raise ConfigError(f"{name} has a sliding window of {window} in a layer that its config counts as a full one")
+        raise NotCompressible(
+            f"{name} has a sliding window of {window} in a layer that its config counts as a full one"
+        )
     causal = kwargs.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
-        raise ConfigError(f"{name} has attention that is not causal, which a compressed cache cannot serve")
+        raise NotCompressible(f"{name} has attention that is not causal, which a compressed cache cannot serve")
     if dropout:
         raise ConfigError(f"{name} drops attention out, which a compressed cache cannot do: call model.eval()")
 
@@ -280,6 +289,17 @@ _attached: dict[int, _Own] = {}
 """By the identity of the config, since different configs can be equal."""
 
 
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Without transformers' warnings of models that have no attention interface, which errors of ours tell."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 class attach:
     """Let ``model`` attend through this library; as a context manager, put its own attention back at the end.
 
@@ -296,13 +316,13 @@ class attach:
         self._parts = [_Own.of(config) for config in configs.values()]
         for own in self._parts:
             own.times += 1
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError), _unwarned():
             model.set_attn_implementation(NAME)
         # Where the model has no attention interface transformers says no, or only warns.
         decoder: Any = model.config.get_text_config(decoder=True)
         if decoder._attn_implementation != NAME:
             self.detach()
-            raise ConfigError(
+            raise NotCompressible(
                 f"model {decoder.model_type!r} has no attention interface that a compressed cache could use; "
                 "transformers' own full cache serves it, without `attach`"
             )

@@ -16,6 +16,10 @@ class ConfigError(ValueError):
     """A setting makes no sense: names the setting, its value and a value that would work."""
 
 
+class NotCompressible(ConfigError):
+    """No compressed cache serves the model; transformers' own full cache does."""
+
+
 def _nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)

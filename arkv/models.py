@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
-from arkv.config import ConfigError
+from arkv.config import ConfigError, NotCompressible
 
 
 def text_config(model: PreTrainedModel | PreTrainedConfig) -> Any:
@@ -61,7 +61,8 @@ def layers_of(
     layers are the others, and keep what ours do not: the states of layers that are hybrids by themselves.
 
     Raises:
-        ConfigError: nothing can be compressed, or only a cache of another kind could serve the model.
+        NotCompressible: nothing can be compressed.
+        ConfigError: only a cache of another kind than transformers' full one could serve the model.
     """
     config = text_config(model)
     name = f"model {config.model_type!r}"
@@ -74,7 +75,7 @@ def layers_of(
         getattr(config, "kv_sharing_modes", ()) or ()
     )
     if sharing:
-        raise ConfigError(f"{name} has layers that share keys and values, which is not supported")
+        raise NotCompressible(f"{name} has layers that share keys and values, which is not supported")
     try:
         stock = DynamicCache(config=config)
     except KeyError as error:
@@ -88,16 +89,16 @@ def layers_of(
         if type(layer) is DynamicLayer and kind not in (None, "full_attention"):
             raise ConfigError(f"{name} has layers of type {kind!r}, which only a cache of its own kind serves")
         if isinstance(layer, CacheLayerMixin) and type(layer).__module__ != DynamicCache.__module__:
-            raise ConfigError(f"{name} has {type(layer).__name__}s, which cannot be compressed")
+            raise NotCompressible(f"{name} has {type(layer).__name__}s, which cannot be compressed")
         if _is_full(layer, kind, config):
             layers.append(make())
         elif getattr(layer, "is_sliding", False) or not isinstance(layer, CacheLayerMixin):
             layers.append(layer)
         else:
-            raise ConfigError(f"{name} has {type(layer).__name__}s, which cannot be compressed")
+            raise NotCompressible(f"{name} has {type(layer).__name__}s, which cannot be compressed")
     if all(mine is layer for mine, layer in zip(layers, stock.layers, strict=True)):
         why = "sliding windows in all layers" if any(stock.is_sliding) else "full attention in no layer"
-        raise ConfigError(f"{name} has {why}: there is nothing to compress")
+        raise NotCompressible(f"{name} has {why}: there is nothing to compress")
     return layers, stock
 
 

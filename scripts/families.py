@@ -25,7 +25,9 @@ is tested.
 - **exact, hybrid**: the same, and other layers keep their state (a recurrence, a convolution) as transformers has it.
   `CacheBatch` and `TriStateCache.stack` do not serve them: each row takes a forward of its own.
 - **refused**: a `ConfigError` names the model and the reason, when the cache is made, when `attach` is called, or in
-  the first forward. Nothing is silently wrong. transformers' own full cache serves such a model as before.
+  the first forward. Nothing is silently wrong. transformers' own full cache serves such a model as before: the suite
+  measures `full` and the `hf:` methods with it, one document at a time, and the other methods' rows give the reason. A
+  model that needs a cache of its own kind, or takes none, is not measured.
 
 A layer whose sliding window is at least as wide as the model's context counts as full attention. Tokens beyond the
 context are not what the model was made for, and there its window would begin to slide.

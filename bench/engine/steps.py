@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 
 from bench.engine.jobs import Job, cells_of, noting
 from bench.methods.cell import Cell
-from bench.methods.prompt import Compressed, Prompt
+from bench.methods.prompt import Compressed, Prompt, StockPrefill
 from bench.methods.reading import record
 
 _T = TypeVar("_T")
@@ -91,7 +91,11 @@ class Steps:
         """Compute contexts in one forward, or a single one in chunks."""
         if not all(contexts):
             return [None for _ in contexts]
-        return record(self.model, contexts, self.recorded_queries, self.prefill_chunk)
+        prompts = record(self.model, contexts, self.recorded_queries, self.prefill_chunk)
+        if any(isinstance(prompt.cache, StockPrefill) for prompt in prompts):
+            # Rows of several documents need the attention interface.
+            self.batch_size = 1
+        return prompts
 
     # --- Caches of a cell ---
 
@@ -110,10 +114,9 @@ class Steps:
         for start in range(0, len(waiting), size or 1):
             yield waiting[start : start + size]
 
-    @staticmethod
-    def together(cell: Cell, rows: Sequence[_T], caches: Sequence[Cache]) -> Iterator[Sequence[_T]]:
+    def together(self, cell: Cell, rows: Sequence[_T], caches: Sequence[Cache]) -> Iterator[Sequence[_T]]:
         """Rows that can go through the model side by side: all of them, or each alone."""
-        if len(rows) > 1 and not cell.batches(caches):
+        if len(rows) > 1 and (self.batch_size == 1 or not cell.batches(caches)):
             yield from ([row] for row in rows)
         elif rows:
             yield rows

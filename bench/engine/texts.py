@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from transformers.cache_utils import Cache
 
-from arkv import PrefillCache, attach
 from bench.engine.jobs import Job, noting
 from bench.engine.measurement import Measurement, Reading
 from bench.engine.scored import score, total
 from bench.engine.steps import BLOCK, Steps
 from bench.methods.prompt import Prompt
-from bench.methods.reading import read
+from bench.methods.reading import read, recorded
 from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
 from tasks.base import Continuation, Rolling, Scored
 
@@ -55,13 +55,17 @@ def _scored_prefill(steps: Steps, window: Continuation, ids: tuple[int, ...]) ->
     """Compute the first tokens of a window, and score those that they predict."""
     if not ids:
         return None, []
-    cache = PrefillCache(steps.model, steps.recorded_queries)
-    clock = Stopwatch(steps.device)
-    parts: list[Scored] = []
-    with attach(steps.model), clock:
-        for begin, (row,) in read(steps.model, [cache], [ids], BLOCK):
+
+    def reading(caches: Sequence[Cache], rows: Sequence[Sequence[int]]) -> list[tuple[torch.Tensor, list[Scored]]]:
+        parts: list[Scored] = []
+        for begin, (row,) in read(steps.model, caches, rows, BLOCK):
             parts += _window_score(window, begin, row)
-    prompt = Prompt(ids=torch.tensor([ids], device=steps.device), cache=cache, logits=row[-1:], seconds=clock.seconds)
+        return [(row[-1:], parts)]
+
+    clock = Stopwatch(steps.device)
+    with clock:
+        ((cache, (logits, parts)),) = recorded(steps.model, [ids], steps.recorded_queries, reading)
+    prompt = Prompt(ids=torch.tensor([ids], device=steps.device), cache=cache, logits=logits, seconds=clock.seconds)
     return prompt, parts
 
 

@@ -178,7 +178,12 @@ class Method(ABC):
         if isinstance(cache, TriStateCache):
             return cache.token_counts()
         layers = [layer for layer in cache.layers if not getattr(layer, "is_sliding", False)]
-        held = fmean(0 if layer.keys is None else layer.keys.shape[-2] for layer in layers)
+        # Where every layer has a window, what it leaves behind is the model's doing, and no method's.
+        held = (
+            fmean(0 if layer.keys is None else layer.keys.shape[-2] for layer in layers)
+            if layers
+            else self.tokens_seen(cache)
+        )
         state = "original" if self.quant_format is None else "quantized"
         return {"original": 0.0, "quantized": 0.0, state: held, "evicted": self.tokens_seen(cache) - held}
 

@@ -54,6 +54,8 @@ class HfQuantized(Method):
         """
         config = model.config.get_text_config(decoder=True)
         kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        if any(getattr(layer, "is_sliding", False) for layer in prompt.cache.layers):
+            kinds.add("sliding_attention")
         if kinds:
             raise UserError(f"{self.name}: transformers' QuantizedCache knows no layers of type {min(kinds)!r}")
         # The axes that transformers' documentation recommends for each backend; fp8 has nothing to set.

@@ -124,6 +124,8 @@ class Press(Method):
         if tokens <= _least_prompt(press):
             press.compression_ratio = 0.0
         cache = DynamicCache(config=model.config)
+        if any(cache.is_sliding):
+            self._spare_windows(press, cache)
         try:
             with traceless(model) as modules, patched(model), drawing_the_same(model), _quiet():
                 with clock, press(model):
@@ -140,9 +142,36 @@ class Press(Method):
         for layer, masked in zip(cache.layers, masks, strict=True):
             assert layer.keys is not None
             assert layer.values is not None
+            if getattr(layer, "is_sliding", False):
+                layers.append(layer)
+                continue
             counted = layer.keys.shape[2] if turned else tokens
             layers.append(PressedLayer(layer.keys, layer.values, tokens, counted, masked))
         return Cache(layers=layers), logits
+
+    def _spare_windows(self, press: Any, cache: DynamicCache) -> None:
+        """Keep ``press`` away from the layers of ``cache`` that have a sliding window.
+
+        Raises:
+            UserError: no layer is left for it, or it works on the cache as a whole.
+        """
+        if all(cache.is_sliding):
+            raise UserError(f"{self.name}: the model has a sliding window in all layers: there is nothing to compress")
+        if type(press).__call__ is not library(self.name).BasePress.__call__:
+            raise UserError(
+                f"{self.name}: the model has layers with a sliding window, and this press works on the cache as a whole"
+            )
+        if isinstance(press, library(self.name).KeyRerotationPress):
+            raise UserError(
+                f"{self.name}: the model has layers with a sliding window, whose tokens keep their positions, and this "
+                "press turns what it keeps to new positions"
+            )
+        compress = press.forward_hook
+
+        def hook(module: Any, inputs: Any, options: Any, output: Any) -> Any:
+            return output if cache.is_sliding[module.layer_idx] else compress(module, inputs, options, output)
+
+        press.forward_hook = hook
 
     def press(self, tokens: int, kept: int) -> Any:
         """A kvpress press that keeps ``kept`` of ``tokens`` tokens."""

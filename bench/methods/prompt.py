@@ -9,11 +9,51 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from arkv import PrefillCache
+from arkv.config import CacheConfig, NotCompressible
+from arkv.memory import storage_bytes
 from arkv.prefill import PrefillLayer
+from arkv.watched import copy_stock
 from bench.names import budget_text
+
+
+class StockPrefill(PrefillCache):
+    """A prompt in transformers' own full cache: all that there is of a model that no compressed cache serves. Methods
+    that need no more than keys and values go on from it; the others are told why there is nothing for them.
+
+    Args:
+        cache: what the model made of the prompt.
+        refused: why it is not in a :class:`PrefillCache`.
+    """
+
+    def __init__(self, cache: DynamicCache, refused: NotCompressible) -> None:
+        # Not initialized as the base class, which would refuse the model again.
+        Cache.__init__(self, layers=cache.layers)
+        self.stock, self.refused = cache, refused
+
+    def check(self, config: CacheConfig) -> None:
+        """Raises :class:`NotCompressible`."""
+        raise self.refused
+
+    def to_dynamic(self) -> DynamicCache:
+        """A copy that continues from here."""
+        return copy_stock(self.stock)
+
+    def nbytes(self) -> int:
+        """Bytes of all that is held."""
+        return storage_bytes(self.stock)
+
+    def full_bytes(self, tokens: int) -> int:
+        """Bytes of the keys and values of ``tokens`` tokens."""
+        total = 0
+        for layer in self.layers:
+            states = [item for item in (layer.keys, layer.values) if item is not None]
+            window = getattr(layer, "sliding_window", None)
+            held = tokens if window is None else min(tokens, window - 1)
+            total += held * sum(item[:, :, :1].numel() * item.element_size() for item in states)
+        return total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +79,12 @@ class Prompt:
     @property
     def layers(self) -> list[PrefillLayer]:
         """The layers with full attention: ``keys`` and ``values`` [1, H, N, D], the newest ``queries`` [1, Hq, W, D],
-        all after rotation, and the ``scaling`` of the attention's logits."""
+        all after rotation, and the ``scaling`` of the attention's logits.
+
+        Raises :class:`arkv.config.NotCompressible` where the model has none that can be compressed.
+        """
+        if isinstance(self.cache, StockPrefill):
+            raise self.cache.refused
         return [layer for layer in self.cache.layers if isinstance(layer, PrefillLayer)]
 
 

@@ -5,15 +5,18 @@ Letters: ``B`` rows, ``T`` tokens of the longest row, ``V`` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from arkv import CacheBatch, PrefillCache, attach
-from bench.methods.prompt import Prompt
+from arkv.config import NotCompressible
+from bench.methods.prompt import Prompt, StockPrefill
 from bench.telemetry import Stopwatch
+
+_T = TypeVar("_T")
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
@@ -69,16 +72,46 @@ def read_prompts(
     return logits
 
 
+def recorded(
+    model: Any,
+    rows: Sequence[Sequence[int]],
+    queries: int,
+    reading: Callable[[Sequence[Cache], Sequence[Sequence[int]]], Sequence[_T]],
+) -> list[tuple[PrefillCache, _T]]:
+    """Caches that have recorded the prompts ``rows``, and what ``reading`` gives for each as it feeds them.
+
+    A model that no compressed cache serves reads prompts one after the other, into transformers' own full cache and
+    with its own attention.
+
+    Raises:
+        ConfigError: not even that cache serves the model.
+    """
+    try:
+        caches = [PrefillCache(model, queries) for _ in rows]
+        with attach(model):
+            return list(zip(caches, reading(caches, rows), strict=True))
+    except NotCompressible as error:
+        refused = error
+    done: list[tuple[PrefillCache, _T]] = []
+    for row in rows:
+        cache = DynamicCache(config=model.config)
+        (found,) = reading([cache], [row])
+        # Some models leave a cache alone without a word.
+        if not cache.get_seq_length():
+            raise refused
+        done.append((StockPrefill(cache, refused), found))
+    return done
+
+
 def record(model: Any, rows: Sequence[Sequence[int]], queries: int, chunk: int | None = None) -> list[Prompt]:
     """Read prompts once for all methods, in one forward, or a single one in chunks.
 
     Args:
         queries: how many of the newest queries are kept for methods that score tokens by them.
     """
-    caches = [PrefillCache(model, queries) for _ in rows]
     clock = Stopwatch(model.device)
-    with attach(model), clock:
-        logits = read_prompts(model, caches, rows, chunk)
+    with clock:
+        done = recorded(model, rows, queries, lambda caches, some: read_prompts(model, caches, some, chunk).split(1))
     return [
         Prompt(
             ids=torch.tensor([row], device=model.device),
@@ -86,7 +119,7 @@ def record(model: Any, rows: Sequence[Sequence[int]], queries: int, chunk: int |
             logits=mine,
             seconds=clock.seconds / len(rows),
         )
-        for row, cache, mine in zip(rows, caches, logits.split(1), strict=True)
+        for row, (cache, mine) in zip(rows, done, strict=True)
     ]
 
 

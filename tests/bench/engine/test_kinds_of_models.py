@@ -1,0 +1,138 @@
+"""Models that no compressed cache serves, or not in every layer: what can be measured is, and the rest says why not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, cache_utils
+
+from bench.engine.engine import Engine, Failure, Measurement
+from bench.methods.cell import Cell
+from bench.methods.grid import grid
+from bench.methods.hf import FP8_LAYER
+from bench.methods.prompt import StockPrefill
+from bench.methods.reading import record
+from tasks.base import Continuation, Document, Generate, LogLikelihood, Request, Rolling
+from tests.arkv.families import FAMILIES, INDEXED, ITSELF, NO_INTERFACE, NOTHING, SHARED, SLIDING, Family
+
+TOKENIZER: Any = SimpleNamespace(eos_token_id=None, decode=lambda ids, skip_special_tokens=True: str(list(ids)))
+QUANTIZING = "hf:fp8" if hasattr(cache_utils, FP8_LAYER) else "hf:quanto-int4"
+OWN_STATES = ("recurrent_gemma", "kimi_linear")
+"""They keep states of layers without attention, by means of their own."""
+SERVED = [
+    family
+    for family in FAMILIES
+    if family.name not in OWN_STATES and family.verdict in (INDEXED, ITSELF, NO_INTERFACE, NOTHING, SHARED)
+]
+USUAL = ("bloom", "falcon", "mpt", "gptj", "doge", "mistral")
+
+
+def cells(*methods: str, cache_size: int = 16) -> list[Cell]:
+    return grid(methods, [{"cache_size": cache_size}], [8], ["int8"], {"budget_unit": "tokens"})
+
+
+def build(family: Family) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(family.config(), dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def ids(length: int) -> tuple[int, ...]:
+    return tuple(torch.randint(3, 97, (length,), generator=torch.Generator().manual_seed(length)).tolist())
+
+
+def generated(model: Any, request: Generate) -> list[int]:
+    prompt = torch.tensor([request.prompt_ids])
+    options = {"max_new_tokens": request.max_new_tokens, "do_sample": False, "pad_token_id": 0}
+    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    return output[0, prompt.shape[1] :].tolist()
+
+
+def answer(model: Any, asked: list[Cell], *requests: Request) -> dict[tuple[int, str], Measurement | Failure]:
+    """Outcomes by the place of the request and the method."""
+    documents = [Document(id=str(place), request=request) for place, request in enumerate(requests)]
+    outcomes = Engine(model, TOKENIZER, asked, batch_size=2).answer_batch([(each, asked) for each in documents])
+    return {(int(each.id), outcome.cell.method): outcome for each, outcome in outcomes}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, id=family.name, marks=() if family.name in USUAL else pytest.mark.slow) for family in SERVED],
+)
+def test_where_no_compressed_cache_serves_full_and_its_peers_do(family: Family) -> None:
+    """Of rows that share a forward elsewhere, too; and the methods of this library say why they do not."""
+    model = build(family)
+    window = Continuation(context_ids=ids(20), token_ids=ids(5))
+    requests: list[Request] = [
+        Generate(prompt_ids=ids(40), max_new_tokens=4),
+        Generate(prompt_ids=ids(30), max_new_tokens=4),
+        LogLikelihood(continuations=(window, Continuation(context_ids=ids(20), token_ids=ids(3)))),
+        Rolling(windows=(Continuation(context_ids=ids(2), token_ids=ids(20)),)),
+    ]
+    found = answer(model, cells("full", "mix", QUANTIZING), *requests)
+    for place, request in enumerate(requests):
+        full, mine, other = (found[place, method] for method in ("full", "mix", QUANTIZING))
+        assert isinstance(full, Measurement), full
+        assert isinstance(mine, Failure)
+        assert f"'{family.name}'" in mine.error
+        assert "with attach" not in mine.error
+        if isinstance(other, Failure):
+            assert "QuantizedCache knows no layers" in other.error or "seen" in other.error
+        if isinstance(request, Generate):
+            assert list(full.answer.token_ids) == generated(model, request)
+            assert full.tokens_original == request.prompt_tokens + 3
+            assert full.tokens_evicted == 0
+
+
+def test_methods_without_a_budget_of_their_own_are_told_why_there_are_no_layers() -> None:
+    model = build(next(family for family in SERVED if family.name == "bloom"))
+    with torch.inference_mode():
+        (prompt,) = record(model, [ids(20)], 4)
+    assert isinstance(prompt.cache, StockPrefill)
+    assert prompt.cache.full_bytes(20) == prompt.cache.nbytes() == 2 * 2 * 20 * 64 * 4
+    with pytest.raises(ValueError, match="'bloom' has no attention interface"):
+        _ = prompt.layers
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3_text", "cohere2"])
+def test_a_press_leaves_layers_with_a_window_as_they_are(name: str) -> None:
+    pytest.importorskip("kvpress")
+    model = build(Family(name, "", "", {**SLIDING, "use_sliding_window": True}))
+    request = Generate(prompt_ids=ids(60), max_new_tokens=9)
+    small = answer(model, cells("full", "kvpress:knorm", cache_size=24), request)
+    full, pressed = small[0, "full"], small[0, "kvpress:knorm"]
+    assert isinstance(full, Measurement)
+    assert isinstance(pressed, Measurement), pressed
+    # Of the prompt's 60 tokens 24 stay in the layer with full attention; 8 more come, each of 256 bytes.
+    assert pressed.tokens_original == 24 + 8
+    assert pressed.tokens_evicted == 36
+    assert full.kv_bytes - pressed.kv_bytes == 36 * 2 * 2 * 16 * 4
+    large = answer(model, cells("full", "kvpress:knorm", "kvpress:snapkv", cache_size=128), request)
+    for outcome in large.values():
+        assert isinstance(outcome, Measurement), outcome
+        assert list(outcome.answer.token_ids) == generated(model, request)
+        assert outcome.kv_bytes == full.kv_bytes
+
+
+@pytest.mark.parametrize(
+    "name, settings, said_",
+    [
+        ("knorm", {"sliding_window": 16}, "sliding window in all layers"),
+        ("kvzip", SLIDING, "works on the cache as a whole"),
+        ("key_rerotation", SLIDING, "turns what it keeps to new positions"),
+    ],
+)
+def test_a_press_that_cannot_spare_windows_is_refused(name: str, settings: dict[str, Any], said_: str) -> None:
+    pytest.importorskip("kvpress")
+    kind = "mistral" if "layer_types" not in settings else "gemma3_text"
+    assert kind in CONFIG_MAPPING
+    outcome = answer(
+        build(Family(kind, "", "", settings)), cells(f"kvpress:{name}"), Generate(prompt_ids=ids(60), max_new_tokens=2)
+    )
+    failure = outcome[0, f"kvpress:{name}"]
+    assert isinstance(failure, Failure)
+    assert said_ in failure.error
