@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ SERVED = [
     for family in FAMILIES
     if family.name not in OWN_STATES and family.verdict in (INDEXED, ITSELF, NO_INTERFACE, NOTHING, SHARED)
 ]
+needs_kvpress = pytest.mark.skipif(find_spec("kvpress") is None, reason="kvpress is not installed")
 USUAL = ("bloom", "falcon", "mpt", "gptj", "doge", "mistral")
 
 
@@ -98,9 +100,9 @@ def test_methods_without_a_budget_of_their_own_are_told_why_there_are_no_layers(
         _ = prompt.layers
 
 
+@needs_kvpress
 @pytest.mark.parametrize("name", ["qwen2", "gemma3_text", "cohere2"])
 def test_a_press_leaves_layers_with_a_window_as_they_are(name: str) -> None:
-    pytest.importorskip("kvpress")
     model = build(Family(name, "", "", {**SLIDING, "use_sliding_window": True}))
     request = Generate(prompt_ids=ids(60), max_new_tokens=9)
     small = answer(model, cells("full", "kvpress:knorm", cache_size=24), request)
@@ -118,6 +120,7 @@ def test_a_press_leaves_layers_with_a_window_as_they_are(name: str) -> None:
         assert outcome.kv_bytes == full.kv_bytes
 
 
+@needs_kvpress
 @pytest.mark.parametrize(
     "name, settings, said_",
     [
@@ -127,7 +130,6 @@ def test_a_press_leaves_layers_with_a_window_as_they_are(name: str) -> None:
     ],
 )
 def test_a_press_that_cannot_spare_windows_is_refused(name: str, settings: dict[str, Any], said_: str) -> None:
-    pytest.importorskip("kvpress")
     kind = "mistral" if "layer_types" not in settings else "gemma3_text"
     assert kind in CONFIG_MAPPING
     outcome = answer(
