@@ -33,8 +33,10 @@ A layer whose sliding window is at least as wide as the model's context counts a
 context are not what the model was made for, and there its window would begin to slide.
 
 Models with LongRoPE (Phi-3 with a long context, Phi-4-mini) turn keys by factors that depend on the length of the text.
-When a text that `generate` began below `original_max_position_embeddings` grows beyond it, transformers drops the cache
-it was given and goes on with a full one of its own. Keep prompt and answer on one side of that length.
+The suite answers documents of such models, and of those with dynamic NTK, one by one, and reads every prompt with the
+factors of its whole length, in chunks too. When a text that `generate` began below `original_max_position_embeddings`
+grows beyond it, transformers drops the cache it was given and goes on with a full one of its own. Keep prompt and
+answer on one side of that length.
 
 {table()}
 

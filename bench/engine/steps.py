@@ -17,6 +17,7 @@ from bench.engine.jobs import Job, cells_of, noting
 from bench.methods.cell import Cell
 from bench.methods.prompt import Compressed, Prompt, StockPrefill
 from bench.methods.reading import record
+from bench.methods.rope import depends_on_length
 
 _T = TypeVar("_T")
 
@@ -57,6 +58,9 @@ class Steps:
         kinds = {*(getattr(config, "layer_types", None) or ())}
         # Other attention is not known to CacheBatch.
         self.batch_size = batch_size if kinds <= {"full_attention", "sliding_attention"} else 1
+        if depends_on_length(model):
+            # Of texts side by side each would get the factors of the longest.
+            self.batch_size = 1
         self.prefill_chunk = prefill_chunk
         self.device = model.device
         self.recorded_queries = max((cell.recorded_queries for cell in cells), default=1)
@@ -79,7 +83,7 @@ class Steps:
         for place in sorted(range(len(contexts)), key=lambda place: len(contexts[place])):
             length = len(contexts[place])
             # An empty context takes part in no forward.
-            alone = self.prefill_chunk is not None or (batch and not contexts[batch[0]])
+            alone = self.batch_size == 1 or self.prefill_chunk is not None or (batch and not contexts[batch[0]])
             if batch and (alone or length * (len(batch) + 1) > _PREFILL_TOKENS):
                 yield batch
                 batch = []

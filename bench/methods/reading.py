@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from arkv import CacheBatch, PrefillCache, attach
 from arkv.config import NotCompressible
 from bench.methods.prompt import Prompt, StockPrefill
+from bench.methods.rope import factors_for
 from bench.telemetry import Stopwatch
 
 _T = TypeVar("_T")
@@ -66,9 +67,10 @@ def read_prompts(
 ) -> torch.Tensor:
     """Feed empty caches their prompts, a single one in chunks if wanted; logits [B, V] behind each one's last token."""
     longest = max(map(len, rows))
-    for begin in range(0, longest, chunk or longest):
-        parts = [row[begin : begin + (chunk or longest)] for row in rows]
-        logits = forward(model, caches, parts, logits_to_keep=1)[:, -1]
+    with factors_for(model, longest):
+        for begin in range(0, longest, chunk or longest):
+            parts = [row[begin : begin + (chunk or longest)] for row in rows]
+            logits = forward(model, caches, parts, logits_to_keep=1)[:, -1]
     return logits
 
 

@@ -138,3 +138,32 @@ def test_a_press_that_cannot_spare_windows_is_refused(name: str, settings: dict[
     failure = outcome[0, f"kvpress:{name}"]
     assert isinstance(failure, Failure)
     assert said_ in failure.error
+
+
+def long_rope() -> Any:
+    """Its factors change beyond 64 tokens, by much."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 64}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    model = build(Family("phi3", "", "", {"rope_scaling": rope, "original_max_position_embeddings": 64}))
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and "embed" not in name:
+            weight.data.mul_(3.0)
+    return model
+
+
+@pytest.mark.parametrize("chunk", [None, 32])
+def test_factors_that_depend_on_the_length_are_those_of_the_document(chunk: int | None) -> None:
+    """Beside a longer one, and read in chunks."""
+    model, asked = long_rope(), cells("full", "mix", cache_size=48)
+    requests = [Generate(prompt_ids=ids(length), max_new_tokens=12) for length in (40, 100, 48)]
+    documents = [Document(id=str(place), request=request) for place, request in enumerate(requests)]
+    engine = Engine(model, TOKENIZER, asked, batch_size=3, prefill_chunk=chunk)
+    found = {
+        (int(document.id), outcome.cell.method): outcome
+        for document, outcome in engine.answer_batch([(each, asked) for each in documents])
+    }
+    for place, request in enumerate(requests):
+        outcome = found[place, "full"]
+        assert isinstance(outcome, Measurement), outcome
+        assert list(outcome.answer.token_ids) == generated(model, request)
+    assert not [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
