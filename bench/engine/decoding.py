@@ -41,6 +41,12 @@ def check(model: Any, request: Generate) -> None:
         raise UserError(f"generation setting {said}")
 
 
+def neutral(model: Any, *fates: Fate) -> dict[str, Any]:
+    """What the model's own settings with these fates are without asking for anything."""
+    own = settings_of(model)
+    return {name: next(iter(RULES[name].neutral), None) for fate in fates for name in asked(own, fate) if name in RULES}
+
+
 def end_ids(tokenizer: Any, settings: Mapping[str, Any]) -> set[int]:
     """Tokens that end an answer: those of the settings, and the tokenizer's end-of-sequence token."""
     end = settings.get("eos_token_id")
@@ -97,11 +103,7 @@ class Decoder:
         self, model: Any, tokenizer: Any, request: Generate, settings: Mapping[str, Any]
     ) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
         """What ``model.generate`` would choose and end with: it hands that to a decoding loop, which does nothing."""
-        without = {
-            name: next(iter(RULES[name].neutral), None)
-            for fate in (Fate.IGNORED, Fate.REFUSED)
-            for name in asked(settings_of(model), fate)
-        }
+        without = neutral(model, Fate.IGNORED, Fate.REFUSED)
         given = {name: value for name, value in request.generation.items() if RULES[name].fate is Fate.APPLIED}
         # Some are objects, made of what a file says.
         given |= {name: getattr(GenerationConfig(**{name: value}), name) for name, value in given.items()}

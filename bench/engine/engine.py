@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from bench.engine import choices, distributions, generation, texts
+from bench.engine import choices, decoding, distributions, generation, texts
 from bench.engine.jobs import Job, cells_of, noting
 from bench.engine.measurement import Failure, Measurement
 from bench.engine.steps import AUTO_BYTES, Steps
 from bench.methods.cell import Cell
 from tasks.base import Compare, Document, Generate, LogLikelihood, Request, Rolling
+from tasks.generation import Fate
 
 __all__ = ["AUTO_DOCUMENTS", "Engine", "Failure", "Measurement"]
 
@@ -63,7 +64,9 @@ class Engine(Steps):
             tokens = max(1, min(tokens, context - new))
         budget = max(tokens // 2, 1)
         smaller = list(dict.fromkeys(cell.resized(budget) for cell in self.cells))
-        request = Generate(prompt_ids=(0,) * tokens, max_new_tokens=new)
+        # What the model's settings refuse may be put right by those of a request.
+        settings = decoding.neutral(self.model, Fate.REFUSED)
+        request = Generate(prompt_ids=(0,) * tokens, max_new_tokens=new, generation=settings)
         cold = [
             outcome.cell.label
             for outcome in self.answer(Document(id="warm-up", request=request), smaller)

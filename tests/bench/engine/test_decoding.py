@@ -144,6 +144,12 @@ def test_settings_of_the_request_win(tiny: Any, ships: Any) -> None:
     assert [outcome.answer.token_ids for outcome in found.values()] == [plain, biased, plain]
 
 
+def test_a_model_whose_settings_are_refused_is_warmed_up(tiny: Any, ships: Any) -> None:
+    ships(num_beams=4)
+    cells = grid(["full", "mix"], [{"cache_size": 64}], [8], ["int8"], {})
+    assert "not compressed" not in Engine(tiny.model, tiny.tokenizer, cells).warm_up()
+
+
 def test_a_value_of_no_use_is_a_failure_that_says_so(tiny: Any, ships: Any) -> None:
     ships()
     wrong = [question(generation={"repetition_penalty": -1.0}), question(40, generation={"bad_words_ids": [[9999]]})]
