@@ -249,6 +249,18 @@ class Metric:
     """No score can be smaller."""
     high: float = math.inf
     """No score can be larger."""
+    binary: bool | None = None
+    """Whether the score of a document is one of ``low`` and ``high``, as right and wrong are; False where it is so by
+    chance only; None is unknown: what the scores are. Scores between the two are always taken as what they are."""
+    of_full: float | None = None
+    """What the full cache scores by definition, where the score is a distance from it; it is then not tested against
+    ``full``. With a ``low`` of 0 as well, methods are compared by ratios."""
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"{self.name}: a score lies between low and high, not {self.low} and {self.high}")
+        if self.binary and not math.isfinite(self.high - self.low):
+            raise ValueError(f"{self.name}: a binary score is low or high, which must be given")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,10 +79,10 @@ class FidelityTask(Task):
 
     name = "fidelity"
     metrics: tuple[Metric, ...] = (
-        Metric(name="kl", higher_is_better=False, low=0.0),
-        Metric(name="kl_p95", higher_is_better=False, low=0.0),
-        Metric(name="top1_agreement", low=0.0, high=1.0),
-        Metric(name="delta_nll", higher_is_better=False),
+        Metric(name="kl", higher_is_better=False, low=0.0, of_full=0.0),
+        Metric(name="kl_p95", higher_is_better=False, low=0.0, of_full=0.0),
+        Metric(name="top1_agreement", low=0.0, high=1.0, of_full=1.0),
+        Metric(name="delta_nll", higher_is_better=False, of_full=0.0),
     )
     Options = FidelityOptions
 
@@ -92,7 +92,8 @@ class FidelityTask(Task):
     def load(self, settings: TaskSettings) -> list[Document]:
         options = FidelityOptions.parse(self.name, settings.options)
         if options.per_layer:
-            self.metrics = (*type(self).metrics, Metric(name="attention_error", higher_is_better=False, low=0.0))
+            error = Metric(name="attention_error", higher_is_better=False, low=0.0, of_full=0.0)
+            self.metrics = (*type(self).metrics, error)
         text = _read(options)
         self._data_hash = hashlib.sha256(text.encode()).hexdigest()
         ids = tuple(settings.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -56,7 +56,7 @@ class NeedleTask(Task):
     """
 
     name = "needle"
-    metrics = (Metric(name="exact_match", low=0.0, high=1.0),)
+    metrics = (Metric(name="exact_match", low=0.0, high=1.0, binary=True),)
     Options = NeedleOptions
 
     def __init__(self) -> None:

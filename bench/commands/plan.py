@@ -29,7 +29,7 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
     from bench.costs.plan import Load, ModelPlan, fit, model_size, parse_bytes
     from bench.errors import UserError
     from bench.models.loading import describe
-    from bench.runs.asked import documents_of, planned
+    from bench.runs.asked import documents_of, doubts, planned
     from bench.runs.failures import failure_lines
     from bench.settings.presets import resolve
     from tasks.base import TaskError
@@ -44,17 +44,22 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
     console = Console()
     calibration = _calibration(config.calibration_model, config, cells, console) if config.calibrate else None
     plans = []
+    said: dict[str, None] = {}
     for reference in config.model:
         model = describe(reference, trust_remote_code=config.trust_remote_code, weights=False)
         size = model_size(model, config.dtype)
         loads, failures = [], {}
         for task in tasks:
             try:
-                loads.append(Load.of(task.name, documents_of(config, model, task)))
+                documents = documents_of(config, model, task)
             except (TaskError, UserError) as error:
                 if isinstance(error, TaskError) and error.usage:
                     raise
                 failures[task.name] = str(error)
+                continue
+            loads.append(Load.of(task.name, documents))
+            if doubt := doubts(task, len(documents), [cell.method for cell in cells]):
+                said[f"{task.name}: {doubt}"] = None
         seconds = None
         if calibration is not None:
             seconds = sum(calibration.seconds(load, cells, size.parameters) for load in loads) / config.speedup
@@ -65,6 +70,8 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
     for item in plans:
         _show(item, cells, workers, console)
     _show_time(plans, calibration, workers, config.speedup, console)
+    for doubt in said:
+        console.print(doubt, markup=False, highlight=False, style="yellow", soft_wrap=True)
     for line in failure_lines(lost):
         console.print(line, markup=False, highlight=False, style="red")
     if lost or any(item.failures for item in plans):

@@ -40,7 +40,7 @@ _FEWSHOT_SEED = 1234
 """lm-eval's default; with any other seed the prompts would not be the official ones."""
 
 _PROPORTIONS = {"acc", "acc_norm", "acc_bytes", "acc_mutual_info", "acc_all", "exact_match"}
-"""Metrics of lm-eval that are never outside [0, 1]."""
+"""Metrics of lm-eval of which a document has 0 or 1."""
 
 
 class HarnessTask(Task):
@@ -114,6 +114,7 @@ class HarnessTask(Task):
                 higher_is_better=directions[metric] is not False,
                 low=0.0 if metric in _PROPORTIONS else -math.inf,
                 high=1.0 if metric in _PROPORTIONS else math.inf,
+                binary=True if metric in _PROPORTIONS else None,
             )
             for ensemble in task._filters
             for metric in directions

@@ -1,25 +1,20 @@
 """What a table may claim: each score with its interval, its paired difference to ``full``, and who leads a budget.
 
-The family of comparisons that p-values are adjusted over is every method of one task and metric that compressed
-anything, against ``full``; within a budget, the method with the best score against each other one.
+The family that intervals and p-values of differences hold for together is every method of one task and metric that
+compressed anything, against ``full``; within a budget, the method with the best score against each other one. A metric
+that measures the distance from ``full`` is not compared with it, whose own value is no measurement.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from math import isclose
+from dataclasses import dataclass
 from operator import itemgetter
 
 from bench.judge.budgets import by_budget
-from bench.judge.stats import (
-    UNBOUNDED,
-    benjamini_hochberg,
-    compare,
-    holm,
-    is_binary,
-    mean_interval,
-    p_value,
-)
+from bench.judge.family import Comparison, compare_all
+from bench.judge.stats import benjamini_hochberg, holm, is_binary, mean_interval
 from bench.judge.verdict import ALPHA
 from bench.names import FULL
 from bench.records.row import STATISTICS, Row
@@ -41,36 +36,71 @@ def add_statistics(
         rows: as :func:`bench.runs.results.rows` makes them.
         samples: those that the rows are made of, with ``task``, ``document``, ``cell`` and ``scores``, where None is a
             score that one document cannot have.
-        metrics: whose range no interval leaves.
+        metrics: what they say of their ranges and values.
         seed: of the resamples.
     """
     scores: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
     unknown = set()
     # Resamples are drawn by place: the order in which a run was continued must not matter.
     for document, sample in sorted(((_document(sample), sample) for sample in samples), key=itemgetter(0)):
-        for metric, score in sample.scores.items():
+        for name, score in sample.scores.items():
             if score is None:
-                unknown.add((metric, sample.cell))
+                unknown.add((name, sample.cell))
             else:
-                scores.setdefault((metric, sample.cell), {})[document] = score
+                scores.setdefault((name, sample.cell), {})[document] = score
     for key in unknown:
         scores.pop(key, None)
     for row in rows:
-        for name in STATISTICS:
-            setattr(row, name, None)
-    ranges = {metric.name: (metric.low, metric.high) for metric in metrics}
-    for metric in dict.fromkeys(row.metric for row in rows):
-        bounds = ranges.get(metric, UNBOUNDED)
-        mine = [row for row in rows if row.metric == metric]
-        by_cell = {row.cell: scores[metric, row.cell] for row in mine if _averages(row, scores)}
-        # A divergence of the full cache from itself is 0 in every document and yet no proportion.
-        binary = is_binary(*(list(found.values()) for (name, _), found in scores.items() if name == metric))
+        for column in STATISTICS:
+            setattr(row, column, None)
+    known = {metric.name: metric for metric in metrics}
+    for name in dict.fromkeys(row.metric for row in rows):
+        metric = known.get(name, Metric(name=name))
+        mine = [row for row in rows if row.metric == name]
+        by_cell = {row.cell: scores[name, row.cell] for row in mine if _averages(row, scores)}
+        of_all = [list(found.values()) for (other, _), found in scores.items() if other == name]
+        how = _How(metric, is_binary(*of_all, bounds=(metric.low, metric.high)), seed)
         for row in mine:
-            if row.cell in by_cell:
-                _add_interval(row, by_cell[row.cell], binary, bounds, seed)
-        _add_differences([row for row in mine if row.method != FULL], by_cell, bounds, seed)
+            if row.cell in by_cell and not (row.method == FULL and metric.of_full is not None):
+                _add_interval(row, by_cell[row.cell], how)
+        if metric.of_full is None:
+            _add_differences([row for row in mine if row.method != FULL], by_cell, how)
         for group in by_budget(mine):
-            _mark_leading(group, by_cell, seed)
+            _mark_leading(group, by_cell, how)
+
+
+@dataclass(frozen=True)
+class _How:
+    """How scores of a metric are compared."""
+
+    metric: Metric
+    of_two_values: bool
+    """All that were measured are at the ends of the range. A metric of such scores may give others for some answers."""
+    seed: int
+
+    @property
+    def binary(self) -> bool:
+        return self.metric.binary is not False and self.metric.of_full is None and self.of_two_values
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.metric.low, self.metric.high
+
+    @property
+    def logarithm(self) -> bool:
+        """A distance from ``full`` that cannot be negative: twice as far is what compares, not so much further."""
+        return self.metric.of_full == self.metric.low == 0
+
+    def compare(self, scores: Sequence[Sequence[float]], baseline: Sequence[float], alpha: float) -> list[Comparison]:
+        return compare_all(
+            scores,
+            baseline,
+            binary=self.binary,
+            bounds=self.bounds,
+            logarithm=self.logarithm,
+            alpha=alpha,
+            seed=self.seed,
+        )
 
 
 def _document(sample: Measured) -> tuple[str, str]:
@@ -82,57 +112,72 @@ def _averages(row: Row, scores: Mapping[tuple[str, str], Scores]) -> bool:
     found = scores.get((row.metric, row.cell))
     if not found:
         return False
-    return isclose(sum(found.values()) / len(found), row.score, rel_tol=1e-6, abs_tol=1e-9)
+    return math.isclose(sum(found.values()) / len(found), row.score, rel_tol=1e-6, abs_tol=1e-9)
 
 
-def _add_interval(row: Row, scores: Scores, binary: bool, bounds: tuple[float, float], seed: int) -> None:
-    interval = mean_interval(list(scores.values()), binary=binary, bounds=bounds, seed=seed)
+def _add_interval(row: Row, scores: Scores, how: _How) -> None:
+    values = list(scores.values())
+    interval = mean_interval(values, binary=how.binary, bounds=how.bounds, logarithm=how.logarithm, seed=how.seed)
     if interval is not None:
         row.score_low, row.score_high = interval
 
 
-def _paired(mine: Scores | None, other: Scores | None) -> tuple[list[float], list[float]] | None:
-    """Scores of both on the documents of the first, or None where the other has not answered all of them."""
-    if mine is None or other is None or not mine.keys() <= other.keys():
-        return None
-    return list(mine.values()), [other[document] for document in mine]
-
-
-def _add_differences(
-    rows: Sequence[Row], by_cell: Mapping[str, Scores], bounds: tuple[float, float], seed: int
-) -> None:
-    tested = []
+def _against(
+    rows: Sequence[Row], baseline: Row | str, by_cell: Mapping[str, Scores], how: _How
+) -> list[tuple[Row, Comparison]]:
+    """The rows that can be compared with a cell, on their own documents; one family, whatever documents they have."""
+    other = by_cell.get(baseline if isinstance(baseline, str) else baseline.cell, {})
+    sets: dict[tuple[tuple[str, str], ...], list[Row]] = {}
     for row in rows:
-        paired = _paired(by_cell.get(row.cell), by_cell.get(FULL))
-        if paired is None:
-            continue
-        found = compare(*paired, bounds=bounds, seed=seed)
-        row.difference = found.difference
+        mine = by_cell.get(row.cell, {})
+        if mine and mine.keys() <= other.keys():
+            sets.setdefault(tuple(mine), []).append(row)
+    count = sum(map(len, sets.values()))
+    compared: list[tuple[Row, Comparison]] = []
+    for documents, having in sets.items():
+        scores = [[by_cell[row.cell][document] for document in documents] for row in having]
+        # Rows over other documents have a share of the family's error of their own (Bonferroni).
+        alpha = ALPHA * len(having) / count
+        found = how.compare(scores, [other[document] for document in documents], alpha)
+        compared += zip(having, found, strict=True)
+    return compared
+
+
+def _add_differences(rows: Sequence[Row], by_cell: Mapping[str, Scores], how: _How) -> None:
+    for row in rows:
+        # What nothing was compressed of is no member of the family.
         if row.not_exercised:
-            continue
+            for _, found in _against([row], FULL, by_cell, how):
+                row.difference = found.difference
+    tested = []
+    for row, found in _against([row for row in rows if not row.not_exercised], FULL, by_cell, how):
+        row.difference = found.difference
         row.detectable_difference = found.detectable
         if found.interval is not None:
             row.difference_low, row.difference_high = found.interval
         if found.p_value is not None:
-            row.p_value = found.p_value
+            row.p_value, row.p_adjusted = found.p_value, found.p_adjusted
             tested.append(row)
     p_values = [row.p_value for row in tested if row.p_value is not None]
     for row, p_holm, p_bh in zip(tested, holm(p_values), benjamini_hochberg(p_values), strict=True):
         row.p_holm, row.p_bh = p_holm, p_bh
 
 
-def _mark_leading(group: Sequence[Row], by_cell: Mapping[str, Scores], seed: int) -> None:
+def _mark_leading(group: Sequence[Row], by_cell: Mapping[str, Scores], how: _How) -> None:
     """Mark the best of a budget together with all that cannot be told from it; nobody where that is every row."""
     playing = [row for row in group if row.method != FULL and not row.not_exercised and row.cell in by_cell]
     if len(playing) < 2:
         return
     sign = 1 if playing[0].higher_is_better else -1
     best, *others = sorted(playing, key=lambda row: -sign * row.score)
-    p_values = []
-    for row in others:
-        paired = _paired(by_cell[row.cell], by_cell[best.cell])
-        found = None if paired is None else p_value(*paired, seed=seed)
-        p_values.append(1.0 if found is None else found)
-    behind = [adjusted < ALPHA for adjusted in holm(p_values)]
-    for row, is_behind in zip([best, *others], [False, *behind], strict=True):
-        row.leading = any(behind) and not is_behind
+    behind = set()
+    for row, found in _against(others, best, by_cell, how):
+        if found.p_adjusted is not None and found.p_adjusted < ALPHA:
+            behind.add(row.cell)
+        row.best, row.p_to_best = best.cell, found.p_adjusted
+        if math.isfinite(found.difference):
+            row.to_best = found.difference
+        if found.interval is not None:
+            row.to_best_low, row.to_best_high = found.interval
+    for row in playing:
+        row.leading = bool(behind) and row.cell not in behind

@@ -1,26 +1,24 @@
-"""How sure a score is: intervals over documents, paired comparisons with the full cache, and what n documents can show.
+"""How sure one number is: intervals over documents. Rows of a table are compared in :mod:`bench.judge.family`.
 
-Every comparison is paired: both methods answered the same documents. The interval that suits a score depends on it, and
+Every difference is paired: both methods answered the same documents. The interval that suits a score depends on it, and
 each is here for the coverage it has at 20 to 100 documents:
 
-- Scores of 0 and 1: score intervals, Wilson's for one proportion and Tango's for the difference of two paired ones
-  (Tango, Statistics in Medicine 1998). Any bootstrap fails here: when no resample can hold a document that differs, the
-  interval has no width. With 20 documents of which 5 % change, percentile, BCa and studentized bootstrap contain the
-  truth in 74 % of the runs.
+- Scores of two values, such as 0 and 1 or 0 and 100: score intervals, Wilson's for one proportion and Tango's for the
+  difference of two paired ones (Tango, Statistics in Medicine 1998). Any bootstrap fails here: when no resample can
+  hold a document that differs, the interval has no width. With 20 documents of which 5 % change, percentile, BCa and
+  studentized bootstrap contain the truth in 74 % of the runs.
 - Any other score: the studentized bootstrap over documents (bootstrap-t; Efron & Tibshirani, chapter 12). On skewed
   scores and n = 20, percentile and BCa intervals contain the truth in 85-91 % of the runs, the studentized one in
   92-96 %.
+- Divergences, which are above 0: the same on the log scale, so that no interval reaches 0.
 
 An interval beyond the range of a score is cut there: what cannot be is not what the interval covers.
-
-P-values are exact McNemar for scores of 0 and 1, and the sign-flip permutation test of the mean difference otherwise.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -33,8 +31,6 @@ from bench.names import LEAST_DOCUMENTS
 
 Array = NDArray[np.float64]
 
-POWER = 0.8
-"""Chance of being found that the smallest detectable difference has."""
 RESAMPLES = 4999
 EXACT_RANKS = 50
 """Up to so many values the distribution of their ranks is counted; above it is normal."""
@@ -51,47 +47,71 @@ class Interval(NamedTuple):
 
 
 UNBOUNDED = (-math.inf, math.inf)
+NORMAL = float(stats.norm.isf(ALPHA / 2))
+"""Standard errors to both ends of a 95 % interval of a normal estimate."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """A method against another one on the same documents."""
-
-    n: int
-    difference: float
-    """Mean of the paired differences, method minus baseline."""
-    interval: Interval | None
-    """None where the documents say nothing about it: too few, or all with the same difference."""
-    p_value: float | None
-    """Two-sided, not adjusted; None for fewer than two documents."""
-    detectable: float | None
-    """Smallest true difference that n such documents would have shown with a power of 80 %; None where unknown."""
+def ends(bounds: tuple[float, float]) -> tuple[float, float]:
+    """The two values of a binary score: the ends of its range, 0 and 1 where it has none."""
+    return bounds if math.isfinite(bounds[1] - bounds[0]) else (0.0, 1.0)
 
 
-def is_binary(*scores: Sequence[float]) -> bool:
-    """Whether every score is 0 or 1."""
-    return all(value in (0.0, 1.0) for group in scores for value in group)
+def is_binary(*scores: Sequence[float], bounds: tuple[float, float] = UNBOUNDED) -> bool:
+    """Whether every score is one of the two ends of its range."""
+    return all(value in ends(bounds) for group in scores for value in group)
+
+
+def finite(scores: Sequence[float]) -> Array:
+    """The scores of n documents [n]. Raises :class:`ValueError` for none, and for any that is no number, by place."""
+    array = np.asarray(scores, dtype=float)
+    unknown = np.flatnonzero(~np.isfinite(array))
+    if len(unknown):
+        places = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+        raise ValueError(f"{len(unknown)} of {len(array)} scores are no numbers: those of documents {places}")
+    if not len(array):
+        raise ValueError("there are no scores")
+    return array
 
 
 # --- Intervals ---
 
 
 def mean_interval(
-    scores: Sequence[float], *, binary: bool | None = None, bounds: tuple[float, float] = UNBOUNDED, seed: int = 0
+    scores: Sequence[float],
+    *,
+    binary: bool | None = None,
+    bounds: tuple[float, float] = UNBOUNDED,
+    logarithm: bool = False,
+    seed: int = 0,
 ) -> Interval | None:
     """95 % interval of the mean score of n documents, or None where they do not say.
 
     Args:
-        binary: whether every score is 0 or 1 by its nature; None is what these are.
+        binary: whether every score is one of the two ends of its range by its nature; None is what these are.
         bounds: between which every score lies.
+        logarithm: of a score above 0, such as a divergence: on the log scale.
         seed: of the resamples.
     """
-    if len(scores) < LEAST_DOCUMENTS:
+    array = finite(scores)
+    if len(array) < LEAST_DOCUMENTS:
         return None
-    if is_binary(scores) if binary is None else binary:
-        found = stats.binomtest(int(sum(scores)), len(scores)).proportion_ci(LEVEL, method="wilson")
-        return Interval(float(found.low), float(found.high))
-    return _bootstrap_interval(np.asarray(scores, dtype=float), bounds, seed)
+    if is_binary(scores, bounds=bounds) if binary is None else binary:
+        low, high = ends(bounds)
+        reached = round(float(((array - low) / (high - low)).sum()))
+        found = stats.binomtest(reached, len(array)).proportion_ci(LEVEL, method="wilson")
+        return Interval(low + (high - low) * float(found.low), low + (high - low) * float(found.high))
+    if logarithm:
+        return _log_interval(array, seed)
+    return _bootstrap_interval(array, bounds, seed)
+
+
+def _log_interval(values: Array, seed: int) -> Interval | None:
+    if np.ptp(values) == 0 or values.min() < 0:
+        return None
+    resampled = log_ratios(values[None], None, seed)
+    high, low = np.quantile(resampled.studentized[0], [1.0 - ALPHA / 2, ALPHA / 2])
+    centre, error = resampled.estimate[0], resampled.error[0]
+    return Interval(math.exp(centre - high * error), math.exp(centre - low * error))
 
 
 def difference_interval(
@@ -107,10 +127,11 @@ def difference_interval(
     """
     if len(scores) < LEAST_DOCUMENTS:
         return None
-    differences = _paired(scores, baseline)
-    if is_binary(scores, baseline):
+    differences = paired(scores, baseline)
+    if is_binary(scores, baseline, bounds=bounds):
         low, high = paired_proportions((differences > 0).sum(), (differences < 0).sum(), len(differences))
-        return Interval(float(low), float(high))
+        scale = ends(bounds)[1] - ends(bounds)[0]
+        return Interval(scale * float(low), scale * float(high))
     width = bounds[1] - bounds[0]
     return _bootstrap_interval(differences, (-width, width), seed)
 
@@ -140,33 +161,74 @@ def bootstrap_t(values: Array, *, resamples: int = RESAMPLES, seed: int = 0) -> 
     Returns:
         Low and high ends, [...].
     """
+    resampled = means(values, resamples, seed)
+    tails = np.quantile(resampled.studentized, [1.0 - ALPHA / 2, ALPHA / 2], axis=-1)
+    return resampled.estimate - tails[0] * resampled.error, resampled.estimate - tails[1] * resampled.error
+
+
+class Resampled(NamedTuple):
+    """Estimates [...], and what resamples of the documents say of their distribution [..., resamples]."""
+
+    estimate: Array
+    error: Array
+    """Standard error."""
+    studentized: Array
+    """Of each resample: its distance from the estimate, over its own standard error."""
+    errors: Array
+    """Standard error of each resample."""
+
+
+def means(values: Array, resamples: int = RESAMPLES, seed: int = 0) -> Resampled:
+    """Means over the last axis of ``values`` [..., n]; all leading axes see the same resamples."""
     n = values.shape[-1]
     shares = _resamples(n, resamples, seed)
     mean = values.mean(axis=-1, keepdims=True)
     centred = values - mean
     shift = centred @ shares.T
     variance = np.maximum((centred**2) @ shares.T - shift**2, 0.0) / (n - 1)
-    error = values.std(axis=-1, ddof=1, keepdims=True) / math.sqrt(n)
-    floored = np.maximum(np.sqrt(variance), STANDARD_ERROR_FLOOR * error)
-    studentized = np.divide(shift, floored, out=np.zeros_like(shift), where=floored > 0)
-    tails = np.quantile(studentized, [1.0 - ALPHA / 2, ALPHA / 2], axis=-1)
-    low, high = mean[..., 0] - tails * error[..., 0]
-    return low, high
+    error = values.std(axis=-1, ddof=1) / math.sqrt(n)
+    return _resampled(mean[..., 0], error, shift, variance)
 
 
-def paired_proportions(gained: Any, lost: Any, n: int) -> tuple[Array, Array]:
+def log_ratios(values: Array, baseline: Array | None, seed: int = 0) -> Resampled:
+    """Logarithms of the means of ``values`` [m, n] over that of ``baseline`` [n], None for the means alone.
+
+    The standard error is that of the first-order change of the logarithm, ``values / mean - baseline / mean``.
+    """
+    below = np.ones(values.shape[-1]) if baseline is None else baseline
+    n = values.shape[-1]
+    shares = _resamples(n, RESAMPLES, seed)
+    mean, mean_below = values.mean(axis=-1), float(below.mean())
+    # A resample may hold nothing but zeros: it is as far off as can be.
+    tiny = np.finfo(float).tiny
+    drawn, drawn_below = np.maximum(values @ shares.T, tiny), np.maximum(below @ shares.T, tiny)
+    estimate = np.log(mean / mean_below)
+    shift = np.log(drawn / drawn_below) - estimate[:, None]
+    squares = (values**2) @ shares.T / drawn**2 + (below**2) @ shares.T / drawn_below**2
+    variance = np.maximum(squares - 2 * ((values * below) @ shares.T) / (drawn * drawn_below), 0.0) / (n - 1)
+    error = (values / mean[:, None] - below / mean_below).std(axis=-1, ddof=1) / math.sqrt(n)
+    return _resampled(estimate, error, shift, variance)
+
+
+def _resampled(estimate: Array, error: Array, shift: Array, variance: Array) -> Resampled:
+    errors = np.maximum(np.sqrt(variance), STANDARD_ERROR_FLOOR * error[..., None])
+    studentized = np.divide(shift, errors, out=np.zeros_like(shift), where=errors > 0)
+    return Resampled(estimate, error, studentized, errors)
+
+
+def paired_proportions(gained: Any, lost: Any, n: int, critical: float = NORMAL) -> tuple[Array, Array]:
     """Tango's score interval of the difference of two paired proportions, ``(gained - lost) / n``.
 
     Args:
         gained: documents that only the method got right, any shape.
         lost: documents that only the baseline got right, same shape.
         n: number of documents.
+        critical: standard errors that both ends are away.
 
     Returns:
         Low and high ends, same shape.
     """
     gained, lost = np.asarray(gained, dtype=float), np.asarray(lost, dtype=float)
-    critical = stats.norm.ppf(1.0 - ALPHA / 2)
 
     def statistic(difference: Array) -> Array:
         # Maximum likelihood of the share of lost documents, given the difference.
@@ -215,34 +277,7 @@ def pseudomedian(values: Sequence[float]) -> tuple[float, Interval | None]:
     return estimate, Interval(float(means[beyond - 1]), float(means[total - beyond]))
 
 
-# --- Tests ---
-
-
-def p_value(scores: Sequence[float], baseline: Sequence[float], *, seed: int = 0) -> float | None:
-    """Two-sided p of no difference on the same documents; None for fewer than two.
-
-    Scores of 0 and 1: exact McNemar. Others: every sign of the differences flipped in every way (up to 13 documents) or
-    in 9,999 random ways.
-    """
-    differences = _paired(scores, baseline)
-    if len(differences) < 2:
-        return None
-    different = differences[differences != 0]
-    if not len(different):
-        return 1.0
-    if is_binary(scores, baseline):
-        return float(stats.binomtest(int((different > 0).sum()), len(different)).pvalue)
-    if len(different) == 1:
-        return 1.0
-    result = stats.permutation_test(
-        (different,),
-        np.mean,
-        permutation_type="samples",
-        n_resamples=9999,
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    )
-    return float(result.pvalue)
+# --- Adjusting ---
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -259,77 +294,8 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in stats.false_discovery_control(p_values)] if len(p_values) else []
 
 
-# --- Power ---
-
-
-def detectable_difference(scores: Sequence[float], baseline: Sequence[float]) -> float | None:
-    """Smallest true difference that so many such documents would have shown, unadjusted, with a power of 80 %.
-
-    Scores of 0 and 1: from exact McNemar and the share of documents that changed. Others: from the standard deviation
-    of the paired differences. None where that is unknown, or where no difference at all could have been shown.
-    """
-    differences = _paired(scores, baseline)
-    n = len(differences)
-    if n < LEAST_DOCUMENTS:
-        return None
-    if is_binary(scores, baseline):
-        return _detectable_by_mcnemar(n, float((differences != 0).mean()))
-    deviation = float(differences.std(ddof=1))
-    if deviation == 0:
-        return None
-    quantiles = stats.t.ppf([1.0 - ALPHA / 2, POWER], n - 1)
-    return float(quantiles.sum()) * deviation / math.sqrt(n)
-
-
-def mcnemar_power(n: int, difference: float, changed: float) -> float:
-    """Power of the exact McNemar test.
-
-    Args:
-        n: documents.
-        difference: true difference of the two proportions, above 0.
-        changed: true share of documents on which the two differ, at least ``difference``.
-    """
-    counts = np.arange(n + 1)
-    # The most discordant documents on the rarer side that still give p < alpha; -1 where none do.
-    limit = stats.binom.ppf(ALPHA / 2, counts, 0.5)
-    limit = np.where(stats.binom.cdf(limit, counts, 0.5) > ALPHA / 2, limit - 1, limit)
-    favoured = min((changed + difference) / (2 * changed), 1.0)
-    found = stats.binom.cdf(limit, counts, 1.0 - favoured) + stats.binom.cdf(limit, counts, favoured)
-    return float((stats.binom.pmf(counts, n, changed) * found).sum())
-
-
-def _detectable_by_mcnemar(n: int, changed: float) -> float | None:
-    if mcnemar_power(n, 1.0, 1.0) < POWER:
-        return None
-    low, high = 0.0, 1.0
-    while high - low > 1e-4:
-        middle = (low + high) / 2
-        enough = mcnemar_power(n, middle, max(changed, middle)) >= POWER
-        low, high = (low, middle) if enough else (middle, high)
-    return high
-
-
-# --- Together ---
-
-
-def compare(
-    scores: Sequence[float], baseline: Sequence[float], *, bounds: tuple[float, float] = UNBOUNDED, seed: int = 0
-) -> Comparison:
-    """Everything about the paired difference ``scores`` minus ``baseline``; arguments as :func:`difference_interval`.
-
-    Raises:
-        ValueError: not the same number of documents, or none.
-    """
-    return Comparison(
-        n=len(scores),
-        difference=float(_paired(scores, baseline).mean()),
-        interval=difference_interval(scores, baseline, bounds=bounds, seed=seed),
-        p_value=p_value(scores, baseline, seed=seed),
-        detectable=detectable_difference(scores, baseline),
-    )
-
-
-def _paired(scores: Sequence[float], baseline: Sequence[float]) -> Array:
+def paired(scores: Sequence[float], baseline: Sequence[float]) -> Array:
+    """Differences of the scores of two methods on the same documents [n]. Raises :class:`ValueError`."""
     if len(scores) != len(baseline) or not len(scores):
         raise ValueError(f"paired scores of the same documents are needed, not {len(scores)} and {len(baseline)}")
-    return np.asarray(scores, dtype=float) - np.asarray(baseline, dtype=float)
+    return finite(scores) - finite(baseline)

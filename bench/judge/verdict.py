@@ -6,6 +6,8 @@ LEVEL = 0.95
 """Confidence of every interval."""
 ALPHA = 1.0 - LEVEL
 """Adjusted p-values below this are called distinguishable."""
+POWER = 0.8
+"""Chance of being found that the smallest detectable difference has."""
 
 
 def verdict(difference: float, p_adjusted: float | None, *, higher_is_better: bool = True) -> str:

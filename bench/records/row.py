@@ -63,12 +63,26 @@ class Row(BaseModel):
     """Paired, to ``full`` on the same documents."""
     difference_low: float | None = None
     difference_high: float | None = None
+    """The ends of a difference hold together with those of the other rows of the task and metric."""
     p_value: Share | None = None
+    """Of this row alone."""
+    p_adjusted: Share | None = None
+    """Of all rows of the task and metric together: below 0.05 if and only if the interval of the difference is without
+    0. Unknown in older files."""
     p_holm: Share | None = None
-    """Adjusted over the rows of one task and metric."""
+    """``p_value`` adjusted by Holm's method, and by Benjamini and Hochberg's; no verdict follows from them."""
     p_bh: Share | None = None
     detectable_difference: Amount | None = None
-    """The smallest that so many documents would have shown."""
+    """The smallest that so many documents would have shown, by the test of ``p_adjusted``."""
+    best: str | None = None
+    """The cell with the best score at the same budget, which the row is compared with. Unknown in older files."""
+    to_best: float | None = None
+    """Paired difference to it on the same documents; of a divergence, the ratio of the two."""
+    to_best_low: float | None = None
+    """Ends of its interval, which holds together with those of the other rows of the budget."""
+    to_best_high: float | None = None
+    p_to_best: Share | None = None
+    """Of all rows of the budget together."""
     leading: Truth | None = None
     """The best of its budget, or not to be told from it; None where nobody is."""
     kv_bytes_mean: Amount | None = None
@@ -111,12 +125,13 @@ class Row(BaseModel):
 RUN = "run"
 COLUMNS = [name for name in Row.model_fields if name != RUN]
 """Columns of ``results.csv``; unknown is empty."""
-NEEDED = [name for name in COLUMNS if name != "timed_documents"]
+NEWER = {"timed_documents", "p_adjusted", "best", "to_best", "to_best_low", "to_best_high", "p_to_best"}
+NEEDED = [name for name in COLUMNS if name not in NEWER]
 """Those that every file has."""
 STATISTICS = COLUMNS[COLUMNS.index("score_low") : COLUMNS.index("leading") + 1]
 """Columns about how sure a score is: 95 % intervals over documents, the paired difference to ``full`` with its p-value,
-plain and adjusted over the table, the smallest difference that so many documents would have shown, and whether the row
-is the best of its budget or cannot be told from it."""
+plain and of the whole table, the smallest difference that so many documents would have shown, and how the row
+stands to the best of its budget."""
 
 
 def rows_csv(rows: Iterable[Row]) -> str:

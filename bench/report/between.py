@@ -134,7 +134,7 @@ def _of(
 def _change(row: Row, name: str, cell: str, pairs: Sequence[tuple[Measured, Measured]]) -> Change | None:
     """None for a score that single documents do not have, such as a perplexity, or that is 0 by definition."""
     # SciPy, which tables of one run do without.
-    from bench.judge.stats import compare
+    from bench.judge.family import compare
 
     scores = [(old.scores.get(row.metric), new.scores.get(row.metric)) for old, new in pairs]
     known = [(old, new) for old, new in scores if old is not None and new is not None]

@@ -40,8 +40,27 @@ def _against_full(row: Row) -> str:
     if row.not_exercised:
         return "not exercised"
     if row.difference is None:
+        return _against_best(row)
+    return verdict(row.difference, adjusted(row), higher_is_better=row.higher_is_better)
+
+
+def adjusted(row: Row) -> float | None:
+    """The p-value that a row's verdict follows from. Older files have Holm's."""
+    return row.p_holm if is_older(row) else row.p_adjusted
+
+
+def is_older(row: Row) -> bool:
+    """The row is of an older file, whose intervals of differences are of each row alone."""
+    return row.p_adjusted is None and row.p_holm is not None
+
+
+def _against_best(row: Row) -> str:
+    """Of a divergence, which is not compared with ``full``: how many times that of the best at the same budget."""
+    if row.to_best is None or row.p_to_best is None:
         return ""
-    return verdict(row.difference, row.p_holm, higher_is_better=row.higher_is_better)
+    if row.p_to_best >= ALPHA:
+        return "like the best"
+    return f"{row.to_best:.2g} x the best, p {p_text(row.p_to_best)}"
 
 
 @dataclass(frozen=True)
@@ -69,9 +88,12 @@ def _score(row: Row) -> str:
     return _two_lines(score_text(row.score), interval_text(row.score_low, row.score_high))
 
 
+def _difference_interval(row: Row) -> str:
+    return "" if is_older(row) else interval_text(row.difference_low, row.difference_high)
+
+
 def _difference(row: Row) -> str:
-    interval = interval_text(row.difference_low, row.difference_high)
-    return _two_lines(score_text(row.difference, sign="+"), interval)
+    return _two_lines(score_text(row.difference, sign="+"), _difference_interval(row))
 
 
 RUN = Column("run", lambda row: row.run or "", left=True, needed=True)
@@ -89,7 +111,7 @@ EVERYTHING = (
     Column("score", lambda row: score_text(row.score)),
     Column("95 % interval", lambda row: interval_text(row.score_low, row.score_high)),
     Column("minus full", lambda row: score_text(row.difference, sign="+")),
-    Column("95 % interval", lambda row: interval_text(row.difference_low, row.difference_high)),
+    Column("95 % interval", _difference_interval),
     AGAINST_FULL,
     Column("KV bytes", lambda row: bytes_text(row.kv_bytes_mean)),
     Column("KV of full", _share),
@@ -109,7 +131,7 @@ STACKED = (
     METHOD,
     SCORE,
     DIFFERENCE,
-    Column("p", lambda row: "" if row.p_holm is None else p_text(row.p_holm)),
+    Column("p", lambda row: "" if (p := adjusted(row)) is None else p_text(p)),
     SHARE,
     STATES,
     Column("TTFT s\nTPOT ms", lambda row: _two_lines(TTFT.cell(row), TPOT.cell(row))),
@@ -117,8 +139,9 @@ STACKED = (
 """The same within 80 columns: intervals below their numbers, the format below the method, p in the place of words."""
 
 LEGEND = (
-    "[ , ]: 95 % interval over documents. minus full: paired difference to the full cache on the same documents; its p "
-    f"is adjusted over all rows (Holm), and from {ALPHA:.2f} on the two are not distinguishable.",
+    "[ , ]: 95 % interval over documents. minus full: paired difference to the full cache on the same documents; its "
+    f"interval and p hold for all rows together, and with 0 in the one, or from {ALPHA:.2f} on in the other, the two "
+    "are not distinguishable.",
     "KV of full: all bytes that the cache stores, scales, positions and scores of tokens included, over the keys and "
     "values of a full one. O/Q/E: tokens that ended Original, Quantized, Evicted.",
     "TTFT: prefill, compression and the first token; TPOT: every later token. Times are of the machine in record.json.",

@@ -13,7 +13,7 @@ from bench.records.files.numbers import percent_text, score_text
 from bench.records.finished import Run, comparable
 from bench.records.row import Row
 from bench.records.shown import headline
-from bench.report.columns import TOLERANCE, budget_cell, off_budget
+from bench.report.columns import TOLERANCE, budget_cell, is_older, off_budget
 
 WITHIN = "differences, p-values and bold are within each run; what changed from run to run stands in a table of its own"
 
@@ -74,6 +74,16 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     if any(row.leading for row in rows):
         notes.append("bold: the best of a budget, and what cannot be told from it")
     notes += detectable(rows)
+    if any(row.p_to_best is not None and row.difference is None for row in rows):
+        notes.append(
+            "a distance from full is not compared with full: each row is with the best at the same budget, paired, by "
+            "the ratio of the two where it cannot be negative; like the best: not distinguishable from it"
+        )
+    if any(map(is_older, rows)):
+        notes.append(
+            f"{RESULTS} is of an older suite: p by Holm, and differences without intervals, since those of each row "
+            "alone say something else; the run's own command writes the file anew"
+        )
     if any(row.not_exercised for row in rows):
         notes.append("not exercised: every prompt and answer fits the budget, so that nothing was compressed")
     off = [
@@ -130,7 +140,7 @@ def _why_off(row: Row) -> str:
 
 def detectable(rows: Sequence[Row]) -> list[str]:
     """What differences to ``full`` so many documents could have shown."""
-    compared = [row for row in rows if row.p_value is not None]
+    compared = [row for row in rows if row.difference is not None and not row.not_exercised]
     known = sorted({score_text(row.detectable_difference, 2) for row in compared} - {""}, key=float)
     if known:
         span = " to ".join(dict.fromkeys((known[0], known[-1])))

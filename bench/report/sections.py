@@ -23,7 +23,20 @@ from bench.report.between_written import LEFT as PAIR_LEFT
 from bench.report.between_written import LEGEND as PAIR_LEGEND
 from bench.report.between_written import cells as pair_cells
 from bench.report.between_written import notes as pair_notes
-from bench.report.columns import AGAINST_FULL, BUDGET, DIFFERENCE, METHOD, RUN, SCORE, SHARE, STATES, TPOT, TTFT, Column
+from bench.report.columns import (
+    AGAINST_FULL,
+    BUDGET,
+    DIFFERENCE,
+    METHOD,
+    RUN,
+    SCORE,
+    SHARE,
+    STATES,
+    TPOT,
+    TTFT,
+    Column,
+    adjusted,
+)
 from bench.report.comparison import compare
 from bench.report.figures.canvas import Figure, file_name
 from bench.report.figures.curve import curve_figure
@@ -79,7 +92,7 @@ ORDERED: tuple[tuple[Column, Callable[[Row], Any]], ...] = (
     (METHOD, lambda row: named(row).casefold()),
     (SCORE, lambda row: row.score),
     (DIFFERENCE, lambda row: row.difference),
-    (AGAINST_FULL, lambda row: row.p_holm),
+    (AGAINST_FULL, adjusted),
     (SHARE, lambda row: row.kv_bytes_mean),
     (STATES, lambda row: row.original_share),
     (TTFT, lambda row: row.ttft_ms),

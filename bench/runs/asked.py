@@ -9,9 +9,11 @@ from typing import Any
 
 from bench.errors import UserError
 from bench.harness.tasks import HarnessTasks
+from bench.judge.power import too_few
 from bench.methods.grid import Cell, grid
 from bench.methods.plugins import TASKS, Plugins
 from bench.models.loading import DescribedModel
+from bench.names import FULL, LEAST_DOCUMENTS
 from bench.runs.documents import load_documents
 from bench.runs.failures import failure_lines
 from bench.settings.mappings import read_mapping
@@ -123,6 +125,22 @@ def planned(config: RunConfig) -> tuple[list[Cell], list[Task], list[dict[str, s
     """The grid of a run, what it would measure, and what cannot be found. Raises as :func:`execute`."""
     cells, asked, failures = asked_for(config, *plugins_of(config))
     return cells, [task for task, _ in tasks_of(asked)], failures
+
+
+def doubts(task: Task, documents: int, methods: Sequence[str]) -> str:
+    """Why so many documents of a task cannot tell its rows apart, and how many could; empty where they can.
+
+    Of scores that are not right or wrong nothing is known before they are measured but that few give no interval.
+
+    Args:
+        methods: of the grid's cells, one each.
+    """
+    rows = sum(method != FULL for method in methods)
+    if documents < LEAST_DOCUMENTS:
+        return f"{documents} documents give no interval and no verdict; {LEAST_DOCUMENTS} give intervals"
+    if not task.metrics or not task.metrics[0].binary:
+        return ""
+    return too_few(documents, rows)
 
 
 def documents_of(config: RunConfig, model: DescribedModel, task: Task) -> list[Document]:

@@ -25,7 +25,7 @@ from bench.records.sample import Measured
 from bench.records.starts import terms
 from bench.records.states import MapRecord, write_maps
 from bench.runs import folder as records
-from bench.runs.asked import asked_for, documents_of, plugins_of, tasks_of
+from bench.runs.asked import asked_for, documents_of, doubts, plugins_of, tasks_of
 from bench.runs.documents import prompt_hash
 from bench.runs.executors import Answered, Executor, Unit, make_executor
 from bench.runs.failures import failure_lines
@@ -268,6 +268,8 @@ class _Run:
         kept = f"{len(earlier)} documents of earlier starts stay in its results" if earlier else ""
         for said in filter(None, (*task.notes, kept, missing)):
             self.console.print(f"{task.name}: {said}", markup=False, highlight=False, soft_wrap=True)
+        if doubt := doubts(task, len(documents) + len(earlier), [cell.method for cell in self._all_cells]):
+            self.console.print(f"{task.name}: {doubt}", style="yellow", markup=False, highlight=False, soft_wrap=True)
         work = []
         for place, document in enumerate(documents):
             sha256 = prompt_hash(document)

@@ -91,7 +91,7 @@ def write_record(
         "front": [shown(trial) for trial in study.front()],
         "held_out": [
             {
-                **{name: getattr(verdict, name) for name in ("task", "metric", "budget", "p_holm", "words")},
+                **{name: getattr(verdict, name) for name in ("task", "metric", "budget", "words")},
                 "n": len(verdict.documents),
                 "full": fmean(verdict.full),
                 "own": fmean(verdict.own),

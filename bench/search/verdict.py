@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bench.errors import UserError
-from bench.judge import stats
+from bench.judge.family import Comparison, compare
 from bench.judge.verdict import verdict
 from bench.methods.grid import full_cell, tristate_cell
 from bench.names import FULL
@@ -27,13 +26,12 @@ class Verdict:
     full: list[float]
     own: list[float]
     tuned: list[float]
-    comparison: stats.Comparison
-    p_holm: float | None = None
+    comparison: Comparison
 
     @property
     def words(self) -> str:
         """``better, p 0.01``, or ``not distinguishable``."""
-        return verdict(self.comparison.difference, self.p_holm, higher_is_better=self.higher_is_better)
+        return verdict(self.comparison.difference, self.comparison.p_adjusted, higher_is_better=self.higher_is_better)
 
 
 def judge(objective: Objective, found: Mapping[str, Any], progress: Callable[[], None]) -> list[Verdict]:
@@ -70,12 +68,13 @@ def judge(objective: Objective, found: Mapping[str, Any], progress: Callable[[],
                     full=values[FULL],
                     own=values[before.key],
                     tuned=values[after.key],
-                    comparison=stats.compare(values[after.key], values[before.key], seed=config.run.seed),
+                    comparison=compare(
+                        values[after.key],
+                        values[before.key],
+                        comparisons=len(objective.splits) * len(own),
+                        bounds=(metric.low, metric.high),
+                        seed=config.run.seed,
+                    ),
                 )
             )
-    tested = [verdict.comparison.p_value for verdict in verdicts if verdict.comparison.p_value is not None]
-    adjusted = iter(stats.holm(tested))
-    return [
-        dataclasses.replace(verdict, p_holm=None if verdict.comparison.p_value is None else next(adjusted))
-        for verdict in verdicts
-    ]
+    return verdicts

@@ -190,6 +190,9 @@ METRICS: Mapping[str, Metric] = {
     for metric in (qa_f1, qa_f1_zh, rouge, rouge_zh, classification, retrieval, retrieval_zh, count, code_sim)
 }
 
+BINARY = frozenset({"classification", "retrieval", "retrieval_zh", "count"})
+"""Those that are 0 or 1 but for answers that name several classes or numbers, the right one among them."""
+
 
 def score(dataset: Dataset, prediction: str, answers: Sequence[str], all_classes: Sequence[str] = ()) -> float:
     """What the official evaluation gives a row, in [0, 1]: the best over its answers, 0 where there is none."""

@@ -23,7 +23,7 @@ from tasks.base import (
 )
 from tasks.longbench.data import load_rows
 from tasks.longbench.datasets import BUCKETS, DATASETS, EXTENDED, Dataset, bucket
-from tasks.longbench.metrics import score
+from tasks.longbench.metrics import BINARY, score
 from tasks.longbench.options import LongBenchOptions
 from tasks.longbench.prompts import build_prompt, template
 
@@ -45,7 +45,8 @@ class LongBenchTask(Task):
         self.extended = extended
         self.name = f"{'longbench-e' if extended else 'longbench'}:{dataset.name}"
         names = (dataset.metric, *self._bucket_metrics())
-        self.metrics = tuple(Metric(name=name, low=0.0, high=100.0) for name in names)
+        binary = True if dataset.metric in BINARY else None
+        self.metrics = tuple(Metric(name=name, low=0.0, high=100.0, binary=binary) for name in names)
         self._data_hash = ""
 
     def _bucket_metrics(self) -> tuple[str, ...]:

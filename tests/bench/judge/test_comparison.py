@@ -10,6 +10,7 @@ import pytest
 
 from bench.judge import stats
 from bench.judge.comparison import add_statistics
+from bench.judge.family import Comparison, compare_all
 from bench.records.row import STATISTICS, Row
 from tasks.base import Metric
 from tests.bench.lines import sample
@@ -48,6 +49,12 @@ def statistics(scores: Scores, metrics: Sequence[Metric] = (), **more: Any) -> d
 
 
 FULL, HALF, NONE = [1.0] * 20, [1.0] * 10 + [0.0] * 10, [0.0] * 20
+PLACES = sorted(range(20), key=str)
+"""Of the documents in the order of their ids, in which draws go through them."""
+
+
+def compared(*methods: list[float]) -> list[Comparison]:
+    return compare_all([[scores[place] for place in PLACES] for scores in methods], FULL)
 
 
 def test_intervals_differences_and_the_family() -> None:
@@ -55,9 +62,14 @@ def test_intervals_differences_and_the_family() -> None:
     assert (rows["mix"].difference, rows["origin"].difference) == (0.0, -0.5)
     assert rows["full"].score_low == pytest.approx(stats.mean_interval(FULL).low)  # type: ignore[union-attr]
     assert (rows["full"].difference, rows["full"].p_value) == (None, None)
-    p_values = [rows[name].p_value for name in ("mix", "origin", "window")]
-    assert p_values == [pytest.approx(stats.p_value(values, FULL)) for values in (FULL, HALF, NONE)]
-    assert [rows[name].p_holm for name in ("mix", "origin", "window")] == stats.holm(p_values)
+    names = ("mix", "origin", "window")
+    p_values = [rows[name].p_value for name in names]
+    assert [rows[name].p_holm for name in names] == stats.holm([p or 0.0 for p in p_values])
+    expected = compared(FULL, HALF, NONE)
+    for name, found in zip(names, expected, strict=True):
+        row = rows[name]
+        assert (row.p_value, row.p_adjusted) == (found.p_value, found.p_adjusted)
+        assert (row.difference_low, row.difference_high) == found.interval
     assert rows["origin"].difference_low < -0.5 < rows["origin"].difference_high < 0
 
 
@@ -81,7 +93,7 @@ def test_who_compressed_nothing_is_not_compared() -> None:
     assert rows["mix"].leading is None
     assert rows["mix"].score_low is not None
     # Nor does it count in the family of the others.
-    assert rows["quant"].p_holm == max(stats.holm([rows["quant"].p_value, rows["window"].p_value]))
+    assert rows["quant"].p_adjusted == compared(HALF, NONE)[0].p_adjusted
 
 
 def test_a_score_that_is_no_mean_has_no_interval() -> None:
@@ -147,3 +159,43 @@ def test_documents_of_a_groups_tasks_may_share_ids_and_lack_a_score() -> None:
     known = grouped(unknown=False)
     assert (known.difference, known.score_low) == (plain.difference, plain.score_low)
     assert all(getattr(grouped(unknown=True), name) is None for name in STATISTICS)
+
+
+def test_what_is_measured_from_full_is_not_compared_with_it() -> None:
+    """A divergence of full is 0 by definition; methods are compared with the best of their budget, by ratios."""
+    spread = [0.01 * (1 + i % 7) for i in range(20)]
+    worse = [value * (3 + 0.1 * (i % 3)) for i, value in enumerate(spread)]
+    metric = Metric(name="exact_match", higher_is_better=False, low=0.0, of_full=0.0)
+    lower = {"higher_is_better": False}
+    rows = statistics({"full": [0.0] * 20, "mix": spread, "window": worse}, [metric], mix=lower, window=lower)
+    for row in rows.values():
+        assert (row.difference, row.p_value, row.p_adjusted, row.detectable_difference) == (None,) * 4
+    assert rows["full"].score_low is None
+    assert 0 < rows["mix"].score_low < rows["mix"].score < rows["mix"].score_high
+    window = rows["window"]
+    assert window.best == "mix"
+    assert 1 < window.to_best_low < window.to_best < window.to_best_high
+    assert window.p_to_best < 0.05
+    assert (rows["mix"].leading, window.leading) == (True, False)
+
+
+def test_percent_scores_of_two_values() -> None:
+    metric = Metric(name="exact_match", low=0.0, high=100.0, binary=True)
+    rows = statistics({"full": [100.0] * 20, "mix": [100.0] * 19 + [0.0], "window": NONE}, [metric])
+    assert (rows["mix"].score_low, rows["mix"].score_high) == pytest.approx((76.4, 99.1), abs=0.1)
+    assert (rows["window"].score_low, rows["window"].score_high) == pytest.approx((0.0, 16.1), abs=0.1)
+    assert rows["window"].p_adjusted < 0.001
+
+
+def test_rows_over_fewer_documents_are_of_the_same_family() -> None:
+    both = statistics({"full": FULL, "origin": HALF, "window": NONE})
+    fewer = statistics({"full": FULL, "origin": HALF, "window": NONE[:12]})
+    assert fewer["window"].p_adjusted > both["window"].p_adjusted
+    assert fewer["origin"].p_adjusted >= both["origin"].p_value
+
+
+def test_a_binary_metric_says_its_range() -> None:
+    with pytest.raises(ValueError, match="which must be given"):
+        Metric(name="right", binary=True)
+    with pytest.raises(ValueError, match="between low and high"):
+        Metric(name="right", low=1.0, high=1.0)

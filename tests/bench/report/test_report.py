@@ -46,6 +46,7 @@ def row(method: str, score: float, cache_size: int | None = 512, **more: Any) ->
         "difference_high": None if full else score - 0.9,
         "p_value": None if full else 0.01,
         "p_holm": None if full else 0.03 if score < 0.6 else 0.4,
+        "p_adjusted": None if full else 0.03 if score < 0.6 else 0.4,
         "p_bh": None if full else 0.02,
         "detectable_difference": None if full else 0.52,
         "kv_bytes_mean": 46_000_000.0,
@@ -245,8 +246,27 @@ def test_a_difference_is_never_called_more_than_it_is() -> None:
     assert "- so few documents cannot show a difference to full" in to_markdown([nothing])
 
 
+def test_an_older_file_shows_no_interval_beside_a_verdict_of_another_procedure() -> None:
+    older = [row("full", 1.0), row("mix", 0.875, p_adjusted=None)]
+    text = to_markdown([older])
+    assert "not distinguishable" in text
+    assert "[-0.23, -0.03]" not in text
+    assert "is of an older suite: p by Holm" in text
+
+
+def test_a_divergence_is_compared_with_the_best_of_its_budget() -> None:
+    untested = dict.fromkeys(("p_value", "p_holm", "p_adjusted", "difference", "difference_low", "difference_high"))
+    best = row("mix", 0.01, **untested)
+    behind = row("window", 0.02, **untested, to_best=2.0, p_to_best=0.004)
+    alike = row("origin", 0.011, **untested, to_best=1.1, p_to_best=0.5)
+    text = to_markdown([[best, behind, alike]])
+    assert "| 2 x the best, p 0.004 |" in text
+    assert "| like the best |" in text
+    assert "a distance from full is not compared with full" in text
+
+
 def test_a_row_that_was_not_exercised_says_so() -> None:
-    rows = [row("full", 1.0), row("window", 0.5), row("mix", 1.0, compressed_documents=0, p_holm=None)]
+    rows = [row("full", 1.0), row("window", 0.5), row("mix", 1.0, compressed_documents=0, p_holm=None, p_adjusted=None)]
     assert "| not exercised |" in next(line for line in to_markdown([rows]).splitlines() if "| mix |" in line)
     for width in (80, 140):
         text = printed(rows, width)

@@ -22,6 +22,7 @@ from bench.runs import asked
 from bench.runs.folder import RunFolder
 from bench.runs.run import Outcome, execute
 from bench.settings.run import RunConfig
+from tasks.base import Task
 from tests.bench.conftest import SENTENCES, define_toys, read_lines
 from tests.bench.lines import recorded
 
@@ -51,12 +52,25 @@ def go(folder: Path, path: Path, *, fresh: bool = False, **settings: Any) -> tup
     return outcome, console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_documents_that_cannot_tell_the_rows_apart_are_named_with_how_many_could() -> None:
+    task = asked.make_task("needle")
+    assert isinstance(task, Task)
+    methods = ["full", *["mix"] * 13]
+    assert "8 documents cannot tell 13 rows from full (none, whatever they score); 21" in asked.doubts(task, 8, methods)
+    assert asked.doubts(task, 21, methods) == ""
+    # What KL scatters by is not known before it is measured.
+    fidelity = asked.make_task("fidelity")
+    assert isinstance(fidelity, Task)
+    assert asked.doubts(fidelity, 8, methods) == ""
+    assert "no interval" in asked.doubts(fidelity, 4, methods)
+
+
 @pytest.fixture(scope="module")
 def done(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "done"
     outcome, said = go(tiny_folder, path)
     assert outcome.measured == 9
-    assert "tiny needle: 1/9 answers" in said
+    assert said.index("needle: 3 documents give no interval and no verdict") < said.index("tiny needle: 1/9 answers")
     assert "9/9 answers" in said
     return path
 
