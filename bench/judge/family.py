@@ -66,7 +66,13 @@ class Comparison:
     """Of the family: below 0.05 if and only if the interval lies on one side of no difference."""
     detectable: float | None = None
     """Smallest true difference, in the direction of the one found, that this test with n such documents finds with a
-    power of 80 %; None where unknown, or where there is none."""
+    power of 80 %; None where unknown, as of few documents with skewed scores, or where there is none."""
+
+
+MANY_DOCUMENTS = 30
+SKEWED = 0.75
+"""Fewer documents whose changes have a greater skewness do not say how long their tails are: where a power of 80 % was
+claimed from them, simulations found 67 to 91 %."""
 
 
 class Joint(NamedTuple):
@@ -272,6 +278,7 @@ def _compare_means(changes: Array, width: float, alpha: float, seed: int) -> lis
     judged = judge(resampled, n, alpha)
     adjusted = judged.joint.adjusted(judged.p_values)
     detectable = detectable_means(resampled, judged, n)
+    is_said = (n >= MANY_DOCUMENTS) | (np.abs(stats.skew(changes[known], axis=1)) <= SKEWED)
     for place, row in enumerate(known):
         low, high = np.clip([judged.low[place], judged.high[place]], -width, width)
         found[row] = Comparison(
@@ -280,7 +287,7 @@ def _compare_means(changes: Array, width: float, alpha: float, seed: int) -> lis
             interval=Interval(float(low), float(high)),
             p_value=float(judged.p_values[place]),
             p_adjusted=float(adjusted[place]),
-            detectable=float(detectable[place]) if detectable[place] < width else None,
+            detectable=float(detectable[place]) if is_said[place] and detectable[place] < width else None,
         )
     return found
 

@@ -101,9 +101,13 @@ def quantiles(kind: str, n: int) -> tuple[Array, Array]:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("kind", ["percent", "skewed"])
 def test_power_of_other_scores(kind: str, sign: int, n: int) -> None:
-    """Documents alike in shape show the difference that a table claims, whichever way the scores are skewed."""
+    """Documents alike in shape show the difference that a table claims, whichever way the scores are skewed; of few
+    skewed ones, whose tails are not known, it claims nothing."""
     typical, drawn = quantiles(kind, n)
     claimed = compare((typical + sign * 1e-9).tolist(), [0.0] * n).detectable
+    if kind == "skewed" and n <= 20:
+        assert claimed is None
+        return
     assert claimed is not None
     assert power_of(drawn + sign * claimed) == pytest.approx(0.8, abs=0.05 + 2 * 0.02)
 
