@@ -5,7 +5,8 @@ VENV ?= .venv
 unexport PYTHONDONTWRITEBYTECODE
 NEWEST := $(VENV)-newest
 PYTHON := $(VENV)/bin/python
-KERNEL := arkv/kernels/cpu/__pycache__/built
+# What is compiled lies in the user's cache; this only says that it has been tried with this environment.
+KERNEL := $(VENV)/.kernels-built
 # What setuptools leaves behind in a checkout.
 BUILT := build arkv/build arkv_bench.egg-info arkv/arkv.egg-info
 PYTEST := TQDM_DISABLE=1 $(PYTHON) -m pytest

@@ -76,8 +76,10 @@ def _compared(steps: Steps, cell: Cell, request: Compare, prompt: Prompt | None,
                 errors.append(_relative_errors(full.attention, mine.attention))
     held = cell.held(compressed.cache, prompt)
     kl, agrees, delta_nll = zip(*differences, strict=True)
-    return Measurement(
-        cell=cell,
+    return Measurement.of_one(
+        cell,
+        compressed,
+        held,
         answer=Compared(
             kl=kl,
             agrees=agrees,
@@ -86,17 +88,8 @@ def _compared(steps: Steps, cell: Cell, request: Compare, prompt: Prompt | None,
         ),
         prompt_tokens=request.prompt_tokens,
         scored_tokens=len(request.continuation_ids),
-        tokens_original=held.original,
-        tokens_quantized=held.quantized,
-        tokens_evicted=held.evicted,
-        kv_bytes=held.kv_bytes,
-        kv_bytes_peak=max(compressed.kv_bytes, held.kv_bytes),
-        full_kv_bytes=held.full_kv_bytes,
-        prefill_s=compressed.prefill_s,
-        compress_s=compressed.compress_s,
         decode_s=clock.seconds,
         peak_memory_bytes=peak_memory_bytes(steps.device),
-        oq_ratios=held.oq_ratios,
     )
 
 

@@ -103,24 +103,17 @@ def answer(steps: Steps, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measurement
 def _measured(steps: Steps, cell: Cell, row: Answering) -> Measurement:
     compressed, tokens = row.compressed, row.tokens
     held = cell.held(compressed.cache, row.prompt)
-    return Measurement(
-        cell=cell,
+    return Measurement.of_one(
+        cell,
+        compressed,
+        held,
         answer=Generated(text=_text(steps, tokens, row.request), token_ids=tuple(tokens)),
         prompt_tokens=row.request.prompt_tokens,
         generated_tokens=len(tokens),
-        tokens_original=held.original,
-        tokens_quantized=held.quantized,
-        tokens_evicted=held.evicted,
-        kv_bytes=held.kv_bytes,
-        kv_bytes_peak=max(compressed.kv_bytes, held.kv_bytes),
-        full_kv_bytes=held.full_kv_bytes,
-        prefill_s=compressed.prefill_s,
-        compress_s=compressed.compress_s,
         ttft_ms=1000.0 * (compressed.prefill_s + (compressed.compress_s or 0.0) + row.first_s),
         decode_s=row.decode_s,
         tpot_ms=1000.0 * row.decode_s / (len(tokens) - 1) if len(tokens) > 1 else None,
         peak_memory_bytes=peak_memory_bytes(steps.device),
-        oq_ratios=held.oq_ratios,
     )
 
 

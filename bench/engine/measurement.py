@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from statistics import fmean
+from typing import Any
 
 from bench.methods.cell import Cell, Held
 from bench.methods.prompt import Compressed
@@ -69,6 +70,23 @@ class Measurement:
     def decode_tokens_per_s(self) -> float | None:
         """Output tokens after the first per second; prompt tokens never count."""
         return None if self.tpot_ms is None else 1000.0 / self.tpot_ms
+
+    @classmethod
+    def of_one(cls, cell: Cell, compressed: Compressed, held: Held, **more: Any) -> Measurement:
+        """Of an answer from one cache: what it cost to make, and what it holds at the end."""
+        return cls(
+            cell=cell,
+            tokens_original=held.original,
+            tokens_quantized=held.quantized,
+            tokens_evicted=held.evicted,
+            kv_bytes=held.kv_bytes,
+            kv_bytes_peak=max(compressed.kv_bytes, held.kv_bytes),
+            full_kv_bytes=held.full_kv_bytes,
+            prefill_s=compressed.prefill_s,
+            compress_s=compressed.compress_s,
+            oq_ratios=held.oq_ratios,
+            **more,
+        )
 
 
 @dataclass
