@@ -17,8 +17,8 @@ that of one row.
 - Divergences: the same, of the logarithm of the ratio of two means.
 
 Coverage and power are simulated in tests/bench/judge/test_family.py. Below 20 documents, scores of two values cannot
-have exactly 95 %, since so few counts are possible: their intervals cover more. Of a dozen rows with strongly skewed
-scores on 8 documents, all hold together in about 90 % of the tables.
+have exactly 95 %, since so few counts are possible: their intervals cover more. Of strongly skewed scores, or such
+as are mostly 0, on so few documents they cover less, the more rows the less.
 """
 
 from __future__ import annotations
