@@ -13,10 +13,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from tasks.options import TaskOptions
+
+
+Place = Literal["after", "before"]
+"""Where a question stands: read through the compressed cache of its context, or a part of what is compressed."""
 
 
 class TaskError(ValueError):
@@ -74,6 +78,8 @@ class TaskSettings:
     """Use this share of the documents, drawn with ``seed`` before ``limit`` is applied."""
     data_dir: Path | None = None
     """Local rows that stand in for a download."""
+    question: Place = "before"
+    """What a task that :attr:`Task.has_parts` makes of its prompts: context and question, or one prompt with both."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Settings of one task, such as ``lengths`` of needle: those of its ``option_names``. None is the default."""
 
@@ -86,10 +92,16 @@ class TaskSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Greedy continuation of ``prompt_ids`` until a stop string, an end-of-sequence token or ``max_new_tokens``."""
+    """Greedy continuation of ``prompt_ids`` until a stop string, an end-of-sequence token or ``max_new_tokens``.
+
+    With ``question_ids``, ``prompt_ids`` are a context: it alone is prefilled and compressed, the question is read
+    through what is left of it, and the answer follows. Documents with equal contexts share prefill and compression.
+    """
 
     prompt_ids: tuple[int, ...]
     max_new_tokens: int
+    question_ids: tuple[int, ...] = ()
+    """Tokens that are read behind the compressed context; none where the question is a part of the prompt."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these strings."""
     end_ids: tuple[int, ...] = ()
@@ -101,17 +113,26 @@ class Generate:
     """Generation settings of transformers, laid over the model's own: see :mod:`tasks.generation`."""
 
     @property
+    def input_ids(self) -> tuple[int, ...]:
+        """All that is read before the answer."""
+        return self.prompt_ids + self.question_ids
+
+    @property
     def prompt_tokens(self) -> int:
-        """Length of the prompt."""
-        return len(self.prompt_ids)
+        """Length of all that is read before the answer."""
+        return len(self.prompt_ids) + len(self.question_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """A text to be scored behind a context, as token ids; neither is empty."""
+    """A text to be scored behind a context, as token ids; neither is empty.
+
+    With ``question_ids``, the context alone is compressed: the question is read through what is left of it.
+    """
 
     context_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
+    question_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.context_ids or not self.token_ids:
@@ -122,16 +143,16 @@ class Continuation:
 class LogLikelihood:
     """Log-likelihoods of continuations, such as the choices of a question.
 
-    Continuations with equal contexts are scored from one prefill. It ends before the last token of the context: that
-    token is read behind it, so that even a continuation of one token is predicted from the cache.
+    Continuations with equal contexts are scored from one prefill. Without a question it ends before the last token of
+    the context: that token is read behind it, so that even a continuation of one token is predicted from the cache.
     """
 
     continuations: tuple[Continuation, ...]
 
     @property
     def prompt_tokens(self) -> int:
-        """Length of the longest context."""
-        return max(len(item.context_ids) for item in self.continuations)
+        """Length of the longest context with its question."""
+        return max(len(item.context_ids) + len(item.question_ids) for item in self.continuations)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,6 +325,8 @@ class Task(ABC):
     metrics: tuple[Metric, ...]
     Options: ClassVar[type[TaskOptions] | None] = None
     """The model that the task checks ``TaskSettings.options`` with, if it has one."""
+    has_parts: ClassVar[bool] = False
+    """Whether prompts are a context and a question behind it, which ``TaskSettings.question`` tells apart."""
     notes: tuple[str, ...] = ()
     """What a person should know of the documents, a line each; known after :meth:`load`."""
     option_names: tuple[str, ...] = ()

@@ -71,6 +71,10 @@ def prompt_hash(document: Document) -> str:
     if not asked.get("generation"):
         # Of prompts without settings of their own it is what it was before there were any.
         asked.pop("generation", None)
+    for part in (asked, *asked.get("continuations", ()), *asked.get("windows", ())):
+        if not part.get("question_ids"):
+            # Likewise of prompts with their questions inside.
+            part.pop("question_ids", None)
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 
