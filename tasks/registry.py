@@ -147,3 +147,9 @@ register(
     "LongBench-E: 13 of them, also scored by length (rows from --data-dir or the hub)",
     has_parts=True,
 )
+register(
+    "ruler",
+    "tasks.ruler.task:Ruler",
+    "13 tasks on synthetic prompts of any length; alone the 6 that need no text or data, ruler:vt,cwe chooses",
+    has_parts=True,
+)

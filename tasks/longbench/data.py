@@ -6,9 +6,7 @@ whose contexts hold parts of the prompts. The archive beside the script is what 
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.base import TaskError, missing_rows
+from tasks.hub import fetch
 from tasks.jsonl import read_jsonl
 from tasks.longbench.datasets import Dataset
 from tasks.longbench.metrics import check_row
@@ -101,29 +100,8 @@ def _from_archive(path: Path, name: str) -> tuple[str, bytes]:
 
 
 def _from_hub(name: str) -> tuple[str, bytes]:
-    return _from_archive(_fetch(), name)
-
-
-@functools.cache
-def _fetch() -> Path:
-    """The official archive in the hub's cache, downloaded where it is not there yet."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        path = Path(hf_hub_download(REPOSITORY, ARCHIVE, repo_type="dataset", revision=REVISION))
-    except (OSError, HTTPError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise TaskError(
-            f"longbench: cannot fetch {ARCHIVE} of {REPOSITORY} from the hub ({type(error).__name__}: {reason}); "
-            f"without a connection, give --data-dir with one <dataset>.jsonl each, or with the official {ARCHIVE}",
-            reason=missing_rows(None),
-        ) from error
-    # The hub's cache calls a large file by the SHA-256 that the hub gives for it.
-    expected = path.resolve().name
-    if re.fullmatch(r"[0-9a-f]{64}", expected) and hashlib.sha256(path.read_bytes()).hexdigest() != expected:
-        raise TaskError(f"longbench: {path} is damaged: remove it to have it downloaded again")
-    return path
+    instead = f"without a connection, give --data-dir with one <dataset>.jsonl each, or with the official {ARCHIVE}"
+    return _from_archive(fetch("longbench", REPOSITORY, ARCHIVE, REVISION, instead), name)
 
 
 # --- Reading ---

@@ -16,6 +16,7 @@ from tasks.fidelity import FidelityOptions, FidelityTask
 from tasks.longbench.options import LongBenchOptions
 from tasks.needle import NeedleOptions, NeedleTask
 from tasks.options import Count, TaskOptions, wanted_by
+from tasks.ruler.options import RulerOptions
 
 
 class Options(TaskOptions):
@@ -53,7 +54,7 @@ def test_one_value_is_a_list_of_one_and_none_is_the_default() -> None:
     assert Options.parse("toy", {}) == Options()
 
 
-@pytest.mark.parametrize("model", [NeedleOptions, FidelityOptions, LongBenchOptions, HarnessOptions])
+@pytest.mark.parametrize("model", [NeedleOptions, FidelityOptions, LongBenchOptions, RulerOptions, HarnessOptions])
 def test_a_run_declares_options_as_the_tasks_do(model: type[TaskOptions]) -> None:
     """The same kind of value and the same default; a run may ask several tasks, so bounds may be wider there."""
     shared = [name for name in model.model_fields if name in FIELDS]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tasks.base import TaskError
-from tasks.longbench import data
+from tasks.hub import fetch
 from tasks.longbench.data import ARCHIVE, REVISION, load_rows
 from tasks.longbench.datasets import DATASETS
 
@@ -156,7 +156,7 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _forget_the_download() -> Iterator[None]:
     yield
-    data._fetch.cache_clear()
+    fetch.cache_clear()
 
 
 def from_hub(monkeypatch: pytest.MonkeyPatch, found: Path | Exception) -> list[dict[str, Any]]:
@@ -170,7 +170,7 @@ def from_hub(monkeypatch: pytest.MonkeyPatch, found: Path | Exception) -> list[d
         return str(found)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    data._fetch.cache_clear()
+    fetch.cache_clear()
     return asked
 
 
