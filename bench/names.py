@@ -45,6 +45,19 @@ SAMPLES, RECORD, RESULTS, CURVE, STATES = "samples.jsonl", "record.json", "resul
 SPEED = "speed.csv"
 """The timings of a folder of ``arkv-bench speed``."""
 
+QUESTION_AFTER = " (question after)"
+"""How the name of a task ends whose questions are read behind the compressed context."""
+
+
+def asked_after(task: str) -> str:
+    """The name of a task with its questions behind the contexts: another one than with the questions inside."""
+    return f"{task}{QUESTION_AFTER}"
+
+
+def own_name(task: str) -> str:
+    """The name of a task, wherever its questions stand."""
+    return task.removesuffix(QUESTION_AFTER)
+
 
 def budget_text(unit: str | None, cache_size: int | None, cache_ratio: float | None) -> str:
     """A budget for a person; empty where there is none."""

@@ -325,7 +325,7 @@ class Task(ABC):
     metrics: tuple[Metric, ...]
     Options: ClassVar[type[TaskOptions] | None] = None
     """The model that the task checks ``TaskSettings.options`` with, if it has one."""
-    has_parts: ClassVar[bool] = False
+    has_parts: bool = False
     """Whether prompts are a context and a question behind it, which ``TaskSettings.question`` tells apart."""
     notes: tuple[str, ...] = ()
     """What a person should know of the documents, a line each; known after :meth:`load`."""

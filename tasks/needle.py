@@ -18,6 +18,7 @@ from pydantic import Field
 
 from tasks.base import Answer, Document, Generate, Generated, Metric, Task, TaskError, TaskSettings, draw
 from tasks.options import Count, Lengths, TaskOptions
+from tasks.parts import Parts, split
 from tasks.text import made_sentences, read_text
 
 _INTRODUCTION = (
@@ -50,6 +51,8 @@ class NeedleTask(Task):
     whole sentences: it is never longer than asked, and less than 40 tokens shorter (where a sentence is longer than
     that, the last one is cut at a word).
 
+    The context is all up to the end of the haystack: the introduction, which announces a question, stands in it.
+
     ``sampling_ratio`` keeps that share of the documents of each length. ``limit`` bounds all lengths together: it is
     split evenly over the lengths, and within a length over the depths. The documents that remain are the same ones,
     under the same ids, as without a limit.
@@ -58,6 +61,7 @@ class NeedleTask(Task):
     name = "needle"
     metrics = (Metric(name="exact_match", low=0.0, high=1.0, binary=True),)
     Options = NeedleOptions
+    has_parts = True
 
     def __init__(self) -> None:
         self._data_hash = ""
@@ -82,11 +86,17 @@ class NeedleTask(Task):
                 depth = (index + 0.5) / options.samples
                 # No tokenizer needs fewer than five tokens for a made sentence of eight words and more.
                 sentences = _rotated(haystack, rng) if haystack else list(islice(made_sentences(rng), length // 5 + 1))
-                prompt_ids, needle_token = _fill(frame, sentences, _NEEDLE.format(number=number), depth, length)
+                needle = _NEEDLE.format(number=number)
+                text, prompt_ids, needle_token = _fill(frame, sentences, needle, depth, length)
+                parts = frame.parts(text) if settings.question == "after" else Parts(prompt_ids, ())
                 documents.append(
                     Document(
                         id=f"{length}-d{depth:.2f}-{index}",
-                        request=Generate(prompt_ids=prompt_ids, max_new_tokens=max_new_tokens),
+                        request=Generate(
+                            prompt_ids=parts.context_ids,
+                            question_ids=parts.question_ids,
+                            max_new_tokens=max_new_tokens,
+                        ),
                         reference=number,
                         info={
                             "length": length,
@@ -134,19 +144,28 @@ class _Frame:
         # A chat template has written the special tokens already.
         return self._tokenizer.encode(text, add_special_tokens=not self._chat, verbose=False)
 
+    def parts(self, haystack: str) -> Parts:
+        """The same tokens, divided where the haystack ends."""
+        context = self._head + haystack
+        return split(self._tokenizer, context + self._tail, len(context), add_special_tokens=not self._chat)
+
 
 def _fill(
     frame: _Frame, sentences: Sequence[str], needle: str, depth: float, length: int
-) -> tuple[tuple[int, ...], int]:
-    """A prompt of at most ``length`` tokens and hardly fewer, and how many of its tokens precede the needle."""
+) -> tuple[str, tuple[int, ...], int]:
+    """A haystack with its needle for a prompt of at most ``length`` tokens and hardly fewer, the prompt, and how many
+    of its tokens precede the needle."""
 
-    def split(pieces: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    def halves(pieces: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
         place = round(depth * len(pieces))
         return pieces[:place], pieces[place:]
 
+    def text(pieces: Sequence[str]) -> str:
+        before, after = halves(pieces)
+        return " ".join([*before, needle, *after])
+
     def prompt(pieces: Sequence[str]) -> list[int]:
-        before, after = split(pieces)
-        return frame.encode(" ".join([*before, needle, *after]))
+        return frame.encode(text(pieces))
 
     prompt_ids = prompt([])
     if len(prompt_ids) > length:
@@ -164,8 +183,8 @@ def _fill(
             f"needle: the haystack is too short: it fills {len(prompt_ids)} of {length} tokens; "
             "give a longer text or shorter lengths"
         )
-    before, _ = split(pieces)
-    return tuple(prompt_ids), len(frame.encode(" ".join(before), whole=False))
+    before, _ = halves(pieces)
+    return text(pieces), tuple(prompt_ids), len(frame.encode(" ".join(before), whole=False))
 
 
 def _grow(prompt: Callable[[int], list[int]], total: int, empty: list[int], length: int) -> tuple[int, list[int]]:

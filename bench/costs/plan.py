@@ -127,11 +127,17 @@ class Load:
     @classmethod
     def of(cls, task: str, documents: Sequence[Document]) -> Load:
         contexts: list[int] = []
+        shared: set[tuple[int, ...]] = set()
         longest = steps = block = 0
         for document in documents:
             request = document.request
             if isinstance(request, Generate):
-                contexts.append(request.prompt_tokens)
+                # Questions to one context share its prefill.
+                if request.prompt_ids not in shared:
+                    contexts.append(len(request.prompt_ids))
+                if request.question_ids:
+                    shared.add(request.prompt_ids)
+                block += len(request.question_ids)
                 steps += request.max_new_tokens
                 longest = max(longest, request.prompt_tokens + request.max_new_tokens)
             elif isinstance(request, Compare):
@@ -140,10 +146,13 @@ class Load:
                 longest = max(longest, request.prompt_tokens + len(request.continuation_ids))
             elif isinstance(request, LogLikelihood):
                 mine = {item.context_ids for item in request.continuations}
-                contexts += [len(ids) for ids in mine]
-                steps += len(mine)
+                contexts += [len(ids) for ids in mine - shared]
+                asked = {(item.context_ids, item.question_ids) for item in request.continuations}
+                shared |= {context for context, question in asked if question}
+                steps += sum(not question for _, question in asked)
+                block += sum(len(question) for _, question in asked)
                 block += sum(len(item.token_ids) for item in request.continuations)
-                longest = max(longest, *(len(c.context_ids) + len(c.token_ids) for c in request.continuations))
+                longest = max(longest, request.prompt_tokens + max(len(c.token_ids) for c in request.continuations))
             else:
                 assert isinstance(request, Rolling)
                 for window in request.windows:

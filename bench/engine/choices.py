@@ -12,10 +12,11 @@ from arkv import storage_bytes
 from bench.engine.jobs import Job, cells_of, noting
 from bench.engine.measurement import Measurement, Reading
 from bench.engine.scored import score, total
-from bench.engine.steps import AUTO_BYTES, BLOCK, Steps
+from bench.engine.shared import Source
+from bench.engine.steps import AUTO_BYTES, BLOCK, Steps, block_of
 from bench.methods.cell import Cell, Held
-from bench.methods.prompt import Compressed, Prompt
-from bench.methods.reading import read
+from bench.methods.prompt import Prompt
+from bench.methods.reading import read, read_on
 from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
 from tasks.base import LogLikelihood, Scored
 
@@ -26,6 +27,11 @@ class Context:
 
     job: Job
     ids: tuple[int, ...]
+    """Those that are prefilled."""
+    question: tuple[int, ...]
+    """Those that are read from the cache before a continuation: a question, or the last token of the context."""
+    is_shared: bool
+    """Others may have the same context: it ends where the question begins."""
     continuations: dict[int, tuple[int, ...]]
 
 
@@ -34,7 +40,7 @@ class _Begun:
     """A context that has been compressed, and nothing read behind it."""
 
     context: Context
-    compressed: Compressed
+    source: Source
     held: Held
 
 
@@ -42,69 +48,99 @@ def answer(steps: Steps, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measurement
     """Answer documents that ask for the log-likelihoods of continuations."""
     contexts: list[Context] = []
     for job in jobs:
-        request = job.request(LogLikelihood)
-        mine: dict[tuple[int, ...], Context] = {}
-        for place, item in enumerate(request.continuations):
-            ids = item.context_ids
-            mine.setdefault(ids, Context(job=job, ids=ids, continuations={})).continuations[place] = item.token_ids
-        contexts += mine.values()
+        contexts += _contexts(job)
     readings = {(job, cell.key): Reading() for job in jobs for cell in job.cells}
     size = steps.batch_size or len(jobs)
-    for start in range(0, len(contexts), size):
-        _read_contexts(steps, contexts[start : start + size], readings)
+    prefilled = _prefilled(contexts)
+    for start in range(0, len(prefilled), size):
+        _read_contexts(steps, prefilled[start : start + size], readings)
     for job in jobs:
         request = job.request(LogLikelihood)
         scored_tokens = sum(len(item.token_ids) for item in request.continuations)
+        mine = {context.ids for context in contexts if context.job is job}
         for cell in job.cells:
             if job.waits_for(cell):
-                yield job, readings[job, cell.key].measurement(cell, request, scored_tokens)
+                reading = readings[job, cell.key]
+                yield job, reading.measurement(cell, request, scored_tokens, max(map(len, mine)), len(mine))
 
 
-def _read_contexts(steps: Steps, contexts: Sequence[Context], readings: Mapping[tuple[Job, str], Reading]) -> None:
-    """Score what is asked behind ``contexts``, with all cells."""
-    # The last token is read from the cache, so that even the first one of a continuation is predicted from it.
-    prompts = steps.prefills([(context.job, context.ids[:-1]) for context in contexts])
-    for cell in cells_of(context.job for context in contexts):
-        waiting = [place for place, context in enumerate(contexts) if context.job.waits_for(cell)]
+def _contexts(job: Job) -> list[Context]:
+    found: dict[tuple[tuple[int, ...], ...], Context] = {}
+    for place, item in enumerate(job.request(LogLikelihood).continuations):
+        # Without a question the last token is read from the cache, so that even the first one of a continuation is
+        # predicted from it.
+        is_shared = bool(item.question_ids)
+        ids, question = (
+            (item.context_ids, item.question_ids) if is_shared else (item.context_ids[:-1], item.context_ids[-1:])
+        )
+        mine = Context(job=job, ids=ids, question=question, is_shared=is_shared, continuations={})
+        found.setdefault((ids, question), mine).continuations[place] = item.token_ids
+    return list(found.values())
+
+
+def _prefilled(contexts: Sequence[Context]) -> list[list[Context]]:
+    """The contexts by what is prefilled once: those of several questions stand together."""
+    found: dict[object, list[Context]] = {}
+    for context in contexts:
+        found.setdefault(context.ids if context.is_shared else context, []).append(context)
+    return list(found.values())
+
+
+def _read_contexts(
+    steps: Steps, prefilled: Sequence[Sequence[Context]], readings: Mapping[tuple[Job, str], Reading]
+) -> None:
+    """Score what is asked behind contexts, with all cells."""
+    prompts = steps.prefills([([context.job for context in same], same[0].ids) for same in prefilled])
+    for cell in cells_of(context.job for same in prefilled for context in same):
+        waiting = [
+            place for place, same in enumerate(prefilled) if any(context.job.waits_for(cell) for context in same)
+        ]
         for group in steps.groups(cell, waiting):
             reset_peak_memory(steps.device)
             begun: list[_Begun] = []
             for place in group:
-                with noting([contexts[place].job], [cell]):
-                    begun.append(_begin(steps, cell, contexts[place], prompts[place]))
+                same = [context for context in prefilled[place] if context.job.waits_for(cell)]
+                with noting([context.job for context in same], [cell]):
+                    begun += _begin(steps, cell, same, prompts[place], len(prefilled[place]))
             together: Sequence[Sequence[_Begun]] = []
             with noting([item.context.job for item in begun], [cell]):
-                together = list(steps.together(cell, begun, [item.compressed.cache for item in begun]))
+                together = list(steps.together(cell, begun, [item.source.compressed.cache for item in begun]))
             for mine in together:
                 with noting([item.context.job for item in mine], [cell]):
                     _read_group(steps, cell, mine, readings)
 
 
-def _begin(steps: Steps, cell: Cell, context: Context, prompt: Prompt | None) -> _Begun:
-    compressed = steps.compress(cell, prompt)
-    return _Begun(context=context, compressed=compressed, held=cell.held(compressed.cache, prompt))
+def _begin(
+    steps: Steps, cell: Cell, contexts: Sequence[Context], prompt: Prompt | None, prefilled_for: int
+) -> list[_Begun]:
+    """Compress what ``contexts`` have in common."""
+    source = Source.of(cell, steps.compress(cell, prompt), len(contexts), prefilled_for)
+    held = cell.held(source.compressed.cache, prompt)
+    return [_Begun(context=context, source=source, held=held) for context in contexts]
 
 
 def _read_group(steps: Steps, cell: Cell, begun: Sequence[_Begun], readings: Mapping[tuple[Job, str], Reading]) -> None:
-    caches = [item.compressed.cache for item in begun]
+    taken = [item.source.take() for item in begun]
+    caches = [compressed.cache for compressed in taken]
     clock = Stopwatch(steps.device)
     with steps.attention(cell, caches), clock:
         scored = _choices(steps, cell, caches, [item.context for item in begun])
     seconds, peak = clock.seconds / len(begun), peak_memory_bytes(steps.device)
-    for item, found in zip(begun, scored, strict=True):
+    for item, compressed, found in zip(begun, taken, scored, strict=True):
         reading = readings[item.context.job, cell.key]
         reading.scored |= found
-        reading.add(item.compressed, item.held, seconds, peak)
+        reading.add(compressed, item.held, seconds, peak)
 
 
 def _choices(steps: Steps, cell: Cell, caches: Sequence[Cache], contexts: Sequence[Context]) -> list[dict[int, Scored]]:
-    """Score the continuations of each context, of whose last token alone is not in its cache yet.
+    """Score the continuations of each context, whose question, or last token, alone is not in its cache yet.
 
-    That token is read once for all of them and predicts their first tokens. The others are read from copies of the
-    cache, several in one forward where the method can; continuations that differ in their last token only share
-    theirs. ``caches`` are used up.
+    It is read once for all of them and predicts their first tokens. The others are read from copies of the cache,
+    several in one forward where the method can; continuations that differ in their last token only share theirs.
+    ``caches`` are used up.
     """
-    ((_, first),) = read(steps.model, caches, [context.ids[-1:] for context in contexts])
+    logits = read_on(steps.model, caches, [context.question for context in contexts], block_of(cell, caches))
+    first = logits.float().log_softmax(dim=-1).split(1)
     parts = [
         {place: [score(row, tokens[:1])] for place, tokens in context.continuations.items()}
         for row, context in zip(first, contexts, strict=True)
@@ -115,7 +151,7 @@ def _choices(steps: Steps, cell: Cell, caches: Sequence[Cache], contexts: Sequen
             if len(tokens) > 1:
                 sharing.setdefault((number, tokens[:-1]), []).append(place)
     batch_size = steps.batch_size if cell.batches(caches) else 1
-    chunk = BLOCK if all(map(cell.reads_blocks, caches)) else 1
+    chunk = block_of(cell, caches)
     for batch in row_batches(steps, list(sharing), batch_size, max(map(storage_bytes, caches))):
         twins = [cell.fork(caches[number]) for number, _ in batch]
         for begin, log_probabilities in read(steps.model, twins, [tokens for _, tokens in batch], chunk):

@@ -95,7 +95,7 @@ class Decoder:
         self._processors: LogitsProcessorList | None = None
         self._criteria: StoppingCriteriaList | None = None
         if asked(settings, Fate.APPLIED).keys() - {"eos_token_id"}:
-            self._ids = torch.tensor([request.prompt_ids], device=model.device)
+            self._ids = torch.tensor([request.input_ids], device=model.device)
             with OthersCode(_WHOSE):
                 self._processors, self._criteria = self._prepare(model, tokenizer, request, settings)
 

@@ -15,6 +15,7 @@ import torch
 from bench.engine import choices, decoding, distributions, generation, texts
 from bench.engine.jobs import Job, cells_of, noting
 from bench.engine.measurement import Failure, Measurement
+from bench.engine.shared import context_of
 from bench.engine.steps import AUTO_BYTES, Steps
 from bench.methods.cell import Cell
 from tasks.base import Compare, Document, Generate, LogLikelihood, Request, Rolling
@@ -113,7 +114,8 @@ class Engine(Steps):
                 yield job.document, measured
 
     def _side_by_side(self, jobs: Iterable[Job]) -> Iterator[list[Job]]:
-        """Batches of jobs in their order, each of requests of one kind."""
+        """Batches of jobs in their order, each of requests of one kind. Neighbours with one context stay together, as
+        far as a batch of all sizes goes: they share its prefill."""
         batch: list[Job] = []
         held = 0
         for job in jobs:
@@ -122,6 +124,9 @@ class Engine(Steps):
             full = len(batch) >= (self.batch_size or AUTO_DOCUMENTS)
             if self.batch_size is None:
                 full = full or held + needed > AUTO_BYTES
+            context = context_of(job.document)
+            if context is not None and batch and context == context_of(batch[-1].document):
+                full = len(batch) >= max(self.batch_size or 0, AUTO_DOCUMENTS)
             if batch and (full or type(request) is not type(batch[0].document.request)):
                 yield batch
                 batch, held = [], 0

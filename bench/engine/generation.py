@@ -1,4 +1,7 @@
-"""Generation: greedy decoding, token by token, of one document or of several side by side."""
+"""Generation: greedy decoding, token by token, of one document or of several side by side.
+
+A question that stands behind its context is read through what a cell has kept of that, before the answer.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,23 @@ from arkv import TriStateCache
 from bench.engine.decoding import Decoder, check, choose_all
 from bench.engine.jobs import Job, cells_of, noting
 from bench.engine.measurement import Measurement
-from bench.engine.steps import Steps
+from bench.engine.shared import Source, context_of
+from bench.engine.steps import Steps, block_of
 from bench.errors import UserError
 from bench.methods.cell import Cell
 from bench.methods.prompt import Compressed, Prompt
-from bench.methods.reading import forward, padded
+from bench.methods.reading import forward, padded, read_on
 from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
 from tasks.base import Generate, Generated
+
+
+@dataclass(kw_only=True, eq=False)
+class Context:
+    """What is prefilled: a prompt, or the context of several questions."""
+
+    ids: tuple[int, ...]
+    jobs: list[Job] = field(default_factory=list)
+    """The documents that it is of."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -29,11 +42,14 @@ class Answering:
     job: Job
     request: Generate
     prompt: Prompt
+    source: Source
     compressed: Compressed
+    """The source's own until the answer begins."""
     decoder: Decoder
     tokens: list[int] = field(default_factory=list)
     begin: int | None = None
     """Where the answer begins; None while the model is thinking."""
+    question_s: float = 0.0
     first_s: float = 0.0
     decode_s: float = 0.0
 
@@ -75,29 +91,48 @@ def answer(steps: Steps, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measurement
         with noting([job], job.cells):
             check(steps.model, job.request(Generate))
     jobs = [job for job in jobs if any(map(job.waits_for, job.cells))]
-    requests = [job.request(Generate) for job in jobs]
-    prompts = steps.prefills([(job, request.prompt_ids) for job, request in zip(jobs, requests, strict=True)])
+    contexts = _contexts(jobs)
+    prompts = steps.prefills([(context.jobs, context.ids) for context in contexts])
     for cell in cells_of(jobs):
-        waiting = [place for place, job in enumerate(jobs) if job.waits_for(cell)]
+        waiting = [place for place, context in enumerate(contexts) if any(job.waits_for(cell) for job in context.jobs)]
         for group in steps.groups(cell, waiting):
             reset_peak_memory(steps.device)
             rows: list[Answering] = []
             for place in group:
-                job, request, prompt = jobs[place], requests[place], prompts[place]
-                with noting([job], [cell]):
-                    if prompt is None:
-                        raise UserError("an empty prompt: there is nothing to go on from")
-                    decoder = Decoder(steps.model, steps.tokenizer, request)
-                    compressed = steps.compress(cell, prompt)
-                    rows.append(
-                        Answering(job=job, request=request, prompt=prompt, compressed=compressed, decoder=decoder)
-                    )
+                mine = [job for job in contexts[place].jobs if job.waits_for(cell)]
+                with noting(mine, [cell]):
+                    rows += _begin(steps, cell, contexts[place], mine, prompts[place])
             with noting([row.job for row in rows], [cell]):
                 together = list(steps.together(cell, rows, [row.compressed.cache for row in rows]))
-            for mine in together if rows else ():
-                with noting([row.job for row in mine], [cell]):
-                    decode(steps, cell, mine)
-                    yield from [(row.job, _measured(steps, cell, row)) for row in mine]
+            for side_by_side in together if rows else ():
+                with noting([row.job for row in side_by_side], [cell]):
+                    for row in side_by_side:
+                        row.compressed = row.source.take()
+                    decode(steps, cell, side_by_side)
+                    yield from [(row.job, _measured(steps, cell, row)) for row in side_by_side]
+
+
+def _contexts(jobs: Sequence[Job]) -> list[Context]:
+    """What is to be prefilled, each context of several questions once."""
+    found: dict[object, Context] = {}
+    for job in jobs:
+        context = context_of(job.document)
+        key = job if context is None else context
+        found.setdefault(key, Context(ids=job.request(Generate).prompt_ids)).jobs.append(job)
+    return list(found.values())
+
+
+def _begin(steps: Steps, cell: Cell, context: Context, jobs: Sequence[Job], prompt: Prompt | None) -> list[Answering]:
+    """Compress a context for the answers to ``jobs``."""
+    if prompt is None:
+        raise UserError("an empty prompt: there is nothing to go on from")
+    requests = [job.request(Generate) for job in jobs]
+    decoders = [Decoder(steps.model, steps.tokenizer, request) for request in requests]
+    source = Source.of(cell, steps.compress(cell, prompt), len(jobs), len(context.jobs))
+    return [
+        Answering(job=job, request=request, prompt=prompt, source=source, compressed=source.compressed, decoder=decoder)
+        for job, request, decoder in zip(jobs, requests, decoders, strict=True)
+    ]
 
 
 def _measured(steps: Steps, cell: Cell, row: Answering) -> Measurement:
@@ -109,8 +144,10 @@ def _measured(steps: Steps, cell: Cell, row: Answering) -> Measurement:
         held,
         answer=Generated(text=_text(steps, tokens, row.request), token_ids=tuple(tokens)),
         prompt_tokens=row.request.prompt_tokens,
+        context_tokens=len(row.request.prompt_ids),
         generated_tokens=len(tokens),
-        ttft_ms=1000.0 * (compressed.prefill_s + (compressed.compress_s or 0.0) + row.first_s),
+        ttft_ms=1000.0 * (compressed.prefill_s + (compressed.compress_s or 0.0) + row.question_s + row.first_s),
+        question_s=row.question_s if row.request.question_ids else None,
         decode_s=row.decode_s,
         tpot_ms=1000.0 * row.decode_s / (len(tokens) - 1) if len(tokens) > 1 else None,
         peak_memory_bytes=peak_memory_bytes(steps.device),
@@ -119,13 +156,14 @@ def _measured(steps: Steps, cell: Cell, row: Answering) -> Measurement:
 
 def decode(steps: Steps, cell: Cell, rows: Sequence[Answering]) -> None:
     """Greedy decoding, side by side; a row that has ended takes no further part."""
-    for row in rows:
-        clock = Stopwatch(steps.device)
-        assert row.compressed.logits is not None
-        with clock:
-            row.tokens.append(row.decoder.choose(row.compressed.logits, first=True))
-        row.first_s = clock.seconds
     with steps.attention(cell, [row.compressed.cache for row in rows]):
+        _ask(steps, cell, [row for row in rows if row.request.question_ids])
+        for row in rows:
+            clock = Stopwatch(steps.device)
+            assert row.compressed.logits is not None
+            with clock:
+                row.tokens.append(row.decoder.choose(row.compressed.logits, first=True))
+            row.first_s = clock.seconds
         side_by_side = SideBySide([row for row in rows if not _ended(steps, row)])
         while rows := side_by_side.rows:
             clock = Stopwatch(steps.device)
@@ -136,6 +174,19 @@ def decode(steps: Steps, cell: Cell, rows: Sequence[Answering]) -> None:
                 row.tokens.append(token)
                 row.decode_s += clock.seconds / len(rows)
             side_by_side.keep([row for row in rows if not _ended(steps, row)])
+
+
+def _ask(steps: Steps, cell: Cell, rows: Sequence[Answering]) -> None:
+    """Read the questions of rows through what their cell has kept of the contexts."""
+    if not rows:
+        return
+    clock = Stopwatch(steps.device)
+    caches = [row.compressed.cache for row in rows]
+    with clock:
+        found = read_on(steps.model, caches, [row.request.question_ids for row in rows], block_of(cell, caches))
+    for row, logits in zip(rows, found.split(1), strict=True):
+        row.compressed = dataclasses.replace(row.compressed, logits=logits)
+        row.question_s = clock.seconds / len(rows)
 
 
 def step(steps: Steps, side_by_side: SideBySide) -> torch.Tensor:

@@ -345,6 +345,8 @@ def prompt_of(document: Document) -> tuple[tuple[int, ...], tuple[int, ...] | No
         return request.context_ids[:-1], request.context_ids[-1:] + request.continuation_ids
     if isinstance(request, LogLikelihood):
         first = request.continuations[0]
+        if first.question_ids:
+            return first.context_ids, first.question_ids + first.token_ids
         return first.context_ids[:-1], first.context_ids[-1:] + first.token_ids
     window = request.windows[0]
     ids = window.context_ids + window.token_ids[:-1]

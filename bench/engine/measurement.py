@@ -36,6 +36,9 @@ class Measurement:
     cell: Cell
     answer: Answer
     prompt_tokens: int
+    """All that is read before the answer, a question behind the context with it."""
+    context_tokens: int
+    """Those of them that were compressed, which a budget as a share is meant of; of several contexts, the longest."""
     generated_tokens: int = 0
     scored_tokens: int = 0
     """Tokens of continuations or of a text whose probability was asked for."""
@@ -52,11 +55,15 @@ class Measurement:
     full_kv_bytes: int
     """Keys and values of the same tokens at model precision."""
     prefill_s: float
-    """The document's prefills, shared by all cells but presses."""
+    """The document's prefills, shared by all cells but presses. Questions to one context have equal parts of it, and of
+    its compression."""
     compress_s: float | None
     """None for a press, which compresses during a prefill of its own."""
     ttft_ms: float | None = None
-    """Prefill, compression and the choice of the first token; None where nothing is generated."""
+    """Prefill, compression, a question behind them, and the choice of the first token; None where nothing is
+    generated."""
+    question_s: float | None = None
+    """Reading of a question behind the compressed context, before an answer is generated; None without one."""
     decode_s: float
     """From the first token to the last, or the reading of what was scored."""
     tpot_ms: float | None = None
@@ -115,13 +122,16 @@ class Reading:
         if peak is not None:
             self.peak_memory_bytes = max(self.peak_memory_bytes or 0, peak)
 
-    def measurement(self, cell: Cell, request: LogLikelihood | Rolling, scored_tokens: int) -> Measurement:
+    def measurement(
+        self, cell: Cell, request: LogLikelihood | Rolling, scored_tokens: int, context_tokens: int, prefills: int
+    ) -> Measurement:
         return Measurement(
             cell=cell,
             answer=LogLikelihoods(scored=tuple(self.scored[place] for place in sorted(self.scored))),
             prompt_tokens=request.prompt_tokens,
+            context_tokens=context_tokens,
             scored_tokens=scored_tokens,
-            prefills=len(self.held),
+            prefills=prefills,
             tokens_original=fmean(held.original for held in self.held),
             tokens_quantized=fmean(held.quantized for held in self.held),
             tokens_evicted=fmean(held.evicted for held in self.held),

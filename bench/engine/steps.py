@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from transformers.cache_utils import Cache
 
+from arkv import storage_bytes
 from bench.engine.jobs import Job, cells_of, noting
 from bench.methods.cell import Cell
 from bench.methods.prompt import Compressed, Prompt, StockPrefill
@@ -29,6 +30,11 @@ AUTO_BYTES = 1 << 30
 
 _PREFILL_TOKENS = 512
 """Most tokens, with padding, of prompts that are computed in one forward: longer ones keep a device busy alone."""
+
+
+def block_of(cell: Cell, caches: Sequence[Cache]) -> int:
+    """Tokens that are read through a cell's caches in one forward; 1 for caches that are read as they decode."""
+    return BLOCK if all(map(cell.reads_blocks, caches)) else 1
 
 
 class Steps:
@@ -67,12 +73,13 @@ class Steps:
 
     # --- Prompts ---
 
-    def prefills(self, wanted: Sequence[tuple[Job, tuple[int, ...]]]) -> dict[int, Prompt | None]:
+    def prefills(self, wanted: Sequence[tuple[Sequence[Job], tuple[int, ...]]]) -> dict[int, Prompt | None]:
         """Contexts by their place in ``wanted``, None for one that is empty; one that cannot be computed fails all
-        cells of its job."""
+        cells of its jobs."""
         prefills: dict[int, Prompt | None] = {}
         for places in self._prefill_batches([ids for _, ids in wanted]):
-            with noting([wanted[place][0] for place in places], cells_of(wanted[place][0] for place in places)):
+            jobs = [job for place in places for job in wanted[place][0]]
+            with noting(jobs, cells_of(jobs)):
                 done = self.prefill([wanted[place][1] for place in places])
                 prefills.update(zip(places, done, strict=True))
         return prefills
@@ -119,8 +126,12 @@ class Steps:
             yield waiting[start : start + size]
 
     def together(self, cell: Cell, rows: Sequence[_T], caches: Sequence[Cache]) -> Iterator[Sequence[_T]]:
-        """Rows that can go through the model side by side: all of them, or each alone."""
-        if len(rows) > 1 and (self.batch_size == 1 or not cell.batches(caches)):
-            yield from ([row] for row in rows)
-        elif rows:
-            yield rows
+        """Rows that can go through the model side by side: as many as a batch has, or each alone.
+
+        There are more than that only where several ask about one context.
+        """
+        size = 1
+        if len(rows) > 1 and self.batch_size != 1 and cell.batches(caches):
+            size = self.batch_size or max(1, AUTO_BYTES // max(1, *map(storage_bytes, caches)))
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]

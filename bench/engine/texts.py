@@ -48,7 +48,12 @@ def _text(steps: Steps, job: Job) -> Iterator[tuple[Job, Measurement]]:
                 reading.scored[place] = total(mine)
                 reading.add(compressed, held, clock.seconds, peak_memory_bytes(steps.device))
     for cell in filter(job.waits_for, job.cells):
-        yield job, readings[cell.key].measurement(cell, request, request.prompt_tokens)
+        yield (
+            job,
+            readings[cell.key].measurement(
+                cell, request, request.prompt_tokens, request.prompt_tokens, len(request.windows)
+            ),
+        )
 
 
 def _scored_prefill(steps: Steps, window: Continuation, ids: tuple[int, ...]) -> tuple[Prompt | None, list[Scored]]:

@@ -9,6 +9,7 @@ from typing import Any
 from bench.harness.options import HarnessOptions
 from tasks.base import Continuation, Generate, LogLikelihood, Rolling, TaskError, TaskSettings
 from tasks.generation import counting
+from tasks.parts import split
 
 _MAX_NEW_TOKENS = 256
 """lm-eval's ``max_gen_toks`` for Hugging Face models, where the task sets none."""
@@ -24,8 +25,14 @@ def _encode(tokenizer: Any, prompt: str) -> list[int]:
     return tokenizer(prompt, **({"add_special_tokens": False} if written else {}))["input_ids"]
 
 
-def to_generate(task: str, instance: Any, settings: TaskSettings, thinks: bool) -> tuple[Generate, int]:
-    """The request of an instance, and how many tokens were cut from its beginning. Raises :class:`TaskError`."""
+def to_generate(
+    task: str, instance: Any, settings: TaskSettings, thinks: bool, boundary: int | None = None
+) -> tuple[Generate, int]:
+    """The request of an instance, and how many tokens were cut from its beginning. Raises :class:`TaskError`.
+
+    Its question begins at character ``boundary``; it stays inside the prompt for None, and where a cut leaves nothing
+    before it.
+    """
     prompt, generation = instance.args
     max_new_tokens, stop, others = _generation(task, generation, settings.tokenizer)
     room = settings.max_length - max_new_tokens
@@ -35,8 +42,13 @@ def to_generate(task: str, instance: Any, settings: TaskSettings, thinks: bool) 
             f"{settings.max_length}: set max_gen_toks in gen_kwargs"
         )
     ids = _encode(settings.tokenizer, prompt)
+    shown = tuple(ids[-room:])
+    asked = _question(settings.tokenizer, prompt, ids, boundary)
+    if len(asked) >= len(shown):
+        asked = ()
     request = Generate(
-        prompt_ids=tuple(ids[-room:]),
+        prompt_ids=shown[: len(shown) - len(asked)],
+        question_ids=asked,
         max_new_tokens=max_new_tokens,
         stop=stop,
         think_end=_THINK_END if thinks else None,
@@ -45,19 +57,34 @@ def to_generate(task: str, instance: Any, settings: TaskSettings, thinks: bool) 
     return request, max(0, len(ids) - room)
 
 
+def _question(tokenizer: Any, prompt: str, ids: Sequence[int], boundary: int | None) -> tuple[int, ...]:
+    """The last of a prompt's ``ids``, from its question on; none where that has no tokens of its own."""
+    if boundary is None:
+        return ()
+    bos = tokenizer.bos_token
+    written = bos is not None and prompt.startswith(bos)
+    try:
+        parts = split(tokenizer, prompt, boundary, add_special_tokens=not written)
+    except TaskError:
+        return ()
+    return parts.question_ids if parts.context_ids + parts.question_ids == tuple(ids) else ()
+
+
 def to_log_likelihood(
-    what: str, instances: Sequence[Any], settings: TaskSettings, delimiter: str
+    what: str, instances: Sequence[Any], settings: TaskSettings, delimiter: str, boundaries: Sequence[int | None]
 ) -> tuple[LogLikelihood, int]:
     """The request of a document's instances, and how many tokens were cut from the beginning of a context.
 
     A continuation stays whole and its context loses its beginning, so that contexts of one question can differ once
-    they are cut. ``delimiter`` is what lm-eval puts before a choice and counts to it. Raises :class:`TaskError`.
+    they are cut. ``delimiter`` is what lm-eval puts before a choice and counts to it. The question of each instance
+    begins at the character that ``boundaries`` have; see :func:`to_generate`. Raises :class:`TaskError`.
     """
     for place, instance in enumerate(instances):
         if instance.args[1] in ("", delimiter):
             raise TaskError(f"{what}: choice {place} is empty, there is nothing to score")
     continuations, most_cut = [], 0
-    for context, tokens in _encode_pairs(settings.tokenizer, instances):
+    pairs = _encode_pairs(settings.tokenizer, instances)
+    for instance, boundary, (context, tokens) in zip(instances, boundaries, pairs, strict=True):
         if not context or not tokens:
             raise TaskError(f"{what}: a context or a choice without tokens cannot be scored")
         # The last token of a continuation is predicted, not read.
@@ -65,7 +92,14 @@ def to_log_likelihood(
         if room < 1:
             raise TaskError(f"{what}: a choice of {len(tokens)} tokens does not fit {settings.max_length}")
         most_cut = max(most_cut, len(context) - room)
-        continuations.append(Continuation(context_ids=tuple(context[-room:]), token_ids=tuple(tokens)))
+        shown = tuple(context[-room:])
+        # White space at the end of a context is counted to the continuation.
+        asked = _question(settings.tokenizer, instance.args[0].rstrip(), context, boundary)
+        if len(asked) >= len(shown):
+            asked = ()
+        continuations.append(
+            Continuation(context_ids=shown[: len(shown) - len(asked)], question_ids=asked, token_ids=tuple(tokens))
+        )
     return LogLikelihood(continuations=tuple(continuations)), max(0, most_cut)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from bench.harness.definition import definition_sha256
 from bench.harness.index import find_all, task_manager
 from bench.harness.options import HarnessOptions
+from bench.harness.parts import has_parts, question_at
 from bench.harness.quiet import quiet
 from bench.harness.replay import replay, selection, to_evaluation, to_responses
 from bench.harness.requests import apply_chat_template, to_generate, to_log_likelihood, to_rolling
@@ -47,7 +48,7 @@ class HarnessTask(Task):
     """One task of lm-eval.
 
     ``include_path`` are folders of further task files; they take precedence over lm-eval's own. ``overrides`` are
-    settings that a group gives its tasks.
+    settings that a group gives its tasks. ``num_fewshot`` is what a user asks for, as far as :attr:`has_parts` goes.
 
     Options: :class:`bench.harness.options.HarnessOptions`.
 
@@ -66,9 +67,15 @@ class HarnessTask(Task):
     Options = HarnessOptions
 
     def __init__(
-        self, name: str, *, include_path: Sequence[Path] = (), overrides: Mapping[str, Any] | None = None
+        self,
+        name: str,
+        *,
+        include_path: Sequence[Path] = (),
+        overrides: Mapping[str, Any] | None = None,
+        num_fewshot: int | None = None,
     ) -> None:
         self.name = name
+        self._num_fewshot = num_fewshot
         self.metrics = ()
         self._include_path = tuple(include_path)
         self._overrides = dict(overrides or {})
@@ -77,6 +84,20 @@ class HarnessTask(Task):
         self._rows: dict[str, int] = {}
         self._data_hash = ""
         self._files: list[Path] = []
+
+    @functools.cached_property
+    def has_parts(self) -> bool:  # type: ignore[override]
+        """There are examples before the question, or the template names a passage that it is about."""
+        found = find_all(self._include_path).get(self.name)
+        if found is None or found.is_group:
+            return False
+        try:
+            with quiet(), self._explained(self.name):
+                config = {**(task_manager(found.path.parent).task_index[self.name].cfg or {}), **self._overrides}
+        except TaskError:
+            # Loading the task meets the same, and tells it.
+            return False
+        return has_parts(config, self._num_fewshot)
 
     @property
     def official(self) -> Any:
@@ -284,14 +305,18 @@ class HarnessTask(Task):
             raise TaskError(f"{self.name} scores given texts, before which no model thinks: give --no-enable-thinking")
         request: Request
         reference = None
+        is_after = settings.question == "after" and self.has_parts and kinds != ["loglikelihood_rolling"]
+        begins = [question_at(self._task, item) if is_after else None for item in instances]
         if kinds == ["loglikelihood_rolling"]:
             request, cut = to_rolling(what, instances[0], settings, options), 0
         else:
             reference = self._task.doc_to_target(instances[0].doc)
             if kinds == ["loglikelihood"]:
-                request, cut = to_log_likelihood(what, instances, settings, self._task.config.target_delimiter)
+                delimiter = self._task.config.target_delimiter
+                request, cut = to_log_likelihood(what, instances, settings, delimiter, begins)
             else:
-                request, cut = to_generate(self.name, instances[0], settings, bool(options.enable_thinking))
+                thinks = bool(options.enable_thinking)
+                request, cut = to_generate(self.name, instances[0], settings, thinks, begins[0])
         return Document(
             id=identifier,
             request=request,

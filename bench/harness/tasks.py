@@ -31,8 +31,9 @@ class HarnessTasks:
         TaskError: a folder of ``include_path`` is none.
     """
 
-    def __init__(self, *, include_path: Sequence[Path] = ()) -> None:
+    def __init__(self, *, include_path: Sequence[Path] = (), num_fewshot: int | None = None) -> None:
         self._include_path = tuple(include_path)
+        self._num_fewshot = num_fewshot
         for folder in self._include_path:
             if not folder.is_dir():
                 raise TaskError(f"include_path: {folder} is not a folder", usage=True)
@@ -42,7 +43,7 @@ class HarnessTasks:
         if found is None:
             return None
         kind = HarnessGroup if found.is_group else HarnessTask
-        return kind(name, include_path=self._include_path)
+        return kind(name, include_path=self._include_path, num_fewshot=self._num_fewshot)
 
     def names(self) -> Iterable[str]:
         return find_all(self._include_path)
@@ -52,7 +53,7 @@ class HarnessGroup(TaskGroup):
     """A group of lm-eval, such as ``mmlu``: its tasks, and its score by lm-eval's own rule.
 
     ``overrides`` are settings that an enclosing group gives its tasks, ``config`` is the definition of a group that
-    stands within another one.
+    stands within another one. ``num_fewshot`` is what a user asks for, see :class:`HarnessTask`.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class HarnessGroup(TaskGroup):
         include_path: Sequence[Path] = (),
         overrides: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,
+        num_fewshot: int | None = None,
     ) -> None:
         self.name = name
+        self._num_fewshot = num_fewshot
         self._include_path = tuple(include_path)
         self._overrides = dict(overrides or {})
         self._config = config
@@ -91,7 +94,7 @@ class HarnessGroup(TaskGroup):
             name = item["group"]
             if name not in find_all(self._include_path):
                 inline = f"{self.name}::{name}"
-                return [HarnessGroup(inline, include_path=self._include_path, overrides=overrides, config=item)]
+                return [HarnessGroup(inline, **self._given, overrides=overrides, config=item)]
             own = {key: value for key, value in item.items() if key != "group"}
         else:
             name, own = str(item.get("task")), {key: value for key, value in item.items() if key != "task"}
@@ -99,13 +102,18 @@ class HarnessGroup(TaskGroup):
         known = find_all(self._include_path)
         if (found := known.get(name)) is not None:
             kind = HarnessGroup if found.is_group else HarnessTask
-            return [kind(name, include_path=self._include_path, overrides=overrides)]
+            return [kind(name, **self._given, overrides=overrides)]
         # A tag is known where its tasks are defined: beside the group.
         home = next(known[part] for part in (self.name, *self.name.split("::")) if part in known)
         tag = task_index(home.path.parent).get(name)
         if tag is None or not tag.tags:
             raise TaskError(f"the group {self.name} names {name!r}, which lm-eval does not define", usage=True)
-        return [HarnessTask(task, include_path=self._include_path, overrides=overrides) for task in sorted(tag.tags)]
+        return [HarnessTask(task, **self._given, overrides=overrides) for task in sorted(tag.tags)]
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """What a group hands on to its members."""
+        return {"include_path": self._include_path, "num_fewshot": self._num_fewshot}
 
     def metrics(self) -> tuple[Metric, ...]:
         return tuple({metric.name: metric for task in self.tasks() for metric in task.metrics}.values())

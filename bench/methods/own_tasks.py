@@ -13,7 +13,9 @@ from tasks.base import Answer, Document, Evaluation, Metric, Task, TaskSettings
 
 def own_task(task: Task) -> Task:
     """The task as its author wrote it."""
-    return task.inner if isinstance(task, OwnTask) else task
+    while isinstance(task, WrappedTask):
+        task = task.inner
+    return task
 
 
 def file_of(task: Task) -> str:
@@ -22,17 +24,16 @@ def file_of(task: Task) -> str:
     return str(getattr(sys.modules[module], "__file__", None) or module)
 
 
-class OwnTask(Task):
-    """A task of the user's own, whose failures are told in one line."""
+class WrappedTask(Task):
+    """A task that is another one, but for what a subclass changes."""
 
     def __init__(self, task: Task) -> None:
         self.inner = task
-        self._theirs = OthersCode(task.name, placed=True, file=file_of(task))
-        self.name, self.option_names = task.name, task.option_names
+        self.name, self.option_names, self.has_parts = task.name, task.option_names, task.has_parts
 
     @property
     def metrics(self) -> tuple[Metric, ...]:  # type: ignore[override]
-        """Theirs, as they are now: a task may know them once it has been loaded."""
+        """Those of the other, as they are now: a task may know them once it has been loaded."""
         return self.inner.metrics
 
     @property
@@ -40,20 +41,43 @@ class OwnTask(Task):
         return self.inner.notes
 
     def load(self, settings: TaskSettings) -> Sequence[Document]:
+        return self.inner.load(settings)
+
+    def score(self, document: Document, answer: Answer) -> dict[str, float]:
+        return self.inner.score(document, answer)
+
+    def evaluate(self, documents: Sequence[Document], answers: Mapping[str, Answer]) -> Evaluation:
+        return self.inner.evaluate(documents, answers)
+
+    def data_hash(self) -> str:
+        return self.inner.data_hash()
+
+    def definition_hash(self) -> str:
+        return self.inner.definition_hash()
+
+
+class OwnTask(WrappedTask):
+    """A task of the user's own, whose failures are told in one line."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self._theirs = OthersCode(task.name, placed=True, file=file_of(task))
+
+    def load(self, settings: TaskSettings) -> Sequence[Document]:
         with self._theirs:
-            return self.inner.load(settings)
+            return super().load(settings)
 
     def score(self, document: Document, answer: Answer) -> dict[str, float]:
         with self._theirs:
-            return self.inner.score(document, answer)
+            return super().score(document, answer)
 
     def evaluate(self, documents: Sequence[Document], answers: Mapping[str, Answer]) -> Evaluation:
         with self._theirs:
-            return self.inner.evaluate(documents, answers)
+            return super().evaluate(documents, answers)
 
     def data_hash(self) -> str:
         with self._theirs:
-            return self.inner.data_hash()
+            return super().data_hash()
 
     def definition_hash(self) -> str:
         """Of the file that the task stands in: an installed one may change while its version stays."""

@@ -62,6 +62,21 @@ def read(
         yield begin, found
 
 
+def read_on(
+    model: Any, caches: Sequence[Cache], rows: Sequence[Sequence[int]], chunk: int | None = None
+) -> torch.Tensor:
+    """Feed each of the caches its row of token ids, none of them empty, in chunks if wanted; logits [B, V] behind each
+    row's last token. Nothing else is kept of the vocabulary."""
+    longest = max(map(len, rows))
+    last: dict[int, torch.Tensor] = {}
+    for begin in range(0, longest, chunk or longest):
+        going = [place for place, row in enumerate(rows) if len(row) > begin]
+        parts = [rows[place][begin : begin + (chunk or longest)] for place in going]
+        logits = forward(model, [caches[place] for place in going], parts, logits_to_keep=1)[:, -1]
+        last.update(zip(going, logits, strict=True))
+    return torch.stack([last[place] for place in range(len(rows))])
+
+
 def read_prompts(
     model: Any, caches: Sequence[Cache], rows: Sequence[Sequence[int]], chunk: int | None = None
 ) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -43,6 +43,9 @@ class Row(BaseModel):
     model: str
     task: str
     metric: str
+    question: Literal["after", "before", "inside", "mixed"] | None = None
+    """Where the questions stood, see :data:`bench.records.sample.Place`; ``mixed`` is not the same in all documents.
+    None where there are none, and in older files: inside the compressed prompt."""
     method: str
     quant_format: str | None = None
     budget_unit: Annotated[str, AfterValidator(_unit)] | None = None
@@ -125,7 +128,7 @@ class Row(BaseModel):
 RUN = "run"
 COLUMNS = [name for name in Row.model_fields if name != RUN]
 """Columns of ``results.csv``; unknown is empty."""
-NEWER = {"timed_documents", "p_adjusted", "best", "to_best", "to_best_low", "to_best_high", "p_to_best"}
+NEWER = {"question", "timed_documents", "p_adjusted", "best", "to_best", "to_best_low", "to_best_high", "p_to_best"}
 NEEDED = [name for name in COLUMNS if name not in NEWER]
 """Those that every file has."""
 STATISTICS = COLUMNS[COLUMNS.index("score_low") : COLUMNS.index("leading") + 1]

@@ -18,6 +18,9 @@ from tasks.base import Answer, Compared, Generated, LogLikelihoods, Scored
 Key = tuple[str, str, str, str, str]
 """Model, task, document, hash of what was asked, cell: what a sample answers."""
 Kind = Literal["generated", "scored", "compared", "none"]
+Place = Literal["after", "before", "inside"]
+"""Where a question stood: behind the compressed context; by choice before compression, inside the prompt; or inside it
+because its task tells no question from a context."""
 
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
@@ -71,6 +74,11 @@ class Measured:
     tpot_ms: Amount | None
     decode_tokens_per_s: Amount | None
     peak_memory_bytes: Count | None
+    question: Place | None = None
+    """Where the question stood; None where there is none, and before it was written down: inside the prompt."""
+    context_tokens: Count | None = None
+    """Tokens that were compressed; None before it was written down: all of the prompt's."""
+    question_s: Amount | None = None
     start: int | None = None
     """Which of the record's starts it was measured in; None before format 2."""
     kind: Kind = field(init=False, default="none")

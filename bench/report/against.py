@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.errors import UserError
-from bench.names import FULL
+from bench.names import FULL, own_name
 from bench.records.files.csv_ import csv_text, finite, read_cells
 from bench.records.files.markdown import markdown_table
 from bench.records.files.text import printable
@@ -102,13 +102,16 @@ def _task(name: str) -> str:
 def pair(rows: Sequence[Row], figures: dict[Key, float]) -> list[Pair]:
     """The rows that have a published figure, in their order.
 
-    A budget in bytes or as a share of the prompt is another one than the published and pairs with nothing.
+    A budget in bytes or as a share of the prompt is another one than the published and pairs with nothing, and so is
+    a question behind the compressed context.
 
     Raises:
         UserError: no row has a figure; the models of both sides are named.
     """
     pairs = []
     for row in rows:
+        if row.task != own_name(row.task):
+            continue
         metric = row.metric.partition(",")[0]
         in_percent = row.task.startswith("longbench:")
         if in_percent and row.metric != DATASETS[row.task.partition(":")[2]].metric:

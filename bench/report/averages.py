@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench.names import own_name
 from bench.records.files.markdown import in_markdown, markdown_table
 from bench.records.row import Row
 from bench.report.columns import BUDGET
@@ -21,13 +22,15 @@ BENCHMARKS: Mapping[str, tuple[str, ...]] = {"longbench": tuple(DATASETS), "long
 
 def run_averages(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
     """The tables: a title, and lines of cells, of which the first line are the headers. None without LongBench rows."""
-    groups: dict[tuple[str, str], dict[str, list[tuple[Row, str]]]] = {}
+    groups: dict[tuple[str, str, str], dict[str, list[tuple[Row, str]]]] = {}
     for row in rows:
-        benchmark, _, name = row.task.partition(":")
+        benchmark, _, name = own_name(row.task).partition(":")
         if name in BENCHMARKS.get(benchmark, ()) and row.metric == DATASETS[name].metric:
-            groups.setdefault((benchmark, row.model), {}).setdefault(row.cell, []).append((row, name))
+            place = row.task.removeprefix(own_name(row.task))
+            groups.setdefault((benchmark, place, row.model), {}).setdefault(row.cell, []).append((row, name))
     return [
-        (f"{benchmark}, averages, {model}", _lines(benchmark, cells)) for (benchmark, model), cells in groups.items()
+        (f"{benchmark}{place}, averages, {model}", _lines(benchmark, cells))
+        for (benchmark, place, model), cells in groups.items()
     ]
 
 

@@ -17,6 +17,14 @@ from bench.report.columns import TOLERANCE, budget_cell, is_older, off_budget
 
 WITHIN = "differences, p-values and bold are within each run; what changed from run to run stands in a table of its own"
 
+_QUESTIONS = {
+    "after": "question after: the context was compressed without it, and it was read through what was left",
+    "before": "question before: it was a part of the prompt that was compressed",
+    "inside": "question inside: the task tells none from its context, all of the prompt was compressed",
+    "mixed": "question after its context where the task tells the two apart, else inside the compressed prompt",
+}
+"""What the rows' ``question`` means."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -71,6 +79,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     window = f"; the newest {', '.join(map(str, windows))} tokens stay at model precision" if windows else ""
     if units:
         notes.append("budget: " + "; ".join(BUDGET_UNITS[unit] for unit in sorted(units)) + window)
+    notes += [said for place, said in _QUESTIONS.items() if any(row.question == place for row in rows)]
     if any(row.leading for row in rows):
         notes.append("bold: the best of a budget, and what cannot be told from it")
     notes += detectable(rows)

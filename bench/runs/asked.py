@@ -12,6 +12,7 @@ from bench.harness.tasks import HarnessTasks
 from bench.judge.power import too_few
 from bench.methods.grid import Cell, grid
 from bench.methods.plugins import TASKS, Plugins
+from bench.methods.questions import behind
 from bench.models.loading import DescribedModel
 from bench.names import FULL, LEAST_DOCUMENTS
 from bench.runs.documents import load_documents
@@ -62,7 +63,8 @@ def plugins_of(config: RunConfig, own: Sequence[Task | TaskGroup] = ()) -> tuple
     Raises:
         UserError, TaskError: a file is missing, or a task has a name that it cannot have.
     """
-    others = HarnessTasks(include_path=[Path(folder) for folder in config.include_path or ()])
+    folders = [Path(folder) for folder in config.include_path or ()]
+    others = HarnessTasks(include_path=folders, num_fewshot=config.num_fewshot)
     return Plugins(config.plugin or (), others, own), others
 
 
@@ -83,15 +85,15 @@ def asked_for(
     errors: dict[str, TaskError] = {}
     for name in config.tasks:
         try:
-            item = get_task(name, fallback=sources)
-            tasks_of([item])
+            items = asked_in(config.question, get_task(name, fallback=sources))
+            tasks_of(items)
         except TaskError as error:
             if error.usage and plugins.failures:
                 plugins.lose(str(error))
             else:
                 errors[name] = error
         else:
-            asked.append(item)
+            asked += items
     failures = [*plugins.failures, *({"task": name, "error": str(error)} for name, error in errors.items())]
     wanted = {cell.method for cell in cells} & set(config.method_names)
     if asked and wanted:
@@ -99,6 +101,17 @@ def asked_for(
     if plugins.failures:
         raise UserError("; ".join(failure_lines(failures)))
     raise TaskError("; ".join(map(str, errors.values())), usage=any(error.usage for error in errors.values()))
+
+
+def asked_in(question: str, item: Task | TaskGroup) -> list[Task | TaskGroup]:
+    """A task or group in the ways that ``--question`` asks for; once, as it is, where nothing of it has parts.
+
+    Raises :class:`TaskError` for a group whose tasks cannot be found.
+    """
+    after = None if question == "before" else behind(item)
+    if after is None:
+        return [item]
+    return [item, after] if question == "both" else [after]
 
 
 def tasks_of(asked: Sequence[Task | TaskGroup]) -> list[tuple[Task, str | None]]:

@@ -108,14 +108,21 @@ def _wrong(document: Document, vocabulary: int | None) -> str | None:
 def _sequences(request: Request) -> list[tuple[str, Sequence[int]]]:
     """Every sequence of tokens that a request brings, with what it is; none of them may be empty."""
     if isinstance(request, Generate):
-        return [("prompt", request.prompt_ids)]
+        return [("prompt", request.prompt_ids), *_question(request)]
     if isinstance(request, Compare):
         return [("prompt", request.context_ids), ("continuation", request.continuation_ids)]
     parts: Sequence[Continuation] = request.windows if isinstance(request, Rolling) else request.continuations
     found: list[tuple[str, Sequence[int]]] = [
-        pair for part in parts for pair in (("context", part.context_ids), ("continuation", part.token_ids))
+        pair
+        for part in parts
+        for pair in (("context", part.context_ids), *_question(part), ("continuation", part.token_ids))
     ]
     return found or [("list of continuations", ())]
+
+
+def _question(part: Generate | Continuation) -> list[tuple[str, Sequence[int]]]:
+    """A question behind its context, which need not be there."""
+    return [("question", part.question_ids)] if part.question_ids else []
 
 
 def scores_of(task: Task, document: Document, answer: Answer) -> dict[str, float]:

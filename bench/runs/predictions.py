@@ -3,6 +3,8 @@
 pred/<cell>/<dataset>.jsonl            with the lines' fields pred, answers, all_classes, length
 pred_e/<cell>/<dataset>.jsonl          those of LongBench-E
 pred/<model>/<cell>/<dataset>.jsonl    in a run over several models
+
+Of answers to questions behind their contexts, <cell> ends in -question-after.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bench.methods.own_tasks import own_task
+from bench.names import own_name
 from bench.records.files.text import write_atomic
 from bench.records.sample import Measured, Samples
 from bench.runs.kept import AnyCell
@@ -46,6 +50,8 @@ def write_predictions(
         stored: where their answers are read from.
         model: the folder to keep the models of a run apart, if it has several.
     """
+    place = "-question-after" if task.name != own_name(task.name) else ""
+    task = own_task(task)
     if not isinstance(task, LongBenchTask):
         return
     folder = run / (FOLDER_E if task.extended else FOLDER) / (model or "").replace("/", "_")
@@ -59,6 +65,6 @@ def write_predictions(
             if document.id in answers
         ]
         if lines:
-            path = folder / cell.key / f"{task.dataset.name}.jsonl"
+            path = folder / f"{cell.key}{place}" / f"{task.dataset.name}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, "\n".join(lines) + "\n")

@@ -5,16 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from statistics import fmean, median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from bench.errors import UserError
 from bench.judge.comparison import add_statistics
 from bench.names import FULL
 from bench.records.row import Row
-from bench.records.sample import Measured, Sample, Samples, make_sample
+from bench.records.sample import Measured, Place, Sample, Samples, make_sample
 from bench.records.starts import timed
 from bench.runs.documents import evaluation_of, group_evaluation, group_metrics, scores_of
-from tasks.base import Compared, Document, Evaluation, Generated, LogLikelihoods, Metric, Task, TaskError, TaskGroup
+from tasks.base import (
+    Compared,
+    Document,
+    Evaluation,
+    Generate,
+    Generated,
+    LogLikelihood,
+    LogLikelihoods,
+    Metric,
+    Request,
+    Task,
+    TaskError,
+    TaskGroup,
+)
 
 if TYPE_CHECKING:
     from bench.engine.measurement import Measurement
@@ -57,7 +70,10 @@ def to_sample(
         reference=document.reference,
         info=dict(document.info),
         truncated=document.truncated,
+        question=_place(task, document.request),
         prompt_tokens=measured.prompt_tokens,
+        context_tokens=measured.context_tokens,
+        question_s=measured.question_s,
         generated_tokens=measured.generated_tokens,
         scored_tokens=measured.scored_tokens,
         prefills=measured.prefills,
@@ -80,6 +96,25 @@ def to_sample(
     )
 
 
+def _place(task: Task, request: Request) -> Place | None:
+    """Where a document's question stands; None for one that asks nothing."""
+    if isinstance(request, Generate):
+        is_after = bool(request.question_ids)
+    elif isinstance(request, LogLikelihood):
+        is_after = all(item.question_ids for item in request.continuations)
+    else:
+        return None
+    if is_after:
+        return "after"
+    return "before" if task.has_parts else "inside"
+
+
+def _places(samples: Iterable[Measured]) -> Literal["after", "before", "inside", "mixed"] | None:
+    """Where the questions of samples stood, as far as it is written down."""
+    found = {sample.question for sample in samples if sample.question is not None}
+    return None if not found else found.pop() if len(found) == 1 else "mixed"
+
+
 def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return median(known) if known else None
@@ -90,7 +125,8 @@ def _prompt_bytes(sample: Measured) -> float:
     # Choices and texts are read from the compressed context: nothing has been added to it.
     if sample.kind == "scored" or not sample.tokens_seen:
         return sample.full_kv_bytes
-    return sample.full_kv_bytes * sample.prompt_tokens / sample.tokens_seen
+    context = sample.prompt_tokens if sample.context_tokens is None else sample.context_tokens
+    return sample.full_kv_bytes * context / sample.tokens_seen
 
 
 def _ratio(part: float, whole: float) -> float | None:
@@ -269,6 +305,7 @@ def _cell_rows(
                 model=model,
                 task=name,
                 metric=metric.name,
+                question=_places(taken),
                 method=cell.method,
                 quant_format=cell.quant_format,
                 budget_unit=cell.budget_unit,

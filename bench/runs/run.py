@@ -28,6 +28,7 @@ from bench.runs import folder as records
 from bench.runs.asked import asked_for, documents_of, doubts, plugins_of, tasks_of
 from bench.runs.documents import prompt_hash
 from bench.runs.executors import Answered, Executor, Unit, make_executor
+from bench.runs.executors.base import batches
 from bench.runs.failures import failure_lines
 from bench.runs.kept import AnyCell, all_cells, earlier_documents, kept_curve, kept_rows
 from bench.runs.kinds import RUN, claim
@@ -265,8 +266,12 @@ class _Run:
         earlier, missing = earlier_documents(
             documents, stored, choices, self.config, lambda config: documents_of(config, self.models[name], task)
         )
+        asked = self.config.question
+        as_it_is = ""
+        if asked != "before" and not task.has_parts and self._record["origin"].get("question", "default") != "default":
+            as_it_is = f"--question {asked}: the task tells no question from its context, and is asked as it is"
         kept = f"{len(earlier)} documents of earlier starts stay in its results" if earlier else ""
-        for said in filter(None, (*task.notes, kept, missing)):
+        for said in filter(None, (*task.notes, as_it_is, kept, missing)):
             self.console.print(f"{task.name}: {said}", markup=False, highlight=False, soft_wrap=True)
         if doubt := doubts(task, len(documents) + len(earlier), [cell.method for cell in self._all_cells]):
             self.console.print(f"{task.name}: {doubt}", style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -289,11 +294,10 @@ class _Run:
             return
         self._under_way[name, task.name] = under_way
         progress.__enter__()
-        size = self.config.documents_at_once or AUTO_DOCUMENTS
-        for start in range(0, len(work), size):
+        for together in batches(work, self.config.documents_at_once or AUTO_DOCUMENTS):
             if (name, task.name) not in self._under_way:
                 return
-            yield Unit(model=name, task=task.name, work=tuple(work[start : start + size]))
+            yield Unit(model=name, task=task.name, work=tuple(together))
 
     def take(self, answered: Answered) -> None:
         """Write down an answer; with the last one of a task, its rows."""

@@ -131,6 +131,13 @@ class RunConfig(Settings):
     limit: Count | None = setting(None, "Use at most so many documents of a task.", DATA, "grid")
     sampling_ratio: Share = setting(1.0, "Use this share of the documents, drawn with the seed.", DATA, "grid")
     seed: int = setting(0, "Seed of everything that is drawn.", DATA, "answer")
+    question: Literal["after", "before", "both"] = setting(
+        "after",
+        "Where the question of a task stands that has one behind a context: after it, read through the compressed "
+        "cache; before compression, inside the prompt; or both, as two tasks.",
+        DATA,
+        "grid",
+    )
     lengths: tuple[Count, ...] = _of_task("needle, fidelity, ruler", NeedleOptions, "lengths", "grid")
     samples: Count = _of_task("needle, fidelity, ruler", NeedleOptions, "samples", "answer")
     haystack: Path | None = _of_task("needle, ruler", NeedleOptions, "haystack", "answer", by_content=True)

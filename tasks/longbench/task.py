@@ -39,6 +39,7 @@ class LongBenchTask(Task):
     """
 
     Options = LongBenchOptions
+    has_parts = True
 
     def __init__(self, dataset: Dataset, *, extended: bool = False) -> None:
         self.dataset = dataset
@@ -62,8 +63,14 @@ class LongBenchTask(Task):
             if len(documents) == settings.limit:
                 break
             row = found.rows[index]
-            text = form.text.format(context=row.context, input=row.input)
-            prompt = build_prompt(self.dataset, text, settings, max_new_tokens=form.max_new_tokens)
+            text, boundary = form.fill(row.context, row.input)
+            prompt = build_prompt(
+                self.dataset,
+                text,
+                settings,
+                max_new_tokens=form.max_new_tokens,
+                boundary=boundary if settings.question == "after" else None,
+            )
             if prompt.cut_tokens and options.skip_cut:
                 continue
             documents.append(
@@ -71,6 +78,7 @@ class LongBenchTask(Task):
                     id=f"{self.dataset.name}-{index}",
                     request=Generate(
                         prompt_ids=prompt.ids,
+                        question_ids=prompt.question_ids,
                         max_new_tokens=form.max_new_tokens,
                         end_ids=self._end_ids(settings.tokenizer),
                     ),
@@ -80,7 +88,7 @@ class LongBenchTask(Task):
                         "row": index,
                         "length": row.length,
                         "all_classes": list(row.all_classes) or None,
-                        "prompt_tokens": len(prompt.ids),
+                        "prompt_tokens": len(prompt.ids) + len(prompt.question_ids),
                         "cut_tokens": prompt.cut_tokens,
                     },
                 )

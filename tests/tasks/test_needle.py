@@ -278,3 +278,18 @@ def test_the_default_model_finds_every_needle() -> None:
         )
         answers[document.id] = Generated(text=loaded.tokenizer.decode(output[0, ids.shape[1] :]))
     assert task.evaluate(documents, answers).values == {"exact_match": 1.0}
+
+
+@pytest.mark.parametrize("chat", [None, TEMPLATE])
+def test_in_parts_it_is_the_same_tokens(chat: str | None) -> None:
+    """The haystack with its needle is the context; the question, and the begun answer, come behind it."""
+    own = byte_tokenizer(chat)
+    before, after = (NeedleTask().load(ask(own, question=place)) for place in ("before", "after"))
+    for whole, parts in zip(before, after, strict=True):
+        assert whole.request.question_ids == ()
+        assert parts.request.input_ids == whole.request.prompt_ids
+        assert replace(parts, request=whole.request) == whole
+        asked = own.decode(parts.request.question_ids)
+        assert asked.startswith("\n\nWhat is the special magic number mentioned in the text?")
+        assert asked.endswith(ANSWER)
+        assert whole.reference in own.decode(parts.request.prompt_ids)

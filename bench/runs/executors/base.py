@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, Protocol
 from rich.console import Console
 
 from bench.engine.decoding import about
-from bench.engine.engine import Engine, Failure, Measurement
+from bench.engine.engine import AUTO_DOCUMENTS, Engine, Failure, Measurement
 from bench.engine.inspect import map_states
+from bench.engine.shared import by_context
 from bench.errors import OthersCode
 from bench.methods.grid import Cell
 from bench.models.loading import DescribedModel, LoadedModel, load
@@ -49,11 +50,26 @@ class Unit:
             yield from (Answered(self, document, Failure(cell=cell, error=error)) for cell in cells)
 
 
+def batches(work: Sequence[Work], size: int) -> Iterator[list[Work]]:
+    """Work in batches of so many documents. Those that ask about one context come together, in one batch as far as
+    :data:`~bench.engine.engine.AUTO_DOCUMENTS` goes: they share its prefill."""
+    batch: list[Work] = []
+    for places in by_context([document for document, _ in work]):
+        for start in range(0, len(places), AUTO_DOCUMENTS):
+            same = [work[place] for place in places[start : start + AUTO_DOCUMENTS]]
+            if batch and len(batch) + len(same) > size:
+                yield batch
+                batch = []
+            batch += same
+    if batch:
+        yield batch
+
+
 def _read_tokens(document: Document) -> int:
     """Tokens that every cell reads or writes behind the prompt, at most."""
     request = document.request
     if isinstance(request, Generate):
-        return request.max_new_tokens
+        return len(request.question_ids) + request.max_new_tokens
     if isinstance(request, Compare):
         return len(request.continuation_ids)
     if isinstance(request, LogLikelihood):

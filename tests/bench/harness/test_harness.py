@@ -9,12 +9,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from bench.harness.parts import has_parts, question_at
 from bench.harness.task import HarnessTask
 from bench.harness.tasks import DESCRIPTIONS, HarnessGroup, HarnessTasks
 from tasks.base import (
@@ -895,3 +897,82 @@ def test_the_default_model_scores_choices_as_under_lm_eval(
 @pytest.mark.slow
 def test_the_default_model_scores_texts_as_under_lm_eval(smollm2: Official, toys: dict[str, Any]) -> None:
     smollm2.compare("toy_text", limit=2, **toys)
+
+
+# --- Context and question ---
+
+
+def test_a_definition_says_whether_context_and_question_can_be_told_apart() -> None:
+    text = {"output_type": "multiple_choice", "doc_to_text": "Question: {{question}}\nAnswer:"}
+    about = {**text, "doc_to_text": "{{ passage }}\nQuestion: {{question}}?\nAnswer:"}
+    rolling = {**about, "output_type": "loglikelihood_rolling"}
+    assert not has_parts(text, None)
+    assert has_parts({**text, "num_fewshot": 5}, None)
+    assert not has_parts({**text, "num_fewshot": 5}, 0)
+    assert has_parts(text, 2)
+    assert has_parts(about, None)
+    assert has_parts(about, 0)
+    assert not has_parts(rolling, 2)
+    # A function may read any field.
+    assert not has_parts({**text, "doc_to_text": len}, None)
+
+
+class _Asking:
+    """A task of lm-eval as far as its questions go."""
+
+    def __init__(self, template: str) -> None:
+        self.config = SimpleNamespace(doc_to_text=template)
+
+    def doc_to_text(self, doc: dict[str, str]) -> str:
+        from lm_eval.utils import apply_template
+
+        return str(apply_template(self.config.doc_to_text, doc))
+
+
+def test_a_question_begins_behind_examples_and_passage() -> None:
+    task = _Asking("{{passage}}\nQuestion: {{question}}?")
+    doc = {"passage": "The river runs.", "question": "Does it"}
+    asked = "The river runs.\nQuestion: Does it?"
+    for prompt in (asked, f"A.\nQuestion: b? no\n\n{asked}", f"{asked} yes\n\n{asked}", f"<user>{asked}<assistant>"):
+        begin = question_at(task, SimpleNamespace(args=(prompt, {}), doc=doc))
+        assert prompt[begin:].startswith("\nQuestion: Does it?")
+        assert prompt[:begin].endswith("The river runs.")
+    plain = _Asking("Question: {{question}}?")
+    instance = SimpleNamespace(args=("Question: a? b\n\nQuestion: Does it?", {}), doc=doc)
+    assert instance.args[0][question_at(plain, instance) :] == "Question: Does it?"
+    # Nothing stands before it, or it is not there.
+    for prompt in ("Question: Does it?", "Something else"):
+        assert question_at(plain, SimpleNamespace(args=(prompt, {}), doc=doc)) is None
+
+
+def test_examples_are_the_context_of_the_question(tokenizer: Any, tmp_path: Path) -> None:
+    """Tokens and scores are those of the undivided prompt; all questions of a subject share one context."""
+    tasks, data = define_toys(tmp_path)
+    found = {}
+    for question in ("before", "after"):
+        task = HarnessTask("toy_west", include_path=[tasks])
+        assert task.has_parts
+        settings = TaskSettings(
+            tokenizer=tokenizer,
+            max_length=2_000,
+            data_dir=data,
+            question=question,  # type: ignore[arg-type]
+        )
+        found[question] = task.load(settings)
+    contexts = set()
+    for before, after in zip(found["before"], found["after"], strict=True):
+        assert isinstance(before.request, LogLikelihood)
+        assert isinstance(after.request, LogLikelihood)
+        for whole, parts in zip(before.request.continuations, after.request.continuations, strict=True):
+            assert whole.question_ids == ()
+            assert parts.context_ids + parts.question_ids == whole.context_ids
+            assert parts.token_ids == whole.token_ids
+            assert tokenizer.decode(parts.question_ids).startswith("What is ")
+            contexts.add(parts.context_ids)
+        assert after.info == before.info
+    assert len(contexts) == 1
+    # A cut that leaves nothing before the question leaves it inside.
+    short = TaskSettings(tokenizer=tokenizer, max_length=30, data_dir=data, question="after")
+    for document in HarnessTask("toy_west", include_path=[tasks]).load(short):
+        assert isinstance(document.request, LogLikelihood)
+        assert {item.question_ids for item in document.request.continuations} == {()}

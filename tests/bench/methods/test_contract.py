@@ -183,6 +183,24 @@ def test_documents_side_by_side_are_answered_as_alone(tiny: Any, cell: Cell) -> 
         assert one == other
 
 
+def test_a_question_behind_a_context_that_the_budget_holds_is_answered_as_by_the_model(tiny: Any, cell: Cell) -> None:
+    """The stock cache is fed context and question as one prompt."""
+    context, question = tuple(prompt_ids(3)), tuple(prompt_ids(4, 9))
+    whole = torch.tensor([context + question])
+    expected = tiny.model.generate(whole, attention_mask=torch.ones_like(whole), max_new_tokens=6, do_sample=False)
+    (roomy,) = grid([cell.method], [{"cache_ratio": 1.0}], [8], None, {}, OWN)
+    request = Generate(prompt_ids=context, question_ids=question, max_new_tokens=6)
+    questions = [Document(id=name, request=request) for name in "ab"]
+    engine = Engine(tiny.model, tiny.tokenizer, [roomy])
+    outcomes = [item for _, item in engine.answer_batch([(item, [roomy]) for item in questions])]
+    assert all(isinstance(item, Measurement) for item in outcomes), outcomes
+    first, second = (item for item in outcomes if isinstance(item, Measurement))
+    # Both read copies of one cache: what the first one read is nothing to the second.
+    assert first.answer == second.answer
+    if not roomy.quantizes or roomy.cache_config is not None:
+        assert list(first.answer.token_ids) == expected[0, whole.shape[1] :].tolist()  # type: ignore[union-attr]
+
+
 def test_it_is_timed_and_planned(tiny: Any, cell: Cell) -> None:
     bench = SpeedBench(tiny.model, [cell], prompt_ids(), new_tokens=2)
     timings = list(bench.measure(LENGTH, 0))

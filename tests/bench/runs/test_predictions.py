@@ -46,6 +46,7 @@ def go(model: Path, data_dir: Path, path: Path, **changes: Any) -> Outcome:
         "max_length": 150,
         "limit": 2,
         "data_dir": data_dir,
+        "question": "before",
     }
     return execute(RunConfig(**{**settings, **changes}), path, Console(file=io.StringIO()))
 

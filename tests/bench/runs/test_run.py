@@ -46,6 +46,7 @@ def go(folder: Path, path: Path, *, fresh: bool = False, **settings: Any) -> tup
         "samples": 3,
         "device": "cpu",
         "dtype": "float32",
+        "question": "before",
     }
     console = Console(file=io.StringIO(), width=200)
     outcome = execute(RunConfig(**{**defaults, **settings}), path, console, fresh=fresh)
