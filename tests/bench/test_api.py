@@ -22,7 +22,16 @@ from tests.bench.conftest import quiet_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = {"lengths": [250], "samples": 2, "quant_format": "int8", "device": "cpu", "dtype": "float32"}
-TIMES = ("prefill_s", "compress_s", "ttft_ms", "decode_s", "tpot_ms", "decode_tokens_per_s", "peak_memory_bytes")
+TIMES = (
+    "prefill_s",
+    "compress_s",
+    "ttft_ms",
+    "question_s",
+    "decode_s",
+    "tpot_ms",
+    "decode_tokens_per_s",
+    "peak_memory_bytes",
+)
 
 
 class Animals(Task):
@@ -94,15 +103,15 @@ def test_the_table_is_the_report_s(results: Results, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         main(["report", str(results.path)])
     assert mine == capsys.readouterr().out
-    assert "needle, exact_match" in mine
+    assert "needle (question after), exact_match" in mine
     both = io.StringIO()
     results.table(results, console=Console(file=both, width=100))
-    assert both.getvalue().count("needle, exact_match") == 2
+    assert both.getvalue().count("needle (question after), exact_match") == 2
 
 
 def test_a_notebook_shows_the_tables(results: Results) -> None:
     html = results._repr_html_()
-    assert "needle, exact_match" in html
+    assert "needle (question after), exact_match" in html
     assert html.startswith("<pre")
     assert "<html" not in html
 
@@ -147,7 +156,7 @@ def test_the_lines_of_the_tutorial(
     monkeypatch.chdir(tmp_path)
     few = lines.replace("smollm2-135m", str(tiny_folder)).replace("outdir=", "lengths=[300], samples=2, outdir=")
     exec(compile(few, "tutorial.md", "exec"), {})
-    assert "needle, exact_match" in capsys.readouterr().out
+    assert "needle (question after), exact_match" in capsys.readouterr().out
 
 
 def test_a_model_that_is_loaded_already(results: Results, tiny_folder: Path, tmp_path: Path) -> None:

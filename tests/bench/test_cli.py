@@ -221,7 +221,7 @@ def test_a_whole_run_and_its_report(tiny_run: list[object], tmp_path: Path, caps
     with pytest.raises(SystemExit) as caught:
         main([str(argument) for argument in tiny_run])
     assert caught.value.code == 0
-    assert "needle, exact_match" in capsys.readouterr().out
+    assert "needle (question after), exact_match" in capsys.readouterr().out
     for arguments in (["--format", "markdown"], ["--format", "csv"], ["-o", str(tmp_path / "table.md")]):
         with pytest.raises(SystemExit) as caught:
             main(["report", str(tmp_path / "run"), *arguments])
@@ -269,7 +269,7 @@ def test_the_newest_run_is_taken_where_none_is_named(
     assert caught.value.code == 0
     said = capsys.readouterr()
     assert said.err == f"arkv-bench: no run named, so this is the newest one, runs/{folder.name}\n"
-    assert "needle, exact_match" in said.out
+    assert "needle (question after), exact_match" in said.out
     with pytest.raises(SystemExit) as caught:
         main(["check", "--against", str(folder), "--no-speed"])
     assert caught.value.code == 0

@@ -37,7 +37,7 @@ def test_with_a_tiny_model(tiny_folder: Path, tmp_path: Path, monkeypatch: pytes
     names = run(monkeypatch, tmp_path, MODEL=str(tiny_folder), LENGTH=300, SAMPLES=2, BUDGETS=[0.5, 0.25])
     assert set(names["rows"]["method"]) == {"full", "window", "origin", "mix"}
     assert len(names["found"]) == 2 * 7
-    assert "needle, exact_match" in names["results"]._repr_html_()
+    assert "needle (question after), exact_match" in names["results"]._repr_html_()
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def test_the_command(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     said = " ".join(capsys.readouterr().out.split())
     assert "In all: 3 documents, 3 prefills, 4 workers." in said
     assert "tiny fits: " in said
-    assert "needle: 3 documents give no interval and no verdict" in said
+    assert "needle (question after): 3 documents give no interval and no verdict" in said
     assert "How: prompts of 256 and 1,024 tokens" in said
     for arguments, line in (
         (["--gpu-memory", "lots"], "--gpu-memory=lots"),

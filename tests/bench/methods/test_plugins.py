@@ -326,7 +326,7 @@ def test_an_entry_point_with_a_name_that_is_taken(
     names = (("gsm8k", plugins.TASKS), ("needle", plugins.TASKS), ("mix", plugins.METHODS))
     points = EntryPoints([EntryPoint(name, "my_missing:Evil", group) for name, group in names])
     monkeypatch.setattr(plugins, "entry_points", lambda **wanted: points.select(**wanted))
-    asked = {"tasks": ("needle", "gsm8k"), "quant_type": ("full", "mix"), "samples": 1}
+    asked = {"tasks": ("needle", "gsm8k"), "quant_type": ("full", "mix"), "samples": 1, "question": "before"}
     outcome, _ = go(long_folder, tmp_path / "run", data_dir=tmp_path, **asked)
     refused = [item["error"] for item in outcome.failures if item.get("plugin") == "my_missing:Evil"]
     assert [error.partition(", and is not used")[0] for error in refused] == [

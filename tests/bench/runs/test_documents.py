@@ -161,6 +161,7 @@ def go(folder: Path, path: Path, plugin: Path, **settings: Any) -> tuple[Outcome
         "window_size": (8,),
         "device": "cpu",
         "dtype": "float32",
+        "question": "before",
     }
     console = Console(file=io.StringIO(), width=200)
     return execute(RunConfig(**{**given, **settings}), path, console), console.file.getvalue()  # type: ignore[attr-defined]

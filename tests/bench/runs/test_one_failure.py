@@ -61,6 +61,7 @@ def settings(*folders: Path, **more: Any) -> RunConfig:
         "window_size": (8,),
         "device": "cpu",
         "dtype": "float32",
+        "question": "before",
     }
     return RunConfig(**{**given, **more})
 

@@ -257,6 +257,8 @@ def example(name: str, tmp_path: Path) -> object:
     shape, default = shape_of(FIELDS[name].annotation), FIELDS[name].default
     if name == "budget_unit":
         return "bytes"
+    if name == "question":
+        return "before"
     if name == "executor":
         return "ray"
     if name == "batch_size":

@@ -58,7 +58,7 @@ RAY = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 """Ray's workers would stand back behind everything else on a busy machine."""
 ANSWERS = ("model", "task", "document", "prompt_sha256", "cell")
 """What a sample answers."""
-TIMES = {"prefill_s", "compress_s", "ttft_ms", "decode_s", "tpot_ms", "decode_tokens_per_s"}
+TIMES = {"prefill_s", "compress_s", "ttft_ms", "question_s", "decode_s", "tpot_ms", "decode_tokens_per_s"}
 
 
 @pytest.fixture(scope="module")
