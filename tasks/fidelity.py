@@ -10,6 +10,7 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import fmean
@@ -128,7 +129,7 @@ class FidelityTask(Task):
                         info={"length": length, "start": start},
                     )
                 )
-        return documents[: settings.limit]
+        return with_sources(documents[: settings.limit])
 
     def score(self, document: Document, answer: Answer) -> dict[str, float]:
         assert isinstance(answer, Compared)
@@ -150,6 +151,21 @@ class FidelityTask(Task):
 
     def data_hash(self) -> str:
         return self._data_hash
+
+
+def with_sources(documents: Sequence[Document]) -> list[Document]:
+    """The documents, with a source in their info: those whose texts overlap, directly or through others, are of one."""
+    sources: dict[str, str] = {}
+    source, reach = "", -1
+    for document in sorted(documents, key=lambda document: document.info["start"]):
+        start = document.info["start"]
+        request = document.request
+        assert isinstance(request, Compare)
+        if start >= reach:
+            source = f"from token {start}"
+        reach = max(reach, start + len(request.context_ids) + len(request.continuation_ids))
+        sources[document.id] = source
+    return [replace(item, info={**item.info, "source": sources[item.id]}) for item in documents]
 
 
 def _percentile(values: Sequence[float], share: float) -> float:

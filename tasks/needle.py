@@ -101,6 +101,8 @@ class NeedleTask(Task):
                         info={
                             "length": length,
                             "depth": depth,
+                            # A place in prompts of several lengths is one question asked several times.
+                            "source": f"{index} of {options.samples}",
                             "needle_token": needle_token,
                             "prompt_tokens": len(prompt_ids),
                         },

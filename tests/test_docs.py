@@ -17,6 +17,7 @@ import yaml
 from bench.cli import app, main
 from bench.settings.presets import resolve
 from bench.settings.run import FIELDS
+from scripts.readme import with_numbers
 from tests.bench.conftest import save_tiny_model
 from tests.bench.runs.test_run import go
 
@@ -195,6 +196,14 @@ def test_written_pages_are_those_of_the_code() -> None:
     assert (ROOT / "docs" / "layout.md").read_text(encoding="utf-8") == module.layout(), "run make docs"
     tasks = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
     assert tasks == module.with_settings(tasks), "run make docs"
+
+
+def test_numbers_of_the_readme_are_those_of_the_results() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == with_numbers(readme), "run make docs"
+    assert with_numbers(readme.replace("0.57 to 1.00", "0.67 to 1.00")) == readme
+    with pytest.raises(SystemExit, match="no place for the numbers called demo"):
+        with_numbers(readme.replace("make docs: demo", "make docs: show"))
 
 
 def test_the_workflow_runs_what_ci_runs() -> None:

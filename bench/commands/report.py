@@ -30,6 +30,14 @@ def report(
         typer.Argument(help="Run folders. Default: the newest under runs.", metavar="RUN", show_default=False),
     ] = None,
     format: Annotated[Format, typer.Option(help="terminal, markdown or csv.")] = Format.TERMINAL,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows for each value of what documents say of themselves, such as length or depth.",
+            metavar="FACT",
+            show_default=False,
+        ),
+    ] = None,
     against: Annotated[
         Path | None,
         typer.Option(help="A CSV of published figures: show the runs beside them instead.", show_default=False),
@@ -61,12 +69,15 @@ def report(
     [bold]arkv-bench report[/bold]
     [bold]arkv-bench report runs/demo[/bold]
     [bold]arkv-bench report runs/a runs/b --format markdown -o table.md[/bold]
+    [bold]arkv-bench report runs/demo --by depth[/bold]
     [bold]arkv-bench report runs/a --against published.csv[/bold]
     [bold]arkv-bench report runs/a runs/b --html page.html --figures figures --latex table.tex[/bold]
     """
     if against is not None and (html is not None or figures is not None or latex is not None):
         message = "--against is a table of its own: leave it out, or leave out --html, --figures and --latex"
         raise UserError(message, 2)
+    if by is not None and (against is not None or html is not None or figures is not None or latex is not None):
+        raise UserError("--by is a table of its own: leave out --against, --html, --figures and --latex", 2)
     folders = named_or_newest(runs)
     if html is not None or figures is not None or latex is not None:
         if latex is not None:
@@ -84,9 +95,13 @@ def report(
     from bench.report.terminal import print_comparison
     from bench.report.writing import to_csv, to_markdown
 
+    if by is not None:
+        _print_by(folders, by, format, output)
+        return
     tables = [read_results(path) for path in folders]
     shown, pairs_of_runs, reasons = _shown(folders)
     rows = [row for table in tables for row in table]
+    by_run = dict(zip(run_names(folders), tables, strict=True))
     pairs = published.pair(rows, published.read_published(against)) if against is not None else None
     if format is Format.TERMINAL and output is None:
         from rich.console import Console
@@ -99,17 +114,39 @@ def report(
         print_comparison(shown, console)
         for reason in reasons:
             console.print(reason, markup=False, highlight=False)
-        for table in tables:
-            averages.print_averages(table, console)
+        averages.print_averages(averages.together(by_run), console)
         return
     if pairs is not None:
         text = published.to_csv(pairs) if format is Format.CSV else published.to_markdown(pairs)
     elif format is Format.CSV:
-        text = to_csv(dict(zip(run_names(folders), tables, strict=True)), pairs_of_runs)
+        text = to_csv(by_run, pairs_of_runs)
     else:
         text = to_markdown(shown) + changed.to_markdown(pairs_of_runs)
         text += "".join(f"\n{reason}\n" for reason in map(in_markdown, reasons))
-        text += "".join(f"\n{averages.to_markdown(table)}" for table in tables)
+        text += f"\n{averages.to_markdown(averages.together(by_run))}"
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        write(output, text)
+
+
+def _print_by(folders: list[Path], by: str, format: Format, output: Path | None) -> None:
+    """The rows of each value of a fact, of each run by itself."""
+    from bench.records.finished import read_runs
+    from bench.report.by import split_by
+    from bench.report.terminal import print_comparison
+    from bench.report.writing import to_csv, to_markdown
+
+    runs = {run.name: split_by(run, by).rows for run in read_runs(folders) if run.is_run}
+    if format is Format.TERMINAL and output is None:
+        from rich.console import Console
+
+        for name, rows in runs.items():
+            if len(runs) > 1:
+                typer.echo(f"\n{name}")
+            print_comparison([rows], Console())
+        return
+    text = to_csv(runs) if format is Format.CSV else "\n".join(map(to_markdown, ([rows] for rows in runs.values())))
     if output is None:
         typer.echo(text, nl=False)
     else:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from operator import itemgetter
 
 from bench.judge.budgets import by_budget
-from bench.judge.family import Comparison, compare_all
+from bench.judge.family import Comparison, compare_over
+from bench.judge.retention import add_retention, mark_untold
 from bench.judge.stats import benjamini_hochberg, holm, is_binary, mean_interval
 from bench.judge.verdict import ALPHA
 from bench.names import FULL
 from bench.records.row import STATISTICS, Row
-from bench.records.sample import Measured
+from bench.records.sample import Measured, source_of
 from tasks.base import Metric
 
 Scores = Mapping[tuple[str, str], float]
@@ -40,9 +41,11 @@ def add_statistics(
         seed: of the resamples.
     """
     scores: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
+    sources: dict[tuple[str, str], tuple[str, str]] = {}
     unknown = set()
     # Resamples are drawn by place: the order in which a run was continued must not matter.
     for document, sample in sorted(((_document(sample), sample) for sample in samples), key=itemgetter(0)):
+        sources[document] = source_of(sample)
         for name, score in sample.scores.items():
             if score is None:
                 unknown.add((name, sample.cell))
@@ -51,7 +54,7 @@ def add_statistics(
     for key in unknown:
         scores.pop(key, None)
     for row in rows:
-        for column in STATISTICS:
+        for column in (*STATISTICS, "sources"):
             setattr(row, column, None)
     known = {metric.name: metric for metric in metrics}
     for name in dict.fromkeys(row.metric for row in rows):
@@ -59,7 +62,7 @@ def add_statistics(
         mine = [row for row in rows if row.metric == name]
         by_cell = {row.cell: scores[name, row.cell] for row in mine if _averages(row, scores)}
         of_all = [list(found.values()) for (other, _), found in scores.items() if other == name]
-        how = _How(metric, is_binary(*of_all, bounds=(metric.low, metric.high)), seed)
+        how = _How(metric, is_binary(*of_all, bounds=(metric.low, metric.high)), sources, seed)
         for row in mine:
             if row.cell in by_cell and not (row.method == FULL and metric.of_full is not None):
                 _add_interval(row, by_cell[row.cell], how)
@@ -67,6 +70,11 @@ def add_statistics(
             _add_differences([row for row in mine if row.method != FULL], by_cell, how)
         for group in by_budget(mine):
             _mark_leading(group, by_cell, how)
+        for row in mine:
+            row.metric_low, row.metric_high = (end if math.isfinite(end) else None for end in how.bounds)
+            row.binary, row.of_full = how.binary, metric.of_full
+        mark_untold(mine, metric)
+        add_retention(mine, metric, by_cell, how.sources_of)
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,8 @@ class _How:
     metric: Metric
     of_two_values: bool
     """All that were measured are at the ends of the range. A metric of such scores may give others for some answers."""
+    sources: Mapping[tuple[str, str], tuple[str, str]]
+    """What each document is made of."""
     seed: int
 
     @property
@@ -91,14 +101,16 @@ class _How:
         """A distance from ``full`` that cannot be negative: twice as far is what compares, not so much further."""
         return self.metric.of_full == self.metric.low == 0
 
-    def compare(self, scores: Sequence[Sequence[float]], baseline: Sequence[float], alpha: float) -> list[Comparison]:
-        return compare_all(
-            scores,
-            baseline,
+    def sources_of(self, documents: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        return [self.sources[document] for document in documents]
+
+    def compare(self, pairs: Sequence[tuple[Scores, Scores]]) -> list[Comparison]:
+        return compare_over(
+            pairs,
+            self.sources_of,
             binary=self.binary,
             bounds=self.bounds,
             logarithm=self.logarithm,
-            alpha=alpha,
             seed=self.seed,
         )
 
@@ -116,8 +128,16 @@ def _averages(row: Row, scores: Mapping[tuple[str, str], Scores]) -> bool:
 
 
 def _add_interval(row: Row, scores: Scores, how: _How) -> None:
-    values = list(scores.values())
-    interval = mean_interval(values, binary=how.binary, bounds=how.bounds, logarithm=how.logarithm, seed=how.seed)
+    sources = how.sources_of(scores)
+    row.sources = len(set(sources))
+    interval = mean_interval(
+        list(scores.values()),
+        binary=how.binary,
+        bounds=how.bounds,
+        logarithm=how.logarithm,
+        sources=sources,
+        seed=how.seed,
+    )
     if interval is not None:
         row.score_low, row.score_high = interval
 
@@ -127,20 +147,8 @@ def _against(
 ) -> list[tuple[Row, Comparison]]:
     """The rows that can be compared with a cell, on their own documents; one family, whatever documents they have."""
     other = by_cell.get(baseline if isinstance(baseline, str) else baseline.cell, {})
-    sets: dict[tuple[tuple[str, str], ...], list[Row]] = {}
-    for row in rows:
-        mine = by_cell.get(row.cell, {})
-        if mine and mine.keys() <= other.keys():
-            sets.setdefault(tuple(mine), []).append(row)
-    count = sum(map(len, sets.values()))
-    compared: list[tuple[Row, Comparison]] = []
-    for documents, having in sets.items():
-        scores = [[by_cell[row.cell][document] for document in documents] for row in having]
-        # Rows over other documents have a share of the family's error of their own (Bonferroni).
-        alpha = ALPHA * len(having) / count
-        found = how.compare(scores, [other[document] for document in documents], alpha)
-        compared += zip(having, found, strict=True)
-    return compared
+    having = [row for row in rows if (mine := by_cell.get(row.cell)) and mine.keys() <= other.keys()]
+    return list(zip(having, how.compare([(by_cell[row.cell], other) for row in having]), strict=True))
 
 
 def _add_differences(rows: Sequence[Row], by_cell: Mapping[str, Scores], how: _How) -> None:

@@ -14,6 +14,9 @@ that of one row.
   with Tango's interval; its joint distribution is the normal one with the rows' correlation.
 - Other scores: the studentized bootstrap over documents, drawn for all rows together. Each end is that of Student's t
   where this lies further out: with fewer than about 20 documents the bootstrap's own ends are too near.
+- Such scores of which fewer than five documents change: how much a change is can hardly be known of so few. How many
+  rose and fell is counted, as of scores of two values, and each change taken for as large as one can be, or, where a
+  score has no range, as large as any in the table.
 - Divergences: the same, of the logarithm of the ratio of two means.
 
 Coverage and power are simulated in tests/bench/judge/test_family.py. Below 20 documents, scores of two values cannot
@@ -24,13 +27,13 @@ as are mostly 0, on so few documents they cover less, the more rows the less.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from bench.judge.power import McNemar
 from bench.judge.stats import (
@@ -39,16 +42,20 @@ from bench.judge.stats import (
     Array,
     Interval,
     Resampled,
+    by_source,
+    design_effect,
     ends,
-    finite,
     is_binary,
     log_ratios,
     means,
+    normal,
     paired,
     paired_proportions,
 )
 from bench.judge.verdict import ALPHA, POWER
 from bench.names import LEAST_DOCUMENTS
+
+Document = TypeVar("Document", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +63,7 @@ class Comparison:
     """A method against another one on the same documents, as one of a family."""
 
     n: int
+    """Documents."""
     difference: float
     """Mean of the paired differences, method minus baseline; of logarithms, the ratio of the two means."""
     interval: Interval | None = None
@@ -105,7 +113,7 @@ def joint(p_values: Array, alpha: float = ALPHA) -> Joint:
     """The family's level, from the rows' own p-values under no difference [rows, draws]."""
     smallest = np.sort(p_values.min(axis=0))
     rows = len(p_values)
-    level = float(np.clip(np.quantile(smallest, alpha), independent_level(rows, alpha), alpha))
+    level = float(np.clip(_quantile(smallest, alpha), independent_level(rows, alpha), alpha))
     return Joint(level, smallest, alpha, rows)
 
 
@@ -118,12 +126,13 @@ def binary_joint(changes: Array, alpha: float = ALPHA, seed: int = 0) -> Joint:
     """The family of rows of scores of two values.
 
     Args:
-        changes: 1 where only the method is right, -1 where only the baseline is, else 0: [rows, n].
+        changes: 1 where only the method is right, -1 where only the baseline is, else 0, or the sum of these over the
+            documents of each source: [rows, n].
     """
     lengths = np.sqrt((changes**2).sum(axis=1, keepdims=True))
     drawn = changes @ _normals(changes.shape[1], seed)
     statistics = np.divide(drawn, lengths, out=np.zeros_like(drawn), where=lengths > 0)
-    return joint(2 * stats.norm.sf(np.abs(statistics)), alpha)
+    return joint(2 * special.ndtr(-np.abs(statistics)), alpha)
 
 
 class Judged(NamedTuple):
@@ -132,88 +141,155 @@ class Judged(NamedTuple):
     low: Array
     high: Array
     p_values: Array
-    joint: Joint
     upper: Array
     """Critical values of the estimate over its standard error, above and below."""
     lower: Array
+    joint: Joint
+
+
+def _ranked(values: Array) -> tuple[Array, Array]:
+    """Values [rows, draws] in ascending order, and the rank of each among those of its row; equal ones share the
+    greatest."""
+    order = np.argsort(values, axis=1)
+    ascending = np.take_along_axis(values, order, axis=1)
+    draws = values.shape[1]
+    places = np.broadcast_to(np.arange(1, draws + 1), values.shape)
+    is_last = np.concatenate([ascending[:, 1:] != ascending[:, :-1], np.ones((len(values), 1), dtype=bool)], axis=1)
+    shared = np.minimum.accumulate(np.where(is_last, places, draws)[:, ::-1], axis=1)[:, ::-1]
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, shared, axis=1)
+    return ascending, ranks
+
+
+def _quantile(ascending: Array, share: float) -> Array:
+    """Of each row [rows, draws] of values in ascending order, as :func:`numpy.quantile` has it, which sorts again."""
+    place = share * (ascending.shape[-1] - 1)
+    below = math.floor(place)
+    low, high = ascending[..., below], ascending[..., min(below + 1, ascending.shape[-1] - 1)]
+    found: Array = low + (place - below) * (high - low)
+    return found
 
 
 def judge(resampled: Resampled, n: int, alpha: float = ALPHA) -> Judged:
     """Intervals and p-values of rows [rows] from resamples of n documents that all rows share."""
-    drawn = np.sort(resampled.studentized, axis=1)
-    draws = drawn.shape[1]
-    # The rank of each value among those of its row; equal ones share the greatest.
-    rows = zip(drawn, resampled.studentized, strict=True)
-    ranks = np.stack([np.searchsorted(row, values, "right") for row, values in rows])
-    shares = ranks / (draws + 1)
+    drawn, ranks = _ranked(resampled.studentized)
+    shares = ranks / (drawn.shape[1] + 1)
     family = joint(np.minimum(2 * np.minimum(shares, 1.0 - shares), 1.0), alpha)
-    student = float(stats.t.isf(family.level / 2, n - 1))
-    upper = np.maximum(np.quantile(drawn, 1.0 - family.level / 2, axis=1), student)
-    lower = np.minimum(np.quantile(drawn, family.level / 2, axis=1), -student)
+    return Judged(*at_level(resampled, drawn, n, family.level), family)
+
+
+def at_level(resampled: Resampled, drawn: Array, n: int, level: float) -> tuple[Array, Array, Array, Array, Array]:
+    """Ends of intervals, p-values and both critical values of rows that are judged one by one.
+
+    Args:
+        drawn: the studentized resamples of each row [rows, draws] in ascending order.
+        level: error of each interval.
+    """
+    draws = drawn.shape[1]
+    student = float(stats.t.isf(level / 2, n - 1))
+    upper = np.maximum(_quantile(drawn, 1.0 - level / 2), student)
+    lower = np.minimum(_quantile(drawn, level / 2), -student)
     observed = resampled.estimate / resampled.error
     beyond = np.stack([np.searchsorted(row, value) for row, value in zip(drawn, observed, strict=True)])
     own = 2 * np.minimum(beyond + 1, draws - beyond + 1) / (draws + 1)
     p_values = np.clip(np.maximum(own, 2 * stats.t.sf(np.abs(observed), n - 1)), 0.0, 1.0)
     outside = (observed > upper) | (observed < lower)
-    edge = family.level * (1.0 - 1e-6)
-    p_values = np.where(outside, np.minimum(p_values, edge), np.maximum(p_values, family.level))
+    p_values = np.where(outside, np.minimum(p_values, level * (1.0 - 1e-6)), np.maximum(p_values, level))
     low = resampled.estimate - upper * resampled.error
     high = resampled.estimate - lower * resampled.error
-    return Judged(low, high, p_values, family, upper, lower)
+    return low, high, p_values, upper, lower
 
 
-def detectable_means(resampled: Resampled, judged: Judged, n: int) -> Array:
-    """Smallest shifts of the mean [rows] that 80 % of the resamples would show, in the direction of the one found.
+def detectable_means(resampled: Resampled, judged: Judged, n: int, rows: Array) -> Array:
+    """Smallest shifts of the mean, of the chosen ``rows``, that 80 % of the resamples would show, in the direction of the one found.
 
-    A resample of documents that are shifted by d is found where ``studentized + d / its error`` is beyond the critical
-    value. The widening is that of Student's t over a normal: critical values and errors of other documents scatter.
+    A resample of documents that are shifted by d is found where ``studentized + d / its error`` is beyond the
+    critical value. The widening is that of Student's t over a normal: critical values and errors of other documents
+    scatter.
     """
+    studentized, errors = resampled.studentized[rows], resampled.errors[rows]
     distance = np.where(
-        resampled.estimate[:, None] < 0,
-        (resampled.studentized - judged.lower[:, None]) * resampled.errors,
-        (judged.upper[:, None] - resampled.studentized) * resampled.errors,
+        resampled.estimate[rows, None] < 0,
+        (studentized - judged.lower[rows, None]) * errors,
+        (judged.upper[rows, None] - studentized) * errors,
     )
     return np.quantile(distance, POWER, axis=1) * math.sqrt((n - 1) / (n - 3))
 
 
-def compare_all(
-    scores: Sequence[Sequence[float]],
-    baseline: Sequence[float],
+Pair = tuple[Sequence[float], Sequence[float]]
+"""Scores of a method and of what it is compared with, one per document."""
+
+
+def compare_pairs(
+    pairs: Sequence[Pair],
     *,
     binary: bool | None = None,
     bounds: tuple[float, float] = UNBOUNDED,
     logarithm: bool = False,
     alpha: float = ALPHA,
+    sources: Sequence[object] | None = None,
     seed: int = 0,
 ) -> list[Comparison]:
-    """Every method against the baseline, on the same documents.
+    """Every method against its own baseline, all on the same documents, as one family.
 
     Args:
-        scores: of each method, one per document.
-        baseline: on the same documents.
+        pairs: scores of each method, and of its baseline.
         binary: whether every score is one of the two ends of its range; None is what these are.
         bounds: between which every score lies.
         logarithm: compare by the ratio of the means, on the log scale; for scores above 0.
         alpha: error that the family may have; less than 0.05 where it is a part of a larger one.
+        sources: of the documents, see :func:`bench.judge.stats.by_source`.
         seed: of the resamples.
 
     Raises:
         ValueError: not the same number of documents, none, or a score that is no number.
     """
-    if not scores:
+    if not pairs:
         return []
-    changes = np.stack([paired(own, baseline) for own in scores])
-    n = changes.shape[1]
-    part = ALPHA / alpha
-    if is_binary(*scores, baseline, bounds=bounds) if binary is None else binary:
-        found = _compare_binary(changes, ends(bounds)[1] - ends(bounds)[0], alpha, seed)
+    changes = np.stack([paired(own, baseline) for own, baseline in pairs])
+    if binary is None:
+        binary = is_binary(*(scores for pair in pairs for scores in pair), bounds=bounds)
+    if binary:
+        found = _compare_binary(changes, sources, ends(bounds)[1] - ends(bounds)[0], alpha, seed)
     elif logarithm:
-        found = _compare_ratios(np.stack([finite(own) for own in scores]), finite(baseline), alpha, seed)
+        own, baselines = (np.array([pair[side] for pair in pairs], dtype=float) for side in (0, 1))
+        found = _compare_ratios(own, baselines, sources, alpha, seed)
     else:
-        found = _compare_means(changes, bounds[1] - bounds[0], alpha, seed)
-    if n < LEAST_DOCUMENTS:
+        found = _compare_means(changes, sources, bounds[1] - bounds[0], alpha, seed)
+    n = changes.shape[1]
+    if (n if sources is None else len(set(sources))) < LEAST_DOCUMENTS:
         return [Comparison(n=n, difference=item.difference) for item in found]
-    return [_of_larger(item, part) for item in found]
+    return [_of_larger(item, ALPHA / alpha) for item in found]
+
+
+def compare_all(scores: Sequence[Sequence[float]], baseline: Sequence[float], **how: Any) -> list[Comparison]:
+    """Every method against one baseline, on the same documents. See :func:`compare_pairs`."""
+    return compare_pairs([(own, baseline) for own in scores], **how)
+
+
+def compare_over(
+    pairs: Sequence[tuple[Mapping[Document, float], Mapping[Document, float]]],
+    sources: Callable[[Iterable[Document]], Sequence[object]],
+    **how: Any,
+) -> list[Comparison]:
+    """As :func:`compare_pairs`, of methods that need not have answered the same documents: one family all the same.
+
+    Methods over other documents have a share of the family's error of their own (Bonferroni).
+
+    Args:
+        pairs: scores by document of each method, and of its baseline, which has at least those documents.
+        sources: what documents are made of.
+    """
+    sets: dict[tuple[Document, ...], list[int]] = {}
+    for place, (mine, _) in enumerate(pairs):
+        sets.setdefault(tuple(mine), []).append(place)
+    found: dict[int, Comparison] = {}
+    for documents, places in sets.items():
+        scores = [([side[document] for document in documents] for side in pairs[place]) for place in places]
+        together = [(own, baseline) for own, baseline in scores]
+        alpha = ALPHA * len(places) / len(pairs)
+        found |= zip(places, compare_pairs(together, alpha=alpha, sources=sources(documents), **how), strict=True)
+    return [found[place] for place in range(len(pairs))]
 
 
 def compare(
@@ -236,25 +312,48 @@ def _of_larger(found: Comparison, part: float) -> Comparison:
     return Comparison(**{**vars(found), "p_adjusted": p_adjusted})
 
 
-def _compare_binary(changes: Array, scale: float, alpha: float, seed: int) -> list[Comparison]:
+class Proportions(NamedTuple):
+    """Rows of which it is counted how many documents rose and fell."""
+
+    low: Array
+    high: Array
+    p_values: Array
+    fewer: Array
+    """How many times fewer independent documents would say as much."""
+
+
+def proportions(units: Array, sources: Sequence[object] | None, critical: float) -> Proportions:
+    """Tango's intervals and McNemar's p-values of signs of changes [rows, n]."""
+    n = units.shape[1]
+    groups = n if sources is None else len(set(sources))
+    gained, lost = (units > 0).sum(axis=1), (units < 0).sum(axis=1)
+    # Documents of few sources say as much as so many fewer independent ones.
+    fewer = design_effect(units, sources)
+    low, high = paired_proportions(gained / fewer, lost / fewer, n / fewer, critical)
+    statistics = (gained - lost) / np.sqrt(np.maximum(gained + lost, 1) * fewer)
+    beyond = special.ndtr if groups == n else partial(special.stdtr, groups - 1)
+    return Proportions(low, high, 2 * beyond(-np.abs(statistics)), fewer)
+
+
+def _compare_binary(
+    changes: Array, sources: Sequence[object] | None, scale: float, alpha: float, seed: int
+) -> list[Comparison]:
     units = np.sign(changes)
     n = units.shape[1]
-    family = binary_joint(units, alpha, seed)
-    critical = float(stats.norm.isf(family.level / 2))
-    gained, lost = (units > 0).sum(axis=1), (units < 0).sum(axis=1)
-    low, high = paired_proportions(gained, lost, n, critical)
-    statistics = (gained - lost) / np.sqrt(np.maximum(gained + lost, 1))
-    p_values = 2 * stats.norm.sf(np.abs(statistics))
-    adjusted = family.adjusted(p_values)
-    test = McNemar(n, critical)
+    sums, sizes = by_source(units, sources)
+    family = binary_joint(sums, alpha, seed)
+    critical = normal(len(sizes), n, family.level)
+    found = proportions(units, sources, critical)
+    adjusted = family.adjusted(found.p_values)
+    changed = np.abs(units).mean(axis=1)
     return [
         Comparison(
             n=n,
-            difference=scale * float(gained[row] - lost[row]) / n,
-            interval=Interval(scale * float(low[row]), scale * float(high[row])),
-            p_value=float(p_values[row]),
+            difference=scale * float(units[row].mean()),
+            interval=Interval(scale * float(found.low[row]), scale * float(found.high[row])),
+            p_value=float(found.p_values[row]),
             p_adjusted=float(adjusted[row]),
-            detectable=_scaled(test.detectable(float(gained[row] + lost[row]) / n), scale),
+            detectable=_scaled(McNemar(int(n / found.fewer[row]), critical).detectable(float(changed[row])), scale),
         )
         for row in range(len(units))
     ]
@@ -264,49 +363,66 @@ def _scaled(value: float | None, scale: float) -> float | None:
     return None if value is None else scale * value
 
 
-def _compare_means(changes: Array, width: float, alpha: float, seed: int) -> list[Comparison]:
+def _compare_means(
+    changes: Array, sources: Sequence[object] | None, width: float, alpha: float, seed: int
+) -> list[Comparison]:
     n = changes.shape[1]
+    sums, sizes = by_source(changes, sources)
+    groups = len(sizes)
     # Where all documents changed alike, nothing is known of how they scatter.
-    known = np.flatnonzero(np.ptp(changes, axis=1) > 0) if n >= LEAST_DOCUMENTS else np.array([], dtype=int)
+    known = np.flatnonzero(np.ptp(sums / sizes, axis=1) > 0) if groups >= LEAST_DOCUMENTS else np.array([], dtype=int)
     found = []
     for row in changes:
         nothing = 1.0 if not row.any() else None
         found.append(Comparison(n=n, difference=float(row.mean()), p_value=nothing, p_adjusted=nothing))
     if not len(known):
         return found
-    resampled = means(changes[known], seed=seed)
-    judged = judge(resampled, n, alpha)
-    adjusted = judged.joint.adjusted(judged.p_values)
-    detectable = detectable_means(resampled, judged, n)
-    is_said = (n >= MANY_DOCUMENTS) | (np.abs(stats.skew(changes[known], axis=1)) <= SKEWED)
+    resampled = means(sums[known], sizes, seed=seed)
+    judged = judge(resampled, groups, alpha)
+    few = (sums[known] != 0).sum(axis=1) < LEAST_DOCUMENTS
+    low, high, p_values = judged.low, judged.high, judged.p_values
+    if few.any():
+        counted = proportions(np.sign(changes[known[few]]), sources, normal(groups, n, judged.joint.level))
+        largest = width if math.isfinite(width) else float(np.abs(changes).max())
+        low[few], high[few], p_values[few] = largest * counted.low, largest * counted.high, counted.p_values
+    detectable = np.full(len(known), math.inf)
+    said = ~few & ((groups >= MANY_DOCUMENTS) | (np.abs(stats.skew(sums[known], axis=1)) <= SKEWED))
+    if said.any():
+        detectable[said] = detectable_means(resampled, judged, groups, said)
+    adjusted = judged.joint.adjusted(p_values)
     for place, row in enumerate(known):
-        low, high = np.clip([judged.low[place], judged.high[place]], -width, width)
+        ends_of = np.clip([low[place], high[place]], -width, width)
         found[row] = Comparison(
             n=n,
             difference=found[row].difference,
-            interval=Interval(float(low), float(high)),
-            p_value=float(judged.p_values[place]),
+            interval=Interval(float(ends_of[0]), float(ends_of[1])),
+            p_value=float(p_values[place]),
             p_adjusted=float(adjusted[place]),
-            detectable=float(detectable[place]) if is_said[place] and detectable[place] < width else None,
+            detectable=float(detectable[place]) if detectable[place] < width else None,
         )
     return found
 
 
-def _compare_ratios(values: Array, baseline: Array, alpha: float, seed: int) -> list[Comparison]:
+def _compare_ratios(
+    values: Array, baselines: Array, sources: Sequence[object] | None, alpha: float, seed: int
+) -> list[Comparison]:
     n = values.shape[1]
-    sums = values.sum(axis=1)
-    if not baseline.any():
+    found = []
+    for above, below in zip(values.sum(axis=1), baselines.sum(axis=1), strict=True):
         # Nothing is a multiple of 0.
-        return [Comparison(n=n, difference=1.0 if not total else math.inf) for total in sums]
-    found = [Comparison(n=n, difference=float(total / baseline.sum())) for total in sums]
-    if n < LEAST_DOCUMENTS:
-        return found
+        ratio = above / below if below else math.inf if above else 1.0
+        found.append(Comparison(n=n, difference=float(ratio)))
+    sums, sizes = by_source(values, sources)
+    below, _ = by_source(baselines, sources)
     # Where a method is the same multiple in all documents, nothing is known of how it scatters.
-    below = baseline / baseline.mean()
-    known = [row for row, mine in enumerate(values) if mine.any() and not np.allclose(mine / mine.mean(), below)]
-    if not known:
+    known = [
+        row
+        for row, (mine, other) in enumerate(zip(sums, below, strict=True))
+        if mine.any() and other.any() and not np.allclose(mine / mine.mean(), other / other.mean())
+    ]
+    if not known or len(sizes) < LEAST_DOCUMENTS:
         return found
-    judged = judge(log_ratios(values[known], baseline, seed), n, alpha)
+    judged = judge(log_ratios(sums[known], below[known], seed), len(sizes), alpha)
     adjusted = judged.joint.adjusted(judged.p_values)
     for place, row in enumerate(known):
         found[row] = Comparison(

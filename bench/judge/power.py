@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from bench.judge.verdict import ALPHA, POWER
 from bench.names import LEAST_DOCUMENTS
@@ -38,8 +38,13 @@ class McNemar:
         # The most documents on the rarer side with which so many changed ones are found; -1 where none are.
         limit = np.ceil((counts - self.critical * np.sqrt(counts)) / 2) - 1
         favoured = min((changed + difference) / (2 * changed), 1.0)
-        found = stats.binom.cdf(limit, counts, 1.0 - favoured) + stats.binom.cdf(limit, counts, favoured)
-        return float((stats.binom.pmf(counts, self.n, changed) * np.where(limit >= 0, found, 0.0)).sum())
+        is_found = limit >= 0
+        within, of = limit[is_found], counts[is_found]
+        # The functions behind scipy.stats.binom, which checks its arguments for longer than it counts.
+        chances = special.bdtr(within, of, 1.0 - favoured) + special.bdtr(within, of, favoured)
+        choices = special.gammaln(self.n + 1) - special.gammaln(of + 1) - special.gammaln(self.n - of + 1)
+        so_many = np.exp(choices + special.xlogy(of, changed) + special.xlog1py(self.n - of, -changed))
+        return float((so_many * chances).sum())
 
     def detectable(self, changed: float = 0.0) -> float | None:
         """Smallest difference that is found with a power of 80 %, where the two differ on at least a share ``changed``

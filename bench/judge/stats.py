@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from bench.judge.verdict import ALPHA, LEVEL
+from bench.judge.verdict import ALPHA
 from bench.names import LEAST_DOCUMENTS
 
 Array = NDArray[np.float64]
@@ -73,6 +73,49 @@ def finite(scores: Sequence[float]) -> Array:
     return array
 
 
+# --- Documents that are not independent ---
+
+
+def by_source(values: Array, sources: Sequence[object] | None) -> tuple[Array, Array]:
+    """Sums over the documents of each source, and how many these are.
+
+    Args:
+        values: one per document, [..., n].
+        sources: what each document is made of, [n]; documents of one source, such as questions on one text, rise and
+            fall together, so that it is sources that are drawn. None is a source of its own for each.
+
+    Returns:
+        Sums [..., g] and numbers of documents [g] of g sources.
+    """
+    if sources is None:
+        return values, np.ones(values.shape[-1])
+    places = {source: place for place, source in enumerate(dict.fromkeys(sources))}
+    if len(places) == values.shape[-1]:
+        return values, np.ones(values.shape[-1])
+    of = np.zeros((values.shape[-1], len(places)))
+    of[np.arange(values.shape[-1]), [places[source] for source in sources]] = 1.0
+    return values @ of, of.sum(axis=0)
+
+
+def design_effect(values: Array, sources: Sequence[object] | None) -> Array:
+    """How many times the variance of the mean of independent documents that of these is, at least 1 (Rao & Scott,
+    Biometrics 1992): so many times fewer independent ones would say as much.
+
+    Args:
+        values: one per document, [..., n].
+    """
+    sums, sizes = by_source(values, sources)
+    n, groups = values.shape[-1], sums.shape[-1]
+    if groups == n or groups < 2:
+        return np.ones(values.shape[:-1])
+    mean = values.mean(axis=-1, keepdims=True)
+    together = groups / (groups - 1) * ((sums - mean * sizes) ** 2).sum(axis=-1)
+    alone = n / (n - 1) * ((values - mean) ** 2).sum(axis=-1)
+    ratio = np.divide(together, alone, out=np.ones_like(together), where=alone > 0)
+    found: Array = np.maximum(ratio, 1.0)
+    return found
+
+
 # --- Intervals ---
 
 
@@ -82,6 +125,7 @@ def mean_interval(
     binary: bool | None = None,
     bounds: tuple[float, float] = UNBOUNDED,
     logarithm: bool = False,
+    sources: Sequence[object] | None = None,
     seed: int = 0,
 ) -> Interval | None:
     """95 % interval of the mean score of n documents, or None where they do not say.
@@ -90,25 +134,43 @@ def mean_interval(
         binary: whether every score is one of the two ends of its range by its nature; None is what these are.
         bounds: between which every score lies.
         logarithm: of a score above 0, such as a divergence: on the log scale.
+        sources: of the documents, see :func:`by_source`.
         seed: of the resamples.
     """
     array = finite(scores)
-    if len(array) < LEAST_DOCUMENTS:
+    sums, sizes = by_source(array, sources)
+    if len(sizes) < LEAST_DOCUMENTS:
         return None
     if is_binary(scores, bounds=bounds) if binary is None else binary:
         low, high = ends(bounds)
-        reached = round(float(((array - low) / (high - low)).sum()))
-        found = stats.binomtest(reached, len(array)).proportion_ci(LEVEL, method="wilson")
-        return Interval(low + (high - low) * float(found.low), low + (high - low) * float(found.high))
+        shares = (array - low) / (high - low)
+        found = wilson(
+            float(shares.mean()), len(array) / float(design_effect(shares, sources)), normal(len(sizes), len(array))
+        )
+        return Interval(low + (high - low) * found.low, low + (high - low) * found.high)
     if logarithm:
-        return _log_interval(array, seed)
-    return _bootstrap_interval(array, bounds, seed)
+        return _log_interval(sums, sizes, seed)
+    return _bootstrap_interval(sums, sizes, bounds, seed)
 
 
-def _log_interval(values: Array, seed: int) -> Interval | None:
-    if np.ptp(values) == 0 or values.min() < 0:
+def normal(sources: int, documents: int, alpha: float = ALPHA) -> float:
+    """Standard errors to both ends of an interval of proportions: those of Student's t where the scatter is taken from
+    the sources."""
+    return float(stats.norm.isf(alpha / 2) if sources == documents else stats.t.isf(alpha / 2, sources - 1))
+
+
+def wilson(share: float, n: float, critical: float = NORMAL) -> Interval:
+    """Wilson's score interval of a proportion of ``n`` documents, which need not be a whole number."""
+    spread = critical * math.sqrt(share * (1.0 - share) / n + critical**2 / (4 * n**2))
+    middle, whole = share + critical**2 / (2 * n), 1.0 + critical**2 / n
+    low = 0.0 if share == 0 else (middle - spread) / whole
+    return Interval(low, 1.0 if share == 1 else (middle + spread) / whole)
+
+
+def _log_interval(sums: Array, sizes: Array, seed: int) -> Interval | None:
+    if np.ptp(sums / sizes) == 0 or sums.min() < 0:
         return None
-    resampled = log_ratios(values[None], None, seed)
+    resampled = log_ratios(sums[None], sizes, seed)
     high, low = np.quantile(resampled.studentized[0], [1.0 - ALPHA / 2, ALPHA / 2])
     centre, error = resampled.estimate[0], resampled.error[0]
     return Interval(math.exp(centre - high * error), math.exp(centre - low * error))
@@ -133,13 +195,13 @@ def difference_interval(
         scale = ends(bounds)[1] - ends(bounds)[0]
         return Interval(scale * float(low), scale * float(high))
     width = bounds[1] - bounds[0]
-    return _bootstrap_interval(differences, (-width, width), seed)
+    return _bootstrap_interval(differences, np.ones(len(differences)), (-width, width), seed)
 
 
-def _bootstrap_interval(values: Array, bounds: tuple[float, float], seed: int) -> Interval | None:
-    if np.ptp(values) == 0:
+def _bootstrap_interval(sums: Array, sizes: Array, bounds: tuple[float, float], seed: int) -> Interval | None:
+    if np.ptp(sums / sizes) == 0:
         return None
-    low, high = np.clip(bootstrap_t(values, seed=seed), *bounds)
+    low, high = np.clip(bootstrap_t(sums, sizes, seed=seed), *bounds)
     return Interval(float(low), float(high))
 
 
@@ -150,18 +212,21 @@ def _resamples(n: int, count: int, seed: int) -> Array:
     return drawn / n
 
 
-def bootstrap_t(values: Array, *, resamples: int = RESAMPLES, seed: int = 0) -> tuple[Array, Array]:
+def bootstrap_t(
+    values: Array, sizes: Array | None = None, *, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[Array, Array]:
     """Studentized bootstrap interval of the mean over the last axis.
 
     Args:
-        values: one value per document, [..., n].
-        resamples: draws of n documents with replacement, the same for all leading axes.
+        values: one value per document, or the sum over those of each source, [..., n].
+        sizes: documents of each source [n].
+        resamples: draws of n of them with replacement, the same for all leading axes.
         seed: of the draws.
 
     Returns:
         Low and high ends, [...].
     """
-    resampled = means(values, resamples, seed)
+    resampled = means(values, sizes, resamples, seed)
     tails = np.quantile(resampled.studentized, [1.0 - ALPHA / 2, ALPHA / 2], axis=-1)
     return resampled.estimate - tails[0] * resampled.error, resampled.estimate - tails[1] * resampled.error
 
@@ -178,27 +243,36 @@ class Resampled(NamedTuple):
     """Standard error of each resample."""
 
 
-def means(values: Array, resamples: int = RESAMPLES, seed: int = 0) -> Resampled:
-    """Means over the last axis of ``values`` [..., n]; all leading axes see the same resamples."""
-    n = values.shape[-1]
-    shares = _resamples(n, resamples, seed)
-    mean = values.mean(axis=-1, keepdims=True)
-    centred = values - mean
-    shift = centred @ shares.T
-    variance = np.maximum((centred**2) @ shares.T - shift**2, 0.0) / (n - 1)
-    error = values.std(axis=-1, ddof=1) / math.sqrt(n)
+def means(sums: Array, sizes: Array | None = None, resamples: int = RESAMPLES, seed: int = 0) -> Resampled:
+    """Means over all documents; all leading axes see the same resamples.
+
+    Args:
+        sums: over the documents of each source, [..., g].
+        sizes: how many these are [g]; None is one each.
+    """
+    groups = sums.shape[-1]
+    sizes = np.ones(groups) if sizes is None else sizes
+    shares = _resamples(groups, resamples, seed)
+    mean = sums.sum(axis=-1, keepdims=True) / sizes.sum()
+    centred = sums - mean * sizes
+    drawn = shares @ sizes
+    shift = (centred @ shares.T) / drawn
+    # Squared distances of the sources' sums from those that the resample's own mean gives.
+    squares = (centred**2) @ shares.T - 2 * shift * ((centred * sizes) @ shares.T) + shift**2 * (shares @ sizes**2)
+    variance = np.maximum(squares, 0.0) / (groups - 1) / drawn**2
+    error = np.sqrt((centred**2).sum(axis=-1) / (groups - 1) * groups) / sizes.sum()
     return _resampled(mean[..., 0], error, shift, variance)
 
 
-def log_ratios(values: Array, baseline: Array | None, seed: int = 0) -> Resampled:
-    """Logarithms of the means of ``values`` [m, n] over that of ``baseline`` [n], None for the means alone.
+def log_ratios(values: Array, below: Array, seed: int = 0) -> Resampled:
+    """Logarithms of the means of ``values`` [m, n] over those of ``below``, [n] or [m, n]: one for each document, or
+    the sum over those of each source. Over numbers of documents they are those of the means of the values alone.
 
-    The standard error is that of the first-order change of the logarithm, ``values / mean - baseline / mean``.
+    The standard error is that of the first-order change of the logarithm, ``values / mean - below / mean``.
     """
-    below = np.ones(values.shape[-1]) if baseline is None else baseline
     n = values.shape[-1]
     shares = _resamples(n, RESAMPLES, seed)
-    mean, mean_below = values.mean(axis=-1), float(below.mean())
+    mean, mean_below = values.mean(axis=-1), below.mean(axis=-1)
     # A resample may hold nothing but zeros: it is as far off as can be.
     tiny = np.finfo(float).tiny
     drawn, drawn_below = np.maximum(values @ shares.T, tiny), np.maximum(below @ shares.T, tiny)
@@ -206,7 +280,7 @@ def log_ratios(values: Array, baseline: Array | None, seed: int = 0) -> Resample
     shift = np.log(drawn / drawn_below) - estimate[:, None]
     squares = (values**2) @ shares.T / drawn**2 + (below**2) @ shares.T / drawn_below**2
     variance = np.maximum(squares - 2 * ((values * below) @ shares.T) / (drawn * drawn_below), 0.0) / (n - 1)
-    error = (values / mean[:, None] - below / mean_below).std(axis=-1, ddof=1) / math.sqrt(n)
+    error = (values / mean[:, None] - below / mean_below[..., None]).std(axis=-1, ddof=1) / math.sqrt(n)
     return _resampled(estimate, error, shift, variance)
 
 
@@ -216,13 +290,13 @@ def _resampled(estimate: Array, error: Array, shift: Array, variance: Array) -> 
     return Resampled(estimate, error, studentized, errors)
 
 
-def paired_proportions(gained: Any, lost: Any, n: int, critical: float = NORMAL) -> tuple[Array, Array]:
+def paired_proportions(gained: Any, lost: Any, n: Any, critical: float = NORMAL) -> tuple[Array, Array]:
     """Tango's score interval of the difference of two paired proportions, ``(gained - lost) / n``.
 
     Args:
         gained: documents that only the method got right, any shape.
         lost: documents that only the baseline got right, same shape.
-        n: number of documents.
+        n: number of documents, any shape that fits; none of the three need be whole.
         critical: standard errors that both ends are away.
 
     Returns:
@@ -238,16 +312,15 @@ def paired_proportions(gained: Any, lost: Any, n: int, critical: float = NORMAL)
         variance = n * (2 * share + difference * (1.0 - difference))
         return (gained - lost - n * difference) / np.sqrt(np.maximum(variance, np.finfo(float).tiny))
 
-    def solve(outer: float, target: float) -> Array:
-        """Where the statistic, which falls with the difference, crosses ``target``, between ``outer`` and the mean."""
-        beyond, within = np.full_like(gained, outer), (gained - lost) / n
-        for _ in range(50):
-            middle = (beyond + within) / 2
-            outside = np.abs(statistic(middle)) > abs(target)
-            beyond, within = np.where(outside, middle, beyond), np.where(outside, within, middle)
-        return within
-
-    return solve(-1.0, critical), solve(1.0, -critical)
+    # Where the statistic, which falls with the difference, is ``critical`` and its negative: between an end of the
+    # range and the mean.
+    mean = (gained - lost) / n
+    beyond, within = np.stack([np.full_like(mean, -1.0), np.full_like(mean, 1.0)]), np.stack([mean, mean])
+    for _ in range(50):
+        middle = (beyond + within) / 2
+        outside = np.abs(statistic(middle)) > critical
+        beyond, within = np.where(outside, middle, beyond), np.where(outside, within, middle)
+    return within[0], within[1]
 
 
 def pseudomedian(values: Sequence[float]) -> tuple[float, Interval | None]:

@@ -54,11 +54,26 @@ class Row(BaseModel):
     cache_ratio: Amount | None = None
     n: Annotated[int, Field(ge=1)]
     """Documents."""
+    sources: Count | None = None
+    """What the documents are made of; fewer than these where some share a text. Unknown in older files."""
     score: float
+    metric_low: float | None = None
+    """No score can be smaller; likewise larger. None where there is no such end, and in older files."""
+    metric_high: float | None = None
+    binary: Truth | None = None
+    """Every score of a document is one of the two ends, as right and wrong are. Unknown in older files."""
+    of_full: float | None = None
+    """What ``full`` scores by definition, where the score is a distance from it. Unknown in older files."""
+    chance: Share | None = None
+    """What guessing would score, where answers are choices."""
     score_full: float | None = None
     """Of ``full`` on the same documents."""
     retention: float | None = None
-    """``score / score_full``."""
+    """``score / score_full``, where that says how much of the score is kept: see
+    :func:`bench.judge.retention.add_retention`."""
+    retention_low: float | None = None
+    """Ends of its 95 % interval over documents."""
+    retention_high: float | None = None
     score_low: float | None = None
     """Ends of the 95 % interval over documents; likewise of the difference."""
     score_high: float | None = None
@@ -77,6 +92,9 @@ class Row(BaseModel):
     p_bh: Share | None = None
     detectable_difference: Amount | None = None
     """The smallest that so many documents would have shown, by the test of ``p_adjusted``."""
+    cannot_tell: Literal["floor", "chance", "ceiling"] | None = None
+    """Why documents cannot show a difference to ``full``, however many they are: what ``full`` itself scores is next to
+    nothing, or to what guessing scores; or everything here is about as good as can be."""
     best: str | None = None
     """The cell with the best score at the same budget, which the row is compared with. Unknown in older files."""
     to_best: float | None = None
@@ -128,7 +146,21 @@ class Row(BaseModel):
 RUN = "run"
 COLUMNS = [name for name in Row.model_fields if name != RUN]
 """Columns of ``results.csv``; unknown is empty."""
-NEWER = {"question", "timed_documents", "p_adjusted", "best", "to_best", "to_best_low", "to_best_high", "p_to_best"}
+NEWER = {
+    *("timed_documents", "p_adjusted", "best", "to_best", "to_best_low", "to_best_high", "p_to_best"),
+    *(
+        "sources",
+        "question",
+        "metric_low",
+        "metric_high",
+        "binary",
+        "of_full",
+        "chance",
+        "retention_low",
+        "retention_high",
+        "cannot_tell",
+    ),
+}
 NEEDED = [name for name in COLUMNS if name not in NEWER]
 """Those that every file has."""
 STATISTICS = COLUMNS[COLUMNS.index("score_low") : COLUMNS.index("leading") + 1]

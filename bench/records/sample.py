@@ -25,6 +25,8 @@ because its task tells no question from a context."""
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
 
+SOURCE = "source"
+"""Where ``info`` says what a document is made of."""
 REMEDY = "remove the line to have it measured again"
 _CONFIG = ConfigDict(allow_inf_nan=False)
 
@@ -83,6 +85,9 @@ class Measured:
     """Which of the record's starts it was measured in; None before format 2."""
     kind: Kind = field(init=False, default="none")
     """Of the answer; a baseline has none. Not a part of the line."""
+    source: str | None = field(init=False, default=None)
+    """What the document is made of, as its ``info`` says under ``source``: documents of one source are not independent.
+    Not a part of the line."""
     place: int = field(init=False, default=-1, repr=False, compare=False)
     """Byte of the file that the line begins at; -1 where it is in none. Not a part of the line."""
 
@@ -112,6 +117,8 @@ class Sample(Measured):
     def __post_init__(self) -> None:
         if (self.text is None) != (self.token_ids is None):
             raise ValueError("text and token_ids belong together")
+        if (source := self.info.get(SOURCE)) is not None:
+            self.source = str(source)
         if self.text is not None:
             self.kind = "generated"
         elif self.compared is not None:
@@ -184,6 +191,11 @@ def _rounded(value: Any, digits: int | None) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(item, digits) for key, item in value.items()}
     return [_rounded(item, digits) for item in value] if isinstance(value, list) else value
+
+
+def source_of(sample: Measured) -> tuple[str, str]:
+    """What tells documents that are not independent: the same for those of one source."""
+    return sample.task, sample.document if sample.source is None else f"source {sample.source}"
 
 
 class Samples(Mapping[Key, Measured]):

@@ -1,4 +1,5 @@
-"""LongBench's averages over the datasets of a run: a table for each model, with the cells of the grid as rows."""
+"""LongBench's averages over the datasets of a run: a table for each model, with the cells of the grid as rows; of
+several runs, with the run in a column."""
 
 from __future__ import annotations
 
@@ -20,27 +21,35 @@ BENCHMARKS: Mapping[str, tuple[str, ...]] = {"longbench": tuple(DATASETS), "long
 """What precedes the colon in the names of the tasks, and the datasets that may follow it."""
 
 
+def together(tables: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """The rows of runs by name; of several, each says which it is of."""
+    several = len(tables) > 1
+    return [row.model_copy(update={"run": name}) if several else row for name, rows in tables.items() for row in rows]
+
+
 def run_averages(rows: Sequence[Row]) -> list[tuple[str, list[list[str]]]]:
     """The tables: a title, and lines of cells, of which the first line are the headers. None without LongBench rows."""
-    groups: dict[tuple[str, str, str], dict[str, list[tuple[Row, str]]]] = {}
+    groups: dict[tuple[str, str, str], dict[tuple[str | None, str], list[tuple[Row, str]]]] = {}
     for row in rows:
         benchmark, _, name = own_name(row.task).partition(":")
         if name in BENCHMARKS.get(benchmark, ()) and row.metric == DATASETS[name].metric:
             place = row.task.removeprefix(own_name(row.task))
-            groups.setdefault((benchmark, place, row.model), {}).setdefault(row.cell, []).append((row, name))
+            cells = groups.setdefault((benchmark, place, row.model), {})
+            cells.setdefault((row.run, row.cell), []).append((row, name))
     return [
         (f"{benchmark}{place}, averages, {model}", _lines(benchmark, cells))
         for (benchmark, place, model), cells in groups.items()
     ]
 
 
-def _lines(benchmark: str, cells: Mapping[str, Sequence[tuple[Row, str]]]) -> list[list[str]]:
+def _lines(benchmark: str, cells: Mapping[tuple[str | None, str], Sequence[tuple[Row, str]]]) -> list[list[str]]:
     means = {
         key: {mean.kind: mean for mean in averages({name: row.score for row, name in mine}, BENCHMARKS[benchmark])}
         for key, mine in cells.items()
     }
     kinds = max(means.values(), key=len)
-    lines = [["budget", "method", *kinds]]
+    several = any(run is not None for run, _ in cells)
+    lines = [[*(["run"] if several else []), "budget", "method", *kinds]]
     for key, mine in cells.items():
         first = mine[0][0]
         method = " ".join(filter(None, (first.method, first.quant_format)))
@@ -49,10 +58,11 @@ def _lines(benchmark: str, cells: Mapping[str, Sequence[tuple[Row, str]]]) -> li
             mean = means[key].get(kind)
             part = "" if mean is None or mean.datasets == mean.of else f" ({mean.datasets}/{mean.of})"
             scores.append("" if mean is None else f"{mean.score:.2f}{part}")
-        lines.append([BUDGET.cell(first), method, *scores])
+        lines.append([*([first.run or ""] if several else []), BUDGET.cell(first), method, *scores])
     return lines
 
 
+LEFT = ("run", "method")
 _BROKEN = {
     "Single-doc QA": "Single-\ndoc QA",
     "Multi-doc QA": "Multi-\ndoc QA",
@@ -66,7 +76,7 @@ LEGEND = "Averages give each dataset the same weight; (2/4) marks one over 2 of 
 
 
 def print_averages(rows: Sequence[Row], console: Console) -> None:
-    """Print the averages of a run, if it has LongBench tasks."""
+    """Print the averages of a run, or of several whose rows say which, if there are LongBench tasks."""
     tables = run_averages(rows)
     for title, lines in tables:
         table = Table(
@@ -77,7 +87,7 @@ def print_averages(rows: Sequence[Row], console: Console) -> None:
             padding=(0, 1, 0, 0),
         )
         for header in lines[0]:
-            table.add_column(Text(_BROKEN.get(header, header)), justify="left" if header == "method" else "right")
+            table.add_column(Text(_BROKEN.get(header, header)), justify="left" if header in LEFT else "right")
         for line in lines[1:]:
             table.add_row(*map(Text, line))
         console.print()
@@ -87,9 +97,9 @@ def print_averages(rows: Sequence[Row], console: Console) -> None:
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """The averages of a run as Markdown; nothing without LongBench tasks."""
+    """The same as Markdown; nothing without LongBench tasks."""
     parts: list[str] = []
     for title, (headers, *lines) in run_averages(rows):
-        right = [place for place, name in enumerate(headers) if name != "method"]
+        right = [place for place, name in enumerate(headers) if name not in LEFT]
         parts += [f"**{in_markdown(title)}**", "", *markdown_table(headers, lines, right=right), ""]
     return "\n".join([*parts, LEGEND, ""]) if parts else ""

@@ -1,19 +1,21 @@
 """Run against run: what a second run changed, method by method, on the documents that both have answered.
 
 The runs may be of two commits, precisions or machines. Everything that differs is named, since any of it may be the
-reason. Differences are paired by document; their p-values are adjusted (Holm) over the rows of one model, task and
-metric, as in the tables of a run.
+reason. Differences are paired by document; intervals and p-values hold for all rows of one model, task and metric
+together, by the procedure of the tables of a run (:mod:`bench.judge.family`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from math import isfinite
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from math import inf, isfinite
 from statistics import fmean
+from typing import NamedTuple
 
 from bench.judge.verdict import verdict
-from bench.names import FULL, LEAST_DOCUMENTS
+from bench.names import FULL
 from bench.records.differing import differing
 from bench.records.finished import Run, difference, members, same_cells
 from bench.records.row import Row
@@ -40,8 +42,7 @@ class Change:
     difference: float
     low: float | None = None
     high: float | None = None
-    p_value: float | None = None
-    p_holm: float | None = None
+    p_adjusted: float | None = None
     lost: int | None = None
     """Documents whose score fell; likewise those whose score rose."""
     found: int | None = None
@@ -49,7 +50,7 @@ class Change:
     @property
     def said(self) -> str:
         """The verdict in words."""
-        return verdict(self.difference, self.p_holm, higher_is_better=self.row.higher_is_better)
+        return verdict(self.difference, self.p_adjusted, higher_is_better=self.row.higher_is_better)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def _pair(first: Run, second: Run) -> Pair:
     ]
     cells = same_cells(first.samples.values(), second.samples.values())
     sides = [_by_cell(run) for run in (first, second)]
-    changes: list[Change] = []
+    shifts: list[_Shift] = []
     notes: list[str] = []
     refused: dict[tuple[str, str], str | None] = {}
     for row in headline(first.rows):
@@ -101,16 +102,17 @@ def _pair(first: Run, second: Run) -> Pair:
                     notes.append(f"not compared on {task}, {row.model}: {reason}")
         if any(refused[row.model, task] for task in tasks):
             continue
-        change = _change(row, second.name, cells[row.cell], [(before[item], now[item]) for item in shared])
-        if change is not None:
-            changes.append(change)
+        shift = _shift(row, cells[row.cell], {item: (before[item], now[item]) for item in shared})
+        if shift is not None:
+            shifts.append(shift)
+    changes = _judged(shifts, second.name)
     if lacking := sorted({row.method for row in first.rows if row.cell not in cells}):
         notes.append(f"not in {second.name}: {', '.join(lacking)}")
     if not changes:
         notes.append("nothing in common that could be compared")
     if len({change.n for change in changes}) > 1 or any(change.n < change.row.n for change in changes):
         notes.append("n: documents that both runs have answered, which scores and differences are over")
-    return Pair(first=first.name, second=second.name, terms=terms, changes=_adjusted(changes), notes=notes)
+    return Pair(first=first.name, second=second.name, terms=terms, changes=changes, notes=notes)
 
 
 def _said(value: object) -> str:
@@ -131,48 +133,78 @@ def _of(
     return {key: sample for key, sample in side.get((model, cell), {}).items() if key[0] in tasks}
 
 
-def _change(row: Row, name: str, cell: str, pairs: Sequence[tuple[Measured, Measured]]) -> Change | None:
-    """None for a score that single documents do not have, such as a perplexity, or that is 0 by definition."""
-    # SciPy, which tables of one run do without.
-    from bench.judge.family import compare
+class _Shift(NamedTuple):
+    """What is known of a row in both runs, by document."""
 
-    scores = [(old.scores.get(row.metric), new.scores.get(row.metric)) for old, new in pairs]
-    known = [(old, new) for old, new in scores if old is not None and new is not None]
-    if len(known) < len(scores) or not all(isfinite(value) for pair in known for value in pair):
-        return None
-    before, now = [old for old, _ in known], [new for _, new in known]
-    if row.method == FULL and not row.higher_is_better and not any(before) and not any(now):
+    row: Row
+    cell: str
+    before: Mapping[Document, float]
+    now: Mapping[Document, float]
+    sources: Mapping[Document, object]
+
+
+def _shift(row: Row, cell: str, pairs: Mapping[Document, tuple[Measured, Measured]]) -> _Shift | None:
+    """None for a score that single documents do not have, such as a perplexity, or that is 0 by definition."""
+    before: dict[Document, float] = {}
+    now: dict[Document, float] = {}
+    for document, samples in pairs.items():
+        for side, sample in zip((before, now), samples, strict=True):
+            score = sample.scores.get(row.metric)
+            if score is None or not isfinite(score):
+                return None
+            side[document] = score
+    if row.method == FULL and not row.higher_is_better and not any(before.values()) and not any(now.values()):
         # The full cache's divergence from itself.
         return None
-    tested = compare(now, before)
-    low, high = tested.interval or (None, None)
-    sign = 1 if row.higher_is_better else -1
-    return Change(
-        run=name,
-        row=row,
-        cell=cell,
-        n=len(known),
-        before=fmean(before),
-        now=fmean(now),
-        difference=tested.difference,
-        low=low,
-        high=high,
-        p_value=tested.p_value if len(known) >= LEAST_DOCUMENTS else None,
-        lost=sum(sign * (new - old) < 0 for old, new in known),
-        found=sum(sign * (new - old) > 0 for old, new in known),
-    )
+    sources = {
+        item: item if old.source is None else (item[0], "source", old.source) for item, (old, _) in pairs.items()
+    }
+    return _Shift(row, cell, before, now, sources)
 
 
-def _adjusted(changes: Sequence[Change]) -> list[Change]:
-    from bench.judge.stats import holm
+def _sources_of(sources: Mapping[Document, object], documents: Iterable[Document]) -> list[object]:
+    return [sources[document] for document in documents]
+
+
+def _judged(shifts: Sequence[_Shift], name: str) -> list[Change]:
+    """The changes, those of one model, task and metric as a family; in the order of the rows."""
+    # SciPy, which tables of one run do without.
+    from bench.judge.family import compare_over
 
     families: dict[tuple[str, str, str], list[int]] = {}
-    for place, change in enumerate(changes):
-        if change.p_value is not None:
-            families.setdefault((change.row.model, change.row.task, change.row.metric), []).append(place)
-    found = list(changes)
+    for place, shift in enumerate(shifts):
+        families.setdefault((shift.row.model, shift.row.task, shift.row.metric), []).append(place)
+    found: dict[int, Change] = {}
     for places in families.values():
-        p_values = [p for place in places if (p := changes[place].p_value) is not None]
-        for place, p_holm in zip(places, holm(p_values), strict=True):
-            found[place] = replace(found[place], p_holm=p_holm)
-    return found
+        mine = [shifts[place] for place in places]
+        sources = {document: source for shift in mine for document, source in shift.sources.items()}
+        row = mine[0].row
+        tested = compare_over(
+            [(shift.now, shift.before) for shift in mine],
+            partial(_sources_of, sources),
+            # What this run's scores are is no reason to take the other's for right or wrong.
+            binary=False if row.binary is False else None,
+            bounds=(
+                -inf if row.metric_low is None else row.metric_low,
+                inf if row.metric_high is None else row.metric_high,
+            ),
+        )
+        for place, shift, item in zip(places, mine, tested, strict=True):
+            low, high = item.interval or (None, None)
+            sign = 1 if shift.row.higher_is_better else -1
+            moved = [sign * (shift.now[document] - old) for document, old in shift.before.items()]
+            found[place] = Change(
+                run=name,
+                row=shift.row,
+                cell=shift.cell,
+                n=item.n,
+                before=fmean(shift.before.values()),
+                now=fmean(shift.now.values()),
+                difference=item.difference,
+                low=low,
+                high=high,
+                p_adjusted=item.p_adjusted,
+                lost=sum(step < 0 for step in moved),
+                found=sum(step > 0 for step in moved),
+            )
+    return [found[place] for place in sorted(found)]

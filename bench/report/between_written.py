@@ -30,11 +30,11 @@ HEADERS = (
     "fell/rose",
 )
 LEFT = (0, 1, 2, 9)
-AGAINST = ("against_run", "against_n", "against_score", "change", "change_low", "change_high", "change_p_holm")
+AGAINST = ("against_run", "against_n", "against_score", "change", "change_low", "change_high", "change_p")
 """Columns of the CSV for a run that is compared with the first one."""
 LEGEND = (
-    "change: second run minus first on the documents that both have answered, paired; its p is adjusted over the rows "
-    "of a task's metric (Holm). fell/rose: documents whose score became worse and better."
+    "change: second run minus first on the documents that both have answered, paired; its interval and p hold for all "
+    "rows of a task's metric together. fell/rose: documents whose score became worse and better."
 )
 
 
@@ -126,7 +126,7 @@ def csv_cells(pairs: Sequence[Pair]) -> dict[tuple[str, str, str, str, str], dic
     for pair in pairs:
         for change in pair.changes:
             row = change.row
-            ends = (change.difference, change.low, change.high, change.p_holm)
+            ends = (change.difference, change.low, change.high, change.p_adjusted)
             values = dict(zip(AGAINST, (pair.first, change.n, change.before, *ends), strict=True))
             found[pair.second, row.model, row.task, row.metric, change.cell] = values
     return found

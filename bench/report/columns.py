@@ -41,7 +41,22 @@ def _against_full(row: Row) -> str:
         return "not exercised"
     if row.difference is None:
         return _against_best(row)
-    return verdict(row.difference, adjusted(row), higher_is_better=row.higher_is_better)
+    return untold(row) or verdict(row.difference, adjusted(row), higher_is_better=row.higher_is_better)
+
+
+def untold(row: Row) -> str:
+    """Why no number of documents shows a difference to ``full``; empty where they can."""
+    if row.cannot_tell is None or row.metric_low is None or row.metric_high is None:
+        return ""
+    worst, best = row.metric_low, row.metric_high
+    if not row.higher_is_better:
+        worst, best = best, worst
+    what = {
+        "floor": f"the least is {score_text(worst)}",
+        "chance": f"chance is {score_text(row.metric_low + (row.metric_high - row.metric_low) * (row.chance or 0.0))}",
+        "ceiling": f"the most is {score_text(best)}",
+    }
+    return f"cannot tell: full scores {score_text(row.score_full)}, {what[row.cannot_tell]}"
 
 
 def adjusted(row: Row) -> float | None:

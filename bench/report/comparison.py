@@ -13,7 +13,7 @@ from bench.records.files.numbers import percent_text, score_text
 from bench.records.finished import Run, comparable
 from bench.records.row import Row
 from bench.records.shown import headline
-from bench.report.columns import TOLERANCE, budget_cell, is_older, off_budget
+from bench.report.columns import TOLERANCE, budget_cell, is_older, off_budget, untold
 
 WITHIN = "differences, p-values and bold are within each run; what changed from run to run stands in a table of its own"
 
@@ -45,12 +45,20 @@ def compare(rows: Sequence[Row]) -> list[Comparison]:
         groups.sort(key=lambda group: _by_bytes(group[0]))
         counts = sorted({row.n for row in mine})
         direction = "higher" if mine[0].higher_is_better else "lower"
-        title = f"{task}, {metric} ({direction} is better), {model}, n={'-'.join(map(str, counts))}"
+        title = f"{task}, {metric} ({direction} is better), {model}, n={'-'.join(map(str, counts))}{_of_sources(mine)}"
         notes = _notes(mine)
         if len({row.run for row in mine}) > 1:
             notes.append(WITHIN)
         comparisons.append(Comparison(title, groups, notes))
     return comparisons
+
+
+def _of_sources(rows: Sequence[Row]) -> str:
+    """How many sources the documents are of; empty where each is one of its own."""
+    counts = sorted({row.sources for row in rows if row.sources is not None})
+    if all(row.sources in (None, row.n) for row in rows):
+        return ""
+    return f" documents of {'-'.join(map(str, counts))} sources"
 
 
 def tables_of(runs: Sequence[Run]) -> tuple[list[list[Row]], list[str]]:
@@ -82,6 +90,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     notes += [said for place, said in _QUESTIONS.items() if any(row.question == place for row in rows)]
     if any(row.leading for row in rows):
         notes.append("bold: the best of a budget, and what cannot be told from it")
+    notes += dict.fromkeys(filter(None, map(untold, rows)))
     notes += detectable(rows)
     if any(row.p_to_best is not None and row.difference is None for row in rows):
         notes.append(
@@ -149,7 +158,7 @@ def _why_off(row: Row) -> str:
 
 def detectable(rows: Sequence[Row]) -> list[str]:
     """What differences to ``full`` so many documents could have shown."""
-    compared = [row for row in rows if row.difference is not None and not row.not_exercised]
+    compared = [row for row in rows if row.difference is not None and not row.not_exercised and row.cannot_tell is None]
     known = sorted({score_text(row.detectable_difference, 2) for row in compared} - {""}, key=float)
     if known:
         span = " to ".join(dict.fromkeys((known[0], known[-1])))

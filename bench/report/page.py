@@ -83,7 +83,7 @@ def build(runs: Sequence[Run]) -> Page:
         maps=maps,
         undrawn=undrawn,
         unfigured=max(len(sections) - FIGURED, 0),
-        averages=[table for run in runs for table in averages.run_averages(run.rows)],
+        averages=averages.run_averages(averages.together({run.name: run.rows for run in runs})),
         averages_legend=averages.LEGEND,
         drawn={figure.name: Markup(figure.inline_svg()) for figure in figures},
         problems={run.name: problems_of(run) for run in runs if run.is_run or problems_of(run)},

@@ -38,6 +38,8 @@ def _against(row: Row) -> str:
     if not said:
         return "not compared with full"
     shown = DIFFERENCE.cell(row).replace("\n", " ")
+    if said.startswith("cannot tell"):
+        return f"{said} ({shown})"
     return f"{said} from full ({shown})" if said.startswith("not ") else f"{said.replace(',', ' than full,')} ({shown})"
 
 

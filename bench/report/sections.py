@@ -237,7 +237,7 @@ def pair_sections(runs: Sequence[Run]) -> list[Section]:
     sections = []
     for number, pair in enumerate((pair for pair in between(runs) if pair.changes), start=1):
         order = [
-            [None, None, None, None, item.n, item.before, item.now, item.difference, None, item.p_holm, item.lost]
+            [None, None, None, None, item.n, item.before, item.now, item.difference, None, item.p_adjusted, item.lost]
             for item in pair.changes
         ]
         lines = [

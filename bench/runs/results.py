@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
-from statistics import fmean, median
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from bench.errors import UserError
 from bench.judge.comparison import add_statistics
 from bench.names import FULL
+from bench.records.measured import columns_of
 from bench.records.row import Row
 from bench.records.sample import Measured, Place, Sample, Samples, make_sample
 from bench.records.starts import timed
@@ -32,6 +33,10 @@ from tasks.base import (
 if TYPE_CHECKING:
     from bench.engine.measurement import Measurement
     from bench.runs.kept import AnyCell
+
+
+CHOSEN = "acc"
+"""What the names of metrics begin with that count the choices that were right: acc, acc_norm, acc_mutual_info."""
 
 
 def to_sample(
@@ -115,24 +120,6 @@ def _places(samples: Iterable[Measured]) -> Literal["after", "before", "inside",
     return None if not found else found.pop() if len(found) == 1 else "mixed"
 
 
-def _median(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
-
-
-def _prompt_bytes(sample: Measured) -> float:
-    """Bytes of the full cache of the prompt alone, which a budget as a share of the prompt is meant of."""
-    # Choices and texts are read from the compressed context: nothing has been added to it.
-    if sample.kind == "scored" or not sample.tokens_seen:
-        return sample.full_kv_bytes
-    context = sample.prompt_tokens if sample.context_tokens is None else sample.context_tokens
-    return sample.full_kv_bytes * context / sample.tokens_seen
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
-
-
 class TaskResults:
     """What the cells of a grid made of one task.
 
@@ -173,9 +160,11 @@ class TaskResults:
         for key, taken in self.samples.items():
             if taken:
                 try:
-                    self.evaluations[key] = _checked(task, labels[key], len(taken), evaluate(taken.values()))
+                    self.evaluations[key] = _checked(task, labels[key], taken, evaluate(taken.values()))
                 except (TaskError, UserError) as error:
                     self.failures[key] = error
+        self.chances = {document.id: chance for document in documents if (chance := _chance(document)) is not None}
+        """What guessing scores, of the documents whose answers are choices."""
         self._full_values: dict[str, Evaluation | None] = {}
         whole = self.samples.get(FULL, {})
         for key, taken in self.samples.items():
@@ -196,12 +185,27 @@ class TaskResults:
         return self._full_values.get(cell.key)
 
 
-def _checked(task: Task, label: str, documents: int, evaluation: Evaluation) -> Evaluation:
-    """Raises :class:`TaskError` where a score over the documents is no number."""
+def _chance(document: Document) -> float | None:
+    """What guessing scores; None where the answer is no choice."""
+    if not isinstance(document.request, LogLikelihood) or len(document.request.continuations) < 2:
+        return None
+    return 1.0 / len(document.request.continuations)
+
+
+NAMED = 5
+"""Documents whose score is no number that are named one by one."""
+
+
+def _checked(task: Task, label: str, taken: Mapping[str, Measured], evaluation: Evaluation) -> Evaluation:
+    """Raises :class:`TaskError` where a score over the documents is no number; those whose own is none are named."""
     for metric in task.metrics:
         score = evaluation.values.get(metric.name, 0.0)
-        if not math.isfinite(score):
-            raise TaskError(f"{task.name}: {metric.name} of {label} over {documents} documents is {score}, no number")
+        if math.isfinite(score):
+            continue
+        lacking = [name for name, sample in taken.items() if sample.scores.get(metric.name, 0.0) is None]
+        named = ", ".join(lacking[:NAMED]) + (", ..." if len(lacking) > NAMED else "")
+        by = f": {len(lacking)} of them have none of their own: {named}" if lacking else ""
+        raise TaskError(f"{task.name}: {metric.name} of {label} over {len(taken)} documents is {score}, no number{by}")
     return evaluation
 
 
@@ -226,7 +230,8 @@ def rows(
         mine = results.evaluations.get(cell.key)
         if mine is not None:
             full = results.full(cell)
-            table += _cell_rows(model, task.name, part_of, task.metrics, cell, taken, starts, mine, full)
+            chances = [results.chances.get(sample.document) for sample in taken]
+            table += _cell_rows(model, task.name, part_of, task.metrics, cell, taken, chances, starts, mine, full)
     add_statistics(table, results.all_samples(), task.metrics)
     return table
 
@@ -261,7 +266,8 @@ def group_rows(
             # Tasks of other metrics do not count for this one.
             having = [name for name in names if metric.name in results[name].evaluations[cell.key].values]
             taken = [sample for name in having for sample in mine[name].values()]
-            table += _cell_rows(model, group.name, part_of, [metric], cell, taken, starts, evaluation, full)
+            chances = [results[sample.task].chances.get(sample.document) for sample in taken]
+            table += _cell_rows(model, group.name, part_of, [metric], cell, taken, chances, starts, evaluation, full)
     if table:
         add_statistics(table, together, group_metrics(group))
     for member in group.members:
@@ -277,21 +283,20 @@ def _cell_rows(
     metrics: Sequence[Metric],
     cell: AnyCell,
     taken: Sequence[Measured],
+    chances: Sequence[float | None],
     starts: Container[int],
     evaluation: Evaluation,
     full_evaluation: Evaluation | None,
 ) -> list[Row]:
-    """A row per metric of one cell; ``taken`` are its samples, ``starts`` those whose times count.
+    """A row per metric of one cell; ``taken`` are its samples, with what guessing scores on each, and ``starts`` those
+    whose times count.
 
     Raises:
         TaskError: a score over the documents is no number.
     """
-    seen = sum(sample.tokens_seen for sample in taken)
-    kv_bytes = sum(sample.kv_bytes for sample in taken)
-    clocked = [sample for sample in taken if (sample.start or 0) in starts]
-    decoded = sum(max(sample.generated_tokens - 1, 0) for sample in clocked)
-    # Only of what was generated; the reading of given texts is not decoding.
-    decode_s = sum(sample.decode_s for sample in clocked if sample.generated_tokens)
+    known = [chance for chance in chances if chance is not None]
+    guessed = fmean(known) if known and len(known) == len(chances) else None
+    columns = columns_of(taken, starts)
     table = []
     for metric in metrics:
         if metric.name not in evaluation.values:
@@ -314,26 +319,10 @@ def _cell_rows(
                 window_size=cell.window_size,
                 n=len(taken),
                 score=score,
+                chance=guessed if metric.name.startswith(CHOSEN) else None,
                 score_full=full,
                 retention=score / full if full else None,
-                kv_bytes_mean=kv_bytes / len(taken),
-                kv_bytes_peak=max(sample.kv_bytes_peak for sample in taken),
-                kv_share=_ratio(kv_bytes, sum(sample.full_kv_bytes for sample in taken)),
-                kv_share_of_prompt=_ratio(kv_bytes, sum(map(_prompt_bytes, taken))),
-                original_share=_ratio(sum(sample.tokens_original for sample in taken), seen),
-                quantized_share=_ratio(sum(sample.tokens_quantized for sample in taken), seen),
-                evicted_share=_ratio(sum(sample.tokens_evicted for sample in taken), seen),
-                compressed_documents=sum(sample.tokens_quantized + sample.tokens_evicted > 0 for sample in taken),
-                prefill_s=_median(sample.prefill_s for sample in clocked),
-                compress_s=_median(sample.compress_s for sample in clocked),
-                ttft_ms=_median(sample.ttft_ms for sample in clocked),
-                decode_tokens_per_s=_ratio(decoded, decode_s) if decoded else None,
-                tpot_ms=1000.0 * decode_s / decoded if decoded else None,
-                peak_memory_bytes=max(filter(None, (sample.peak_memory_bytes for sample in clocked)), default=None),
-                timed_documents=len(clocked),
-                prompt_tokens=fmean(sample.prompt_tokens for sample in taken),
-                generated_tokens=fmean(sample.generated_tokens for sample in taken),
-                truncated_documents=sum(sample.truncated for sample in taken),
+                **columns,
                 higher_is_better=metric.higher_is_better,
                 cell=cell.key,
                 part_of=part_of,

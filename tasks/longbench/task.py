@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -90,6 +91,8 @@ class LongBenchTask(Task):
                         "all_classes": list(row.all_classes) or None,
                         "prompt_tokens": len(prompt.ids) + len(prompt.question_ids),
                         "cut_tokens": prompt.cut_tokens,
+                        # Several questions may be asked about one text.
+                        "source": hashlib.sha256(row.context.encode()).hexdigest()[:16],
                     },
                 )
             )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from bench.report.averages import run_averages
+from bench.report.averages import run_averages, together
 from bench.report.scores import score_folder
 from bench.runs.predictions import clear_predictions
 from bench.runs.run import Outcome, execute
@@ -118,6 +118,10 @@ def test_averages_of_the_run(done: tuple[Path, Outcome]) -> None:
     mean = (scores["longbench:trec"] + scores["longbench:triviaqa"]) / 2
     assert full == ["", "full", f"{mean:.2f} (2/4)", f"{mean:.2f} (2/14)", f"{mean:.2f} (2/21)"]
     assert mix[:2] == ["64", "mix int8"]
+    # Of several runs, each line says which it is of.
+    header, *lines = run_averages(together({"first": outcome.rows, "second": outcome.rows}))[0][1]
+    assert header[:3] == ["run", "budget", "method"]
+    assert [line[:3] for line in lines][::2] == [["first", "", "full"], ["second", "", "full"]]
 
 
 def test_continuing_answers_nothing_twice(done: tuple[Path, Outcome], tiny_folder: Path, data_dir: Path) -> None:

@@ -1,0 +1,131 @@
+#!/usr/bin/env python
+"""How often the intervals of simulated tables hold the truth, and how often a difference that is claimed to be
+detectable is found.
+
+    scripts/coverage.py --outdir results/statistics
+
+A table has so many rows beside the full cache, on the same ``n`` documents. Its intervals *held* if every one of them
+holds the true difference of its row, which 95 % of the tables should. Writes ``coverage.csv``, ``power.csv`` and
+``record.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from bench.judge.family import at_level, compare, compare_all
+from bench.judge.stats import UNBOUNDED, means
+from bench.judge.verdict import ALPHA
+from bench.records.files.csv_ import csv_text
+from bench.records.files.json_ import json_text
+from bench.records.files.text import write_atomic
+from bench.runs import folder as records
+
+Array = NDArray[np.float64]
+
+KINDS = {
+    "binary": "right and wrong: 90 % right with the full cache, 60 % with the method",
+    "percent": "scores in sixteenths, the method's like the full cache's",
+    "skewed": "the method loses an exponential amount of every answer",
+    "mostly 0": "one answer in five loses anything, and then any part of it",
+}
+"""What scores may be like."""
+BOUNDS = {"binary": (0.0, 1.0), "percent": (0.0, 100.0), "mostly 0": (0.0, 1.0)}
+DOCUMENTS = (8, 20, 50, 200)
+ROWS = (1, 6, 13)
+
+
+def tables(kind: str, repetitions: int, rows: int, n: int, seed: int = 0) -> tuple[Array, Array, float]:
+    """Scores of methods [repetitions, rows, n] and of full [repetitions, n], and the true difference of every row."""
+    rng = np.random.default_rng([seed, n, rows])
+    shared = rng.normal(size=(repetitions, 1, n))
+    own = math.sqrt(0.6) * shared + math.sqrt(0.4) * rng.normal(size=(repetitions, rows + 1, n))
+    if kind == "binary":
+        right = own < stats.norm.ppf([0.9] + [0.6] * rows)[:, None]
+        return right[:, 1:].astype(float), right[:, 0].astype(float), -0.3
+    if kind == "percent":
+        scores = 100 * np.round(16 * stats.norm.cdf(own)) / 16
+        return scores[:, 1:], scores[:, 0], 0.0
+    if kind == "mostly 0":
+        full = rng.uniform(0.5, 1.0, size=(repetitions, n))
+        lost = (own[:, 1:] > stats.norm.isf(0.2)) * rng.random((repetitions, rows, n))
+        return full[:, None] * (1.0 - lost), full, -0.075
+    # A method loses an exponential amount, the same for all of them in part.
+    lost = 0.5 * rng.exponential(size=(repetitions, 1, n)) + 0.5 * rng.exponential(size=(repetitions, rows, n))
+    return own[:, :1] - lost, own[:, 0], -1.0
+
+
+def coverage(kind: str, repetitions: int, rows: int, n: int) -> tuple[float, float]:
+    """Share of tables in which every row's interval holds the true difference, and share of rows without one, which
+    hold it too."""
+    scores, full, truth = tables(kind, repetitions, rows, n)
+    held = unknown = 0
+    for mine, baseline in zip(scores, full, strict=True):
+        compared = compare_all(list(mine), baseline, bounds=BOUNDS.get(kind, UNBOUNDED))
+        held += all(item.interval is None or item.interval.low <= truth <= item.interval.high for item in compared)
+        unknown += sum(item.interval is None for item in compared)
+    return held / repetitions, unknown / repetitions / rows
+
+
+SHAPES = {"normal": stats.norm(), "skewed": stats.expon(loc=-1)}
+"""How documents may scatter around their mean."""
+
+
+def claimed(shape: str, sign: int, n: int) -> float | None:
+    """What a table says n documents of this shape can show, of those that are typical for it: its quantiles."""
+    typical = SHAPES[shape].ppf((np.arange(n) + 0.5) / n)
+    return compare((typical - typical.mean() + sign * 1e-9).tolist(), [0.0] * n).detectable
+
+
+def found(shape: str, shift: float, n: int, repetitions: int) -> float:
+    """Share of samples of n documents around ``shift`` that are told from no difference, by the test of tables."""
+    drawn = SHAPES[shape].ppf(np.random.default_rng(n).random((repetitions, n)))
+    told = 0
+    for part in np.array_split(drawn, max(repetitions // 200, 1)):
+        resampled = means(part + shift)
+        p_values = at_level(resampled, np.sort(resampled.studentized, axis=1), n, ALPHA)[2]
+        told += int((p_values < ALPHA).sum())
+    return told / repetitions
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", type=int, default=1000)
+    parser.add_argument("--outdir", type=Path, default=Path("runs/statistics"))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    covered: list[dict[str, Any]] = []
+    for kind in KINDS:
+        for n in DOCUMENTS:
+            for rows in ROWS:
+                held, unknown = coverage(kind, options.tables, rows, n)
+                covered.append({"scores": kind, "documents": n, "rows": rows, "held": held, "unknown": unknown})
+                print(covered[-1], flush=True)
+    powers: list[dict[str, Any]] = []
+    for shape in SHAPES:
+        for n in DOCUMENTS:
+            for sign in (1, -1):
+                claim = claimed(shape, sign, n)
+                power = None if claim is None else found(shape, sign * claim, n, 2 * options.tables)
+                powers.append({"scores": shape, "documents": n, "direction": sign, "claimed": claim, "power": power})
+                print(powers[-1], flush=True)
+    options.outdir.mkdir(parents=True, exist_ok=True)
+    write_atomic(options.outdir / "coverage.csv", csv_text(list(covered[0]), covered))
+    write_atomic(options.outdir / "power.csv", csv_text(list(powers[0]), powers))
+    record = {"settings": {"tables": options.tables}, "finished": records.now(), **records.environment()}
+    write_atomic(options.outdir / "record.json", json_text(record))
+
+
+if __name__ == "__main__":
+    main()
