@@ -201,7 +201,8 @@ def at_level(resampled: Resampled, drawn: Array, n: int, level: float) -> tuple[
 
 
 def detectable_means(resampled: Resampled, judged: Judged, n: int, rows: Array) -> Array:
-    """Smallest shifts of the mean, of the chosen ``rows``, that 80 % of the resamples would show, in the direction of the one found.
+    """Smallest shifts of the mean, of the chosen ``rows``, that 80 % of the resamples would show, in the direction of
+    the one found.
 
     A resample of documents that are shifted by d is found where ``studentized + d / its error`` is beyond the
     critical value. The widening is that of Student's t over a normal: critical values and errors of other documents
