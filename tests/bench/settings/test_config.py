@@ -73,16 +73,14 @@ def test_every_preset_loads_and_says_what_it_is(name: str) -> None:
     assert preset_description(name)
 
 
-def test_the_demo_asks_prompts_that_no_budget_holds_of_all_five_methods() -> None:
+def test_the_demo_asks_long_prompts_of_all_five_methods() -> None:
     config, _ = resolve({}, "demo")
-    assert min(config.lengths) * max(config.cache_ratio) > 2 * 32, "more than the window"
-    assert min(config.lengths) >= 1000
+    assert min(config.lengths) >= 2000
     assert config.methods == ("full", "window", "origin", "quant", "mix")
 
 
-@pytest.mark.parametrize("name", ["demo", "pareto"])
-def test_presets_ask_enough_to_tell_their_rows_apart(name: str) -> None:
-    config, _ = resolve({}, name)
+def test_pareto_asks_enough_to_tell_its_rows_apart() -> None:
+    config, _ = resolve({}, "pareto")
     rows = (len(config.methods) - 1) * len(config.cache_ratio)
     needed = documents_needed(rows)
     assert needed is not None
