@@ -56,7 +56,7 @@ def supported(device: torch.device, dtype: torch.dtype, key_dim: int, value_dim:
 
 def make_room(rows: torch.Tensor, pools: Sequence[Pool], n_sink: int, window: int, recency: bool) -> None:
     """As :func:`arkv.kernels.twin.make_room`."""
-    from arkv.kernels.gpu.triton import make_room_rows
+    from arkv.kernels.gpu.rule import make_room_rows
 
     original, stored = pools[0], _stored(pools)
     key, value = (None, None) if stored is None else (stored.key, stored.value)
@@ -102,7 +102,8 @@ def attend(
             and waits for the device.
         slots_per_split: a multiple of ``BLOCK``; None shares the slots among the device's processors.
     """
-    from arkv.kernels.gpu.triton import attend_splits, combine_splits
+    from arkv.kernels.gpu.attention import attend_splits
+    from arkv.kernels.gpu.combining import combine_splits
 
     batch, query_heads, _, key_dim = query.shape
     heads, value_dim = key.shape[1], value.shape[-1]

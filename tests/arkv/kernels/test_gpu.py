@@ -20,7 +20,7 @@ from arkv.formats import FORMATS, Format
 from arkv.kernels import gpu
 from arkv.pools import Part, Plane, Pool
 from arkv.store import Store
-from tests.arkv.kernels.gpu_cases import TABLE
+from tests.arkv.kernels.gpu_cases import TABLE, kernel_modules
 
 ROOT = Path(__file__).resolve().parents[3]
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: pip install triton")
@@ -126,8 +126,6 @@ def test_agreement_with_the_twin(where: str) -> None:
 
 # -- compiled for GPUs that are not here -------------------------------------------------------------------------------
 
-KERNELS = ("make_room_rows", "attend_splits", "combine_splits")
-
 Compile = Callable[..., dict[str, Any]]
 
 
@@ -139,10 +137,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compile:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    from arkv.kernels.gpu import triton as module
-
     class Launcher:
-        def __init__(self, name: str, found: dict[str, Any]) -> None:
+        def __init__(self, module: Any, name: str, found: dict[str, Any]) -> None:
             self.name, self.kernel, self.found = name, getattr(module, name), found
 
         def __getitem__(self, grid: Any) -> Callable[..., None]:
@@ -178,8 +174,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compile:
         part = Part(list(pools), [torch.from_numpy(counts)] * len(pools))
         store = Store([part], np.array([300, 300]), np.array([0, 0]), [counts] * len(pools))
         with monkeypatch.context() as patch:
-            for name in KERNELS:
-                patch.setattr(module, name, Launcher(name, found))
+            for name, module in kernel_modules().items():
+                patch.setattr(module, name, Launcher(module, name, found))
             gpu.make_room(store.rows, store.pools, 4, 32, False)
             query, token = torch.zeros(1, 2 * group, 1, dim, dtype=dtype), torch.zeros(1, 2, 1, dim, dtype=dtype)
             importance = [torch.zeros(pool.slots) for pool in store.pools]
@@ -192,7 +188,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compile:
 
 def check(found: dict[str, Any]) -> None:
     """All kernels are there, and find room on the smallest supported GPU."""
-    assert sorted(found) == sorted(KERNELS)
+    assert sorted(found) == sorted(kernel_modules())
     for kernel in found.values():
         assert len(kernel.asm["cubin"]) > 0
         assert kernel.metadata.shared <= 99 * 1024
