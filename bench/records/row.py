@@ -43,9 +43,6 @@ class Row(BaseModel):
     model: str
     task: str
     metric: str
-    question: Literal["after", "before", "inside", "mixed"] | None = None
-    """Where the questions stood, see :data:`bench.records.sample.Place`; ``mixed`` is not the same in all documents.
-    None where there are none, and in older files: inside the compressed prompt."""
     method: str
     quant_format: str | None = None
     budget_unit: Annotated[str, AfterValidator(_unit)] | None = None
@@ -134,6 +131,9 @@ class Row(BaseModel):
     cell: str
     part_of: str | None = None
     """The group of tasks that the row was asked for through."""
+    question: Literal["after", "before", "inside", "mixed"] | None = None
+    """Where the questions stood, see :data:`bench.records.sample.Place`; ``mixed`` is not the same in all documents.
+    None where there are none, and in older files: inside the compressed prompt."""
     run: str | None = None
     """Which run it is of, where several stand together; no column of a run's own file."""
 
