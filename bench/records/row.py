@@ -128,12 +128,12 @@ class Row(BaseModel):
     generated_tokens: Amount | None = None
     truncated_documents: Count | None = None
     higher_is_better: Truth
-    cell: str
-    part_of: str | None = None
-    """The group of tasks that the row was asked for through."""
     question: Literal["after", "before", "inside", "mixed"] | None = None
     """Where the questions stood, see :data:`bench.records.sample.Place`; ``mixed`` is not the same in all documents.
     None where there are none, and in older files: inside the compressed prompt."""
+    cell: str
+    part_of: str | None = None
+    """The group of tasks that the row was asked for through."""
     run: str | None = None
     """Which run it is of, where several stand together; no column of a run's own file."""
 
