@@ -70,6 +70,8 @@ class Measurement:
     """Milliseconds per output token after the first; None for a single token and where nothing is generated."""
     peak_memory_bytes: int | None
     """While the cell answered the document and those beside it."""
+    ragged_kv_bytes: int | None = None
+    """Where tokens of single heads are masked: bytes as if each head stored only what it attends to."""
     oq_ratios: list[float] = field(default_factory=list)
     """Per compressible layer, where the method uses them."""
 
@@ -89,6 +91,7 @@ class Measurement:
             kv_bytes=held.kv_bytes,
             kv_bytes_peak=max(compressed.kv_bytes, held.kv_bytes),
             full_kv_bytes=held.full_kv_bytes,
+            ragged_kv_bytes=held.ragged_kv_bytes,
             prefill_s=compressed.prefill_s,
             compress_s=compressed.compress_s,
             oq_ratios=held.oq_ratios,
@@ -125,6 +128,7 @@ class Reading:
     def measurement(
         self, cell: Cell, request: LogLikelihood | Rolling, scored_tokens: int, context_tokens: int, prefills: int
     ) -> Measurement:
+        ragged = [held.ragged_kv_bytes for held in self.held if held.ragged_kv_bytes is not None]
         return Measurement(
             cell=cell,
             answer=LogLikelihoods(scored=tuple(self.scored[place] for place in sorted(self.scored))),
@@ -138,6 +142,7 @@ class Reading:
             kv_bytes=round(fmean(held.kv_bytes for held in self.held)),
             kv_bytes_peak=self.kv_bytes_peak,
             full_kv_bytes=round(fmean(held.full_kv_bytes for held in self.held)),
+            ragged_kv_bytes=round(fmean(ragged)) if ragged else None,
             prefill_s=self.prefill_s,
             compress_s=self.compress_s,
             decode_s=self.read_s,

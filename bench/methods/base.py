@@ -187,6 +187,11 @@ class Method(ABC):
         state = "original" if self.quant_format is None else "quantized"
         return {"original": 0.0, "quantized": 0.0, state: held, "evicted": self.tokens_seen(cache) - held}
 
+    def ragged_bytes(self, cache: Cache) -> int | None:
+        """What a cache that masks tokens of single heads would take if each head stored only what it attends to; None
+        where bytes are what they are."""
+        return None
+
     def oq_ratios(self, cache: Cache) -> list[float]:
         """Share of Original tokens among those kept, per compressible layer, where layers differ in it."""
         return cache.oq_ratios() if isinstance(cache, TriStateCache) and cache.config.uses_oq else []

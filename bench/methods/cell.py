@@ -35,6 +35,8 @@ class Held:
     """All storage of the cache."""
     full_kv_bytes: int = 0
     """Keys and values of the same tokens at model precision."""
+    ragged_kv_bytes: int | None = None
+    """Where tokens of single heads are masked: bytes as if each head stored only what it attends to."""
     oq_ratios: list[float] = field(default_factory=list)
     """Per compressible layer, where the method uses them."""
 
@@ -213,6 +215,7 @@ class Cell:
                 evicted=float(counts["evicted"]),
                 kv_bytes=storage_bytes(cache),
                 full_kv_bytes=prompt.cache.full_bytes(seen),
+                ragged_kv_bytes=self.impl.ragged_bytes(cache),
                 oq_ratios=self.impl.oq_ratios(cache),
             )
 

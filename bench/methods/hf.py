@@ -58,38 +58,16 @@ class HfQuantized(Method):
             kinds.add("sliding_attention")
         if kinds:
             raise UserError(f"{self.name}: transformers' QuantizedCache knows no layers of type {min(kinds)!r}")
-        # The axes that transformers' documentation recommends for each backend; fp8 has nothing to set.
-        axis = 1 if self.backend == "hqq" else 0
-        settings = {
-            "nbits": self.bits,
-            "axis_key": axis,
-            "axis_value": axis,
-            "q_group_size": GROUP_SIZE,
-            "residual_length": RESIDUAL_LENGTH,
-        }
-        cache = QuantizedCache(self.backend, model.config, **({} if self.backend == "fp8" else settings))
-        for layer_idx, layer in enumerate(prompt.cache.layers):
+        settings = {} if self.backend == "fp8" else {"nbits": self.bits, **layer_settings(self.backend)}
+        cache = QuantizedCache(self.backend, model.config, **settings)
+        for layer, stored in zip(prompt.cache.layers, cache.layers, strict=True):
             assert layer.keys is not None
             assert layer.values is not None
-            tokens = layer.keys.shape[2]
-            grouped = () if self.backend == "fp8" else (layer.keys, layer.values)
-            multiple = math.lcm(*map(self._whole_groups, grouped))
-            whole = tokens - tokens % multiple
-            if not whole:
-                raise UserError(
-                    f"{self.name}: a prompt of {tokens} tokens is shorter than the {multiple} of a whole group"
-                )
-            # What does not fill a group waits at model precision, as the tokens to come do: hqq fails on parts of
-            # groups.
-            for part in (slice(whole), slice(whole, None)):
-                if layer.keys[:, :, part].shape[2]:
-                    cache.update(layer.keys[:, :, part], layer.values[:, :, part], layer_idx)
+            try:
+                fill(stored, layer.keys, layer.values, self.backend, self.bits)
+            except ValueError as error:
+                raise UserError(f"{self.name}: a prompt {error}") from None
         return cache
-
-    def _whole_groups(self, states: torch.Tensor) -> int:
-        """The least number of tokens of ``states`` [1, H, N, D] whose groups fill whole bytes."""
-        values = GROUP_SIZE * (8 // self.bits if self.backend == "hqq" else 1)
-        return values // math.gcd(values, states.shape[1] * states.shape[3])
 
     def reads_blocks(self, cache: Cache) -> bool:
         """Token by token, as it decodes: a block would be quantized together."""
@@ -101,21 +79,60 @@ class HfQuantized(Method):
 
     def token_counts(self, cache: Cache) -> dict[str, float]:
         """Quantized, but for the newest, which wait at model precision."""
-        waiting = sum(map(_waiting, cache.layers)) / len(cache.layers)
-        return {"original": waiting, "quantized": self.tokens_seen(cache) - waiting, "evicted": 0.0}
+        newest = sum(map(waiting, cache.layers)) / len(cache.layers)
+        return {"original": newest, "quantized": self.tokens_seen(cache) - newest, "evicted": 0.0}
 
     def states(self, cache: Cache) -> Mapping[int, torch.Tensor] | None:
         """The newest are Original, all others Quantized: one head stands for all, int8 [1, N]."""
         found = {}
         for place, layer in enumerate(cache.layers):
-            seen, waiting = layer.get_seq_length(), _waiting(layer)
+            seen, newest = layer.get_seq_length(), waiting(layer)
             codes = torch.full((1, seen), QUANTIZED, dtype=torch.int8)
-            codes[:, seen - waiting :] = ORIGINAL
+            codes[:, seen - newest :] = ORIGINAL
             found[place] = codes
         return found
 
 
-def _waiting(layer: Any) -> int:
+def layer_settings(backend: str) -> dict[str, int]:
+    """What a layer of ``QuantizedCache`` is made with, beside its bits."""
+    # The axes that transformers' documentation recommends for each backend.
+    axis = 1 if backend == "hqq" else 0
+    return {"axis_key": axis, "axis_value": axis, "q_group_size": GROUP_SIZE, "residual_length": RESIDUAL_LENGTH}
+
+
+def fill(layer: Any, keys: torch.Tensor, values: torch.Tensor, backend: str, bits: int) -> None:
+    """Put ``keys`` and ``values`` [1, H, n, D] into an empty layer of ``QuantizedCache``.
+
+    Raises:
+        ValueError: fewer tokens than a whole group.
+    """
+    tokens = keys.shape[2]
+    multiple = 1 if backend == "fp8" else whole_groups(backend, bits, keys.shape[1], keys.shape[3], values.shape[3])
+    whole = tokens - tokens % multiple
+    if not whole:
+        raise ValueError(f"of {tokens} tokens is shorter than the {multiple} of a whole group")
+    # What does not fill a group waits at model precision, as the tokens to come do: hqq fails on parts of groups.
+    for part in (slice(whole), slice(whole, None)):
+        if keys[:, :, part].shape[2]:
+            layer.update(keys[:, :, part], values[:, :, part])
+
+
+def whole_groups(backend: str, bits: int, heads: int, *dims: int) -> int:
+    """The least number of tokens of H heads whose groups, of keys and of values, fill whole bytes."""
+    group = GROUP_SIZE * (8 // bits if backend == "hqq" else 1)
+    return math.lcm(*(group // math.gcd(group, heads * dim) for dim in dims))
+
+
+def stored_bytes(backend: str, bits: int, heads: int, dim: int, itemsize: int, tokens: int) -> int:
+    """Bytes of ``tokens`` tokens of H heads of head dim D in one layer, keys and values: codes, a scale and a zero
+    point to each group, and at model precision what does not fill a group."""
+    over = tokens % whole_groups(backend, bits, heads, dim)
+    values = heads * dim * (tokens - over)
+    each = values * bits // 8 + 2 * itemsize * values // GROUP_SIZE + itemsize * heads * dim * over
+    return 2 * each
+
+
+def waiting(layer: Any) -> int:
     """Tokens of a layer that are not quantized yet."""
     assert layer.keys is not None
     return int(layer.keys.shape[-2]) if layer.keys.dim() == 4 else 0

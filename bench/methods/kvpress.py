@@ -1,5 +1,6 @@
-"""Presses of kvpress: ``kvpress:snapkv``. One that wraps another, such as ``chunkkv``, wraps ``snapkv``;
-``kvpress:chunkkv+tova`` names another.
+"""Presses of kvpress: ``kvpress:snapkv``, with options ``kvpress:kvzip[kvzip_plus_normalization=true]``. One that wraps
+another, such as ``chunkkv``, wraps ``snapkv``; ``kvpress:chunkkv+tova`` names another. Behind ``+quanto-int4`` (or
+another backend) what the press leaves goes into transformers' ``QuantizedCache``.
 
 A press runs inside kvpress' own context manager during a prefill of its own, since it may look at anything there, and
 act as late as where that is left. Neither transformers nor the model keeps a trace of it.
@@ -7,68 +8,34 @@ act as late as where that is left. Neither transformers nor the model keeps a tr
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import logging
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from importlib import metadata
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from arkv import storage_bytes
 from bench.errors import UserError
 from bench.methods.base import Method, Sizes, drawing_the_same
-from bench.methods.kept import KeptLayer
-from bench.methods.modules import attention_modules
-from bench.methods.names import EXTRA, PRESSES, limits_of, usable_presses
+from bench.methods.hf import stored_bytes
+from bench.methods.names import BACKENDS, limits_of
+from bench.methods.pressed import Pressed, PressedLayer, ShrinkingLayer, quantized
+from bench.methods.presses import least_prompt, library, patched, plan_press, quiet, traceless
 from bench.methods.prompt import Asked, Budget, Compressed, Prompt
-from bench.methods.states import EVICTED, ORIGINAL
 from bench.methods.versions import installed_version
 from bench.names import KVPRESS
 from bench.telemetry import Stopwatch
-from tasks.base import nearest
 
 
-class PressedLayer(KeptLayer):
-    """What a press left of a layer.
+class PressedCache(Cache):
+    """A cache whose layers ``press`` goes on compressing while tokens are read; it keeps what it has seen of them."""
 
-    Args:
-        seen: how many tokens have been seen.
-        counted: how many of them the next position counts: fewer where tokens that stay were turned to new positions.
-        masked: indices (sample, head, token) of tokens that are stored and never attended to, or None.
-    """
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, seen: int, counted: int, masked: Any) -> None:
-        super().__init__(keys, values, counted)
-        self.turned = seen - counted
-        self.masked = masked
-
-    @property
-    def tokens_seen(self) -> int:
-        """Tokens that have gone in."""
-        return self.get_seq_length() + self.turned
-
-    def held(self) -> float:
-        """Tokens that can be attended to, mean over KV heads."""
-        assert self.keys is not None
-        masked = 0 if self.masked is None else len(self.masked[0])
-        return self.keys.shape[-2] - masked / (self.keys.shape[0] * self.keys.shape[1])
-
-    def codes(self) -> torch.Tensor | None:
-        """State of every token, int8 [H, N]; None where tokens were removed, which leaves no sign of which."""
-        assert self.keys is not None
-        if self.tokens_seen != self.keys.shape[2]:
-            return None
-        codes = torch.full((self.keys.shape[1], self.keys.shape[2]), ORIGINAL, dtype=torch.int8)
-        if self.masked is not None:
-            _, heads, tokens = self.masked
-            codes[heads.cpu(), tokens.cpu()] = EVICTED
-        return codes
+    def __init__(self, layers: list[Any], press: Any) -> None:
+        super().__init__(layers=layers)
+        self.press = press
 
 
 class Press(Method):
@@ -78,26 +45,27 @@ class Press(Method):
     one_by_one = True
 
     def __init__(self, name: str) -> None:
-        _classes(name)
+        self.plan = plan_press(name)
         self.name = name
         self.limits = limits_of(name)
-        self.parts = name.partition(":")[2].split("+")
         # What is removed leaves no sign of which tokens these were.
-        self.knows_states = self._masks
-
-    @property
-    def _masks(self) -> bool:
-        """Whether tokens stay stored and are masked."""
-        return any(PRESSES[part].masks for part in self.parts)
+        self.knows_states = self.plan.masks
+        self.backend: str | None = None
+        """What quantizes the tokens that stay."""
+        self.bits = 0
+        if self.plan.asked.backend is not None:
+            self.backend, self.bits = BACKENDS[self.plan.asked.backend]
+            self.quant_format = self.plan.asked.backend.rpartition("-")[2]
 
     def compress(self, model: PreTrainedModel, prompt: Prompt, budget: Budget) -> Cache:
         """The cache alone, of a prefill of the press's own."""
-        return self._pressed(model, prompt.ids, budget.tokens, Stopwatch(model.device))[0]
+        asked = Asked(budget.unit, cache_size=budget.tokens)
+        return self._pressed(model, prompt.ids, asked, Stopwatch(model.device))[0]
 
     def make(self, model: PreTrainedModel, prompt: Prompt, asked: Asked) -> Compressed:
         """In a prefill of its own."""
         clock = Stopwatch(model.device)
-        cache, logits = self._pressed(model, prompt.ids, asked.kept(prompt.tokens), clock)
+        cache, logits = self._pressed(model, prompt.ids, asked, clock)
         return Compressed(
             cache=cache,
             logits=logits,
@@ -108,10 +76,10 @@ class Press(Method):
 
     def prefill(self, model: PreTrainedModel, ids: torch.Tensor, asked: Asked) -> tuple[Cache, torch.Tensor]:
         """As :meth:`make` does."""
-        return self._pressed(model, ids, asked.kept(ids.shape[1]), Stopwatch(model.device))
+        return self._pressed(model, ids, asked, Stopwatch(model.device))
 
     def _pressed(
-        self, model: PreTrainedModel, ids: torch.Tensor, kept: int, clock: Stopwatch
+        self, model: PreTrainedModel, ids: torch.Tensor, asked: Asked, clock: Stopwatch
     ) -> tuple[Cache, torch.Tensor]:
         """Read a prompt [1, N] under the press: its cache, and logits [1, vocabulary] of the token that follows.
 
@@ -119,15 +87,15 @@ class Press(Method):
             UserError: the model or the prompt is not one that the press can do.
         """
         tokens = ids.shape[1]
-        with _quiet():
-            press = self.press(tokens, kept)
-        if tokens <= _least_prompt(press):
+        with quiet():
+            press = self.plan.press(tokens, self._kept(model, tokens, asked))
+        if tokens <= least_prompt(press) and not self.plan.decodes:
             press.compression_ratio = 0.0
         cache = DynamicCache(config=model.config)
         if any(cache.is_sliding):
             self._spare_windows(press, cache)
         try:
-            with traceless(model) as modules, patched(model), drawing_the_same(model), _quiet():
+            with traceless(model) as modules, patched(model), drawing_the_same(model), quiet():
                 with clock, press(model):
                     logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
                 # Some presses choose only when their own context is left.
@@ -137,6 +105,11 @@ class Press(Method):
             raise UserError(
                 f"{self.name}: kvpress cannot do a prompt of {tokens} tokens with this model: {said}"
             ) from error
+        with clock:
+            return self._left(press, cache, masks, tokens), logits
+
+    def _left(self, press: Any, cache: DynamicCache, masks: Sequence[Any], tokens: int) -> Cache:
+        """The cache that decoding goes on from."""
         turned = isinstance(press, library(self.name).KeyRerotationPress)
         layers: list[Any] = []
         for layer, masked in zip(cache.layers, masks, strict=True):
@@ -145,9 +118,41 @@ class Press(Method):
             if getattr(layer, "is_sliding", False):
                 layers.append(layer)
                 continue
+            if self.plan.decodes:
+                layers.append(ShrinkingLayer(layer.keys, layer.values, tokens))
+                continue
             counted = layer.keys.shape[2] if turned else tokens
-            layers.append(PressedLayer(layer.keys, layer.values, tokens, counted, masked))
-        return Cache(layers=layers), logits
+            own = None if masked is None else tuple(map(_own, masked))
+            left = PressedLayer(_own(layer.keys), _own(layer.values), tokens, counted, own)
+            if self.backend is None:
+                layers.append(left)
+                continue
+            try:
+                layers.append(quantized(left, self.backend, self.bits))
+            except ValueError as error:
+                raise UserError(f"{self.name}: what the press leaves {error}") from None
+        return PressedCache(layers, press) if self.plan.decodes else Cache(layers=layers)
+
+    def _kept(self, model: PreTrainedModel, tokens: int, asked: Asked) -> int:
+        """How many of a prompt's tokens stay. In bytes quantized tokens are more than the same bytes hold at model
+        precision; those of presses that mask are counted as if heads stored only what they attend to."""
+        kept = asked.kept(tokens)
+        if self.backend is None or asked.unit != "bytes":
+            return kept
+        config = model.config.get_text_config(decoder=True)
+        heads, dim = config.num_key_value_heads, getattr(config, "head_dim", None)
+        dim = dim or config.hidden_size // config.num_attention_heads
+        itemsize = model.dtype.itemsize
+        return self._affordable(heads, dim, itemsize, tokens, kept)
+
+    def _affordable(self, heads: int, dim: int, itemsize: int, tokens: int, kept: int) -> int:
+        """The most quantized tokens that take no more than ``kept`` ones do at model precision, in one layer."""
+        assert self.backend is not None
+        budget = kept * 2 * heads * dim * itemsize
+        most = tokens
+        while most > 1 and stored_bytes(self.backend, self.bits, heads, dim, itemsize, most) > budget:
+            most -= 1
+        return most
 
     def _spare_windows(self, press: Any, cache: DynamicCache) -> None:
         """Keep ``press`` away from the layers of ``cache`` that have a sliding window.
@@ -173,24 +178,26 @@ class Press(Method):
 
         press.forward_hook = hook
 
-    def press(self, tokens: int, kept: int) -> Any:
-        """A kvpress press that keeps ``kept`` of ``tokens`` tokens."""
-        outer, *inner = _classes(self.name)
-        if "press" in inspect.signature(outer).parameters:
-            press = outer(inner[0]() if inner else library(self.name).SnapKVPress())
-        else:
-            press = outer()
-        # Presses truncate or round the number that the ratio gives: a quarter above a whole one is safe for both.
-        press.compression_ratio = 0.0 if kept >= tokens else 1.0 - (kept + 0.25) / tokens
-        return press
-
     def decoding(self, model: PreTrainedModel, cache: Cache) -> AbstractContextManager[Any]:
-        """Where tokens of single heads are masked, kvpress' attention, which knows of masks."""
-        return _masking(model, [layer.masked for layer in cache.layers if isinstance(layer, PressedLayer)])
+        """Where tokens of single heads are masked, kvpress' attention, which knows of masks; a press that compresses
+        while decoding is at work."""
+        if isinstance(cache, PressedCache):
+            return _pressing(model, cache)
+        return _masking(model, [layer.masked for layer in cache.layers if isinstance(layer, Pressed)])
+
+    def fork(self, cache: Cache) -> Cache:
+        """A copy that can go its own way, with what its press has seen so far."""
+        twin = super().fork(cache)
+        if isinstance(twin, PressedCache):
+            twin.press = copy.deepcopy(twin.press)
+        return twin
 
     def reads_blocks(self, cache: Cache) -> bool:
-        """Token by token, as it decodes."""
-        return False
+        """As kvpress' pipeline reads a question. Not what compresses, or quantizes, what it reads on its way; nor where
+        layers hold unequally many tokens, since a block has one mask for all."""
+        if self.plan.decodes or self.backend is not None:
+            return False
+        return len({layer.stored for layer in cache.layers if isinstance(layer, Pressed)}) == 1
 
     def batches(self, caches: Sequence[Cache]) -> bool:
         """One by one."""
@@ -198,83 +205,67 @@ class Press(Method):
 
     def tokens_seen(self, cache: Cache) -> int:
         """Those of its layers, which may count fewer positions."""
-        return max(layer.tokens_seen for layer in cache.layers if isinstance(layer, PressedLayer))
+        return max(layer.tokens_seen for layer in cache.layers if isinstance(layer, Pressed))
 
     def token_counts(self, cache: Cache) -> dict[str, float]:
         """Masked tokens are evicted, if also stored."""
-        held = [layer.held() for layer in cache.layers if isinstance(layer, PressedLayer)]
-        original = sum(held) / len(held)
-        return {"original": original, "quantized": 0.0, "evicted": self.tokens_seen(cache) - original}
+        held = [layer.held() for layer in cache.layers if isinstance(layer, Pressed)]
+        original, low = (sum(counts) / len(held) for counts in zip(*held, strict=True))
+        evicted = self.tokens_seen(cache) - original - low
+        return {"original": original, "quantized": low, "evicted": evicted}
+
+    def ragged_bytes(self, cache: Cache) -> int | None:
+        """Of presses that mask: bytes as they would be if every head stored only what it attends to."""
+        if not self.plan.masks:
+            return None
+        return sum(
+            layer.ragged_bytes() if isinstance(layer, Pressed) else storage_bytes(layer) for layer in cache.layers
+        )
 
     def states(self, cache: Cache) -> Mapping[int, torch.Tensor] | None:
         """Known where nothing was removed, or tokens were masked."""
-        found = {place: layer.codes() for place, layer in enumerate(cache.layers) if isinstance(layer, PressedLayer)}
+        found = {place: layer.codes() for place, layer in enumerate(cache.layers) if isinstance(layer, Pressed)}
         known = {place: codes for place, codes in found.items() if codes is not None}
         return known if len(known) == len(found) else None
 
     def planned_bytes(self, sizes: Sizes, tokens: int, asked: Asked) -> int | None:
         """Of all tokens, and the places of those that are masked, where a press only masks them."""
         kept = asked.kept(tokens)
-        if not self._masks:
-            return sizes.full_bytes(kept)
+
+        def stored(count: int) -> int:
+            if self.backend is None:
+                return sizes.full_bytes(count)
+            each = (self.backend, self.bits, sizes.kv_heads, sizes.head_dim, sizes.itemsize)
+            return sizes.layers * stored_bytes(*each, count)
+
+        if self.backend is not None and asked.unit == "bytes":
+            kept = self._affordable(sizes.kv_heads, sizes.head_dim, sizes.itemsize, tokens, kept)
+        if self.plan.asked.names[0] == "decoding":
+            return stored(tokens)
+        if not self.plan.masks:
+            return stored(kept)
         place = 3 * torch.int64.itemsize
-        return sizes.full_bytes(tokens) + sizes.layers * sizes.kv_heads * (tokens - kept) * place
+        return stored(tokens) + sizes.layers * sizes.kv_heads * (tokens - kept) * place
 
 
 def make_press(name: str) -> tuple[Press, str]:
-    """The press and the version of kvpress, once it is certain that it can be had.
+    """The press and the version of kvpress, and of what quantizes, once it is certain that it can be had.
 
     Raises:
-        UserError: unknown name (the nearest known one is named), a press that cannot be compared, or kvpress is not
-            installed (the extra is named).
+        UserError: unknown name (the nearest known one is named), a press that cannot be compared, or a library that is
+            not installed (the extra is named).
     """
     version = installed_version(name, KVPRESS)
-    return Press(name), version
+    press = Press(name)
+    if press.backend is not None:
+        version += f", {press.backend} {installed_version(name, press.backend)}"
+    return press, version
 
 
-def library(name: str) -> Any:
-    """kvpress itself. Importing it wraps every attention function of transformers; that is undone here."""
-    version = installed_version(name, KVPRESS)
-    before = dict(ALL_ATTENTION_FUNCTIONS.items())
-    try:
-        return importlib.import_module("kvpress")
-    except ImportError as error:
-        versions = f"kvpress {version} with transformers {metadata.version('transformers')}"
-        raise UserError(f"{name}: {versions} cannot be imported ({error}); see {EXTRA}", exit_code=2) from None
-    finally:
-        for key, function in before.items():
-            ALL_ATTENTION_FUNCTIONS[key] = function
-
-
-def _classes(name: str) -> list[Any]:
-    """The class of the press and that of the one it wraps, if named. Raises :class:`UserError`."""
-    kvpress = library(name)
-    found = []
-    for part in name.partition(":")[2].split("+"):
-        press = PRESSES.get(part)
-        if press is None:
-            usable = [f"{KVPRESS}:{press}" for press in usable_presses()]
-            raise UserError(f"unknown method {name!r}: {nearest(f'{KVPRESS}:{part}', usable)}", exit_code=2)
-        if press.unusable is not None:
-            raise UserError(f"{name}: {part} cannot be compared at a budget: {press.unusable}", exit_code=2)
-        if press.needs is not None:
-            raise UserError(f"{name}: {part} is not offered, since it needs {press.needs}", exit_code=2)
-        if not hasattr(kvpress, press.class_name):
-            raise UserError(f"{name}: this kvpress has no {press.class_name}: {EXTRA}", exit_code=2)
-        found.append(getattr(kvpress, press.class_name))
-    outer, *inner = found
-    if len(inner) > 1 or (inner and "press" not in inspect.signature(outer).parameters):
-        raise UserError(f"{name}: {outer.__name__} wraps no other press", exit_code=2)
-    if inner and not issubclass(inner[0], kvpress.ScorerPress):
-        raise UserError(f"{name}: {inner[0].__name__} gives tokens no score that could be used", exit_code=2)
-    return found
-
-
-def _least_prompt(press: Any) -> int:
-    """The longest prompt that a press cannot score, because its window or its sinks are all there is."""
-    own = max(getattr(press, "window_size", 0) or 0, getattr(press, "n_sink", 0) or 0)
-    wrapped = getattr(press, "press", None)
-    return own if wrapped is None else max(own, _least_prompt(wrapped))
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """The same without the larger tensor that it may be a view of: presses that read a prompt twice leave such."""
+    whole = tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size()
+    return tensor.clone(memory_format=torch.contiguous_format) if whole else tensor
 
 
 @contextmanager
@@ -290,43 +281,17 @@ def _masking(model: PreTrainedModel, masks: Sequence[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's warnings, the same for every prompt: what a press costs is measured."""
-    logger = logging.getLogger("kvpress")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
+def _pressing(model: PreTrainedModel, cache: PressedCache) -> Iterator[None]:
+    """Under this, every :class:`PressedCache` that is read is compressed by its own press; all are copies of one."""
+
+    def hook(module: Any, inputs: Any, options: Any, output: Any) -> Any:
+        with quiet():
+            return options["past_key_values"].press.forward_hook(module, inputs, options, output)
+
+    # Leaving a press's context resets it: a copy takes its place, so that each goes on where it stopped.
+    stand_in = copy.copy(cache.press)
+    stand_in.forward_hook = hook
+    if (decoding := getattr(stand_in, "decoding_press", None)) is not None:
+        stand_in.decoding_press = copy.copy(decoding)
+    with traceless(model), stand_in(model):
         yield
-    finally:
-        logger.setLevel(before)
-
-
-@contextmanager
-def traceless(model: PreTrainedModel) -> Iterator[list[Any]]:
-    """The attention modules of ``model``; what kvpress sets on any of its modules is gone afterwards."""
-    before = [(module, {*vars(module), *module._modules}) for module in model.modules()]
-    try:
-        yield attention_modules(model)
-    finally:
-        for module, known in before:
-            for name in {*vars(module), *module._modules} - known:
-                delattr(module, name)
-
-
-@contextmanager
-def patched(model: PreTrainedModel) -> Iterator[None]:
-    """The model's attention function as kvpress wraps it, which lets its presses mask tokens of single heads.
-
-    Eager attention is no registered function: presses that mask refuse it themselves.
-    """
-    library(KVPRESS)
-    patch = importlib.import_module("kvpress.attention_patch").attention_patch
-    name = model.config._attn_implementation
-    before = dict(ALL_ATTENTION_FUNCTIONS.items())
-    if name in before:
-        ALL_ATTENTION_FUNCTIONS[name] = patch(before[name])
-    try:
-        yield
-    finally:
-        if name in before:
-            ALL_ATTENTION_FUNCTIONS[name] = before[name]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from bench.methods.press_names import parse_press
 from bench.names import DESCRIPTIONS, HF, KVPRESS, LIMITS
 
 EXTRA = "pip install 'arkv-bench[peers]'"
@@ -35,6 +36,8 @@ class Press:
     """It masks tokens of single heads, which stay stored."""
     needs: str | None = None
     """What it would have to fetch, for the models that its authors made it for; None where it needs nothing."""
+    decodes: str | None = None
+    """When it compresses beside, or in the place of, the prefill."""
 
     @property
     def usable(self) -> bool:
@@ -42,24 +45,24 @@ class Press:
         return self.unusable is None and self.needs is None
 
 
-_DECODES = "it compresses while decoding, to a size of its own"
+_SCORES_DECODING = "it compresses while decoding, in a way of its own"
 _THRESHOLD = "it has a threshold in the place of a ratio"
 
 PRESSES: Mapping[str, Press] = {
     "adakv": Press("AdaKVPress", masks=True),
     "base": Press("BasePress", "it is the base class of all presses"),
     "block": Press("BlockPress"),
-    "cam": Press("CAMPress", _DECODES),
+    "cam": Press("CAMPress", _SCORES_DECODING),
     "cap": Press("CapPress"),
     "chunk": Press("ChunkPress"),
     "chunkkv": Press("ChunkKVPress"),
     "compactor": Press("CompactorPress"),
     "composed": Press("ComposedPress", "it needs a list of presses"),
-    "compression_ratio_decoding": Press("CompressionRatioDecodingPress", _DECODES),
+    "compression_ratio_decoding": Press("CompressionRatioDecodingPress", _SCORES_DECODING),
     "criticaladakv": Press("CriticalAdaKVPress", masks=True),
     "criticalkv": Press("CriticalKVPress"),
     "cur": Press("CURPress"),
-    "decoding": Press("DecodingPress", _DECODES),
+    "decoding": Press("DecodingPress", decodes="leaves the prompt whole until then"),
     "dms": Press("DMSPress", _THRESHOLD),
     "duo_attention": Press("DuoAttentionPress", "its heads, not a budget, say what is kept"),
     "entropy_gated_chunkkv": Press("EntropyGatedChunkKVPress"),
@@ -83,7 +86,7 @@ PRESSES: Mapping[str, Press] = {
     "non_causal_attention": Press("NonCausalAttnPress"),
     "observed_attention": Press("ObservedAttentionPress", "it needs eager attention over the whole prompt"),
     "per_layer_compression": Press("PerLayerCompressionPress", "it needs a ratio for every layer"),
-    "prefill_decoding": Press("PrefillDecodingPress", _DECODES),
+    "prefill_decoding": Press("PrefillDecodingPress", decodes="the answer's tokens come on top until then"),
     "pyramidkv": Press("PyramidKVPress"),
     "qfilter": Press("QFilterPress", needs="filters computed for the model, a download"),
     "random": Press("RandomPress"),
@@ -101,6 +104,7 @@ A test holds the table to the installed library."""
 
 AT_PREFILL = "compresses at prefill only, the answer's tokens come on top"
 MASKS = f"masks tokens of single heads, which stay stored, so that it frees no bytes; {AT_PREFILL}"
+DECODES = "compresses to its budget every 512 tokens that it reads or writes (compression_interval)"
 """What a press cannot meet."""
 
 
@@ -114,9 +118,11 @@ def limits_of(method: str) -> str:
     """What a method cannot meet, by its name alone; empty where nothing is known."""
     library = library_of(method)
     if library == KVPRESS:
-        parts = method.partition(":")[2].split("+")
-        masks = any(PRESSES[part].masks for part in parts if part in PRESSES)
-        return MASKS if masks else AT_PREFILL
+        presses = [PRESSES[name] for name in parse_press(method, BACKENDS).names if name in PRESSES]
+        for press in presses:
+            if press.decodes is not None:
+                return f"{DECODES}, {press.decodes}"
+        return MASKS if any(press.masks for press in presses) else AT_PREFILL
     return LIMITS.get(method) or LIMITS.get(library or "", "")
 
 
@@ -134,6 +140,10 @@ def descriptions() -> list[tuple[str, str]]:
     ]
     usable = ", ".join(usable_presses())
     found.append((f"{KVPRESS}:NAME", f"a press of kvpress ({EXTRA}): {LIMITS[KVPRESS]}. NAME: {usable}"))
+    wrapping = f"{KVPRESS}:adakv+expected_attention: a press that wraps another one than snapkv"
+    options = f"{KVPRESS}:kvzip[kvzip_plus_normalization=true]: options of a press"
+    stored = f"{KVPRESS}:kvzip+quanto-int4: what the press leaves goes into transformers' QuantizedCache"
+    found.append((f"{KVPRESS}:A+B", "; ".join((wrapping, options, stored))))
     needing = "; ".join(f"{name} ({press.needs})" for name, press in PRESSES.items() if press.needs)
     found.append(
         (f"{KVPRESS}:...", f"presses that are not offered, since they need something for each model: {needing}")

@@ -25,6 +25,7 @@ def columns_of(taken: Sequence[Measured], starts: Container[int]) -> dict[str, A
         "kv_bytes_mean": kv_bytes / len(taken),
         "kv_bytes_peak": max(sample.kv_bytes_peak for sample in taken),
         "kv_share": _ratio(kv_bytes, sum(sample.full_kv_bytes for sample in taken)),
+        "ragged_share": _ragged_share(taken),
         "kv_share_of_prompt": _ratio(kv_bytes, sum(map(_prompt_bytes, taken))),
         "original_share": _ratio(sum(sample.tokens_original for sample in taken), seen),
         "quantized_share": _ratio(sum(sample.tokens_quantized for sample in taken), seen),
@@ -55,6 +56,11 @@ def _prompt_bytes(sample: Measured) -> float:
         return sample.full_kv_bytes
     context = sample.prompt_tokens if sample.context_tokens is None else sample.context_tokens
     return sample.full_kv_bytes * context / sample.tokens_seen
+
+
+def _ragged_share(samples: Sequence[Measured]) -> float | None:
+    known = [sample.ragged_kv_bytes for sample in samples if sample.ragged_kv_bytes is not None]
+    return _ratio(sum(known), sum(sample.full_kv_bytes for sample in samples)) if len(known) == len(samples) else None
 
 
 def _ratio(part: float, whole: float) -> float | None:

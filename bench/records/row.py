@@ -107,6 +107,9 @@ class Row(BaseModel):
     kv_bytes_peak: Count | None = None
     kv_share: Share | None = None
     """Of the full cache's bytes."""
+    ragged_share: Share | None = None
+    """Where tokens of single heads are masked, and so stay stored: the same as if each head stored only what it attends
+    to. Unknown in older files."""
     kv_share_of_prompt: Share | None = None
     """Of the bytes of the prompt alone, which a budget is meant of."""
     original_share: Share | None = None
@@ -151,6 +154,7 @@ NEWER = {
     *(
         "sources",
         "question",
+        "ragged_share",
         "metric_low",
         "metric_high",
         "binary",

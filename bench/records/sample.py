@@ -81,6 +81,8 @@ class Measured:
     context_tokens: Count | None = None
     """Tokens that were compressed; None before it was written down: all of the prompt's."""
     question_s: Amount | None = None
+    ragged_kv_bytes: Count | None = None
+    """Of methods that mask tokens of single heads; None of all others, and in files written before it was known."""
     start: int | None = None
     """Which of the record's starts it was measured in; None before format 2."""
     kind: Kind = field(init=False, default="none")

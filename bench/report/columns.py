@@ -26,7 +26,8 @@ def _states(row: Row) -> str:
 
 
 def _share(row: Row) -> str:
-    return percent_text(row.kv_share) + ("*" if off_budget(row) else "")
+    ragged = "" if row.ragged_share is None else f" ({percent_text(row.ragged_share)})"
+    return percent_text(row.kv_share) + ("*" if off_budget(row) else "") + ragged
 
 
 def off_budget(row: Row) -> bool:
@@ -158,7 +159,8 @@ LEGEND = (
     f"interval and p hold for all rows together, and with 0 in the one, or from {ALPHA:.2f} on in the other, the two "
     "are not distinguishable.",
     "KV of full: all bytes that the cache stores, scales, positions and scores of tokens included, over the keys and "
-    "values of a full one. O/Q/E: tokens that ended Original, Quantized, Evicted.",
+    "values of a full one; in brackets what it would be if a method that only masks tokens of single heads stored each "
+    "head by itself. O/Q/E: tokens that ended Original, Quantized, Evicted.",
     "TTFT: prefill, compression and the first token; TPOT: every later token. Times are of the machine in record.json.",
 )
 """What the columns mean."""

@@ -89,6 +89,7 @@ def to_sample(
         kv_bytes=measured.kv_bytes,
         kv_bytes_peak=measured.kv_bytes_peak,
         full_kv_bytes=measured.full_kv_bytes,
+        ragged_kv_bytes=measured.ragged_kv_bytes,
         prefill_s=measured.prefill_s,
         compress_s=measured.compress_s,
         ttft_ms=measured.ttft_ms,

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from arkv import storage_bytes
 from bench.engine.engine import Engine
 from bench.errors import UserError
-from bench.methods import kvpress, names, versions
+from bench.methods import names, presses, versions
 from bench.methods.cell import Cell
 from bench.methods.grid import grid, other_cell
 from bench.methods.hf import FP8_LAYER
@@ -71,7 +71,7 @@ def test_importing_kvpress_patches_nothing() -> None:
         "import arkv\n"  # which registers a function of its own
         "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as functions\n"
         "before = dict(functions.items())\n"
-        "from bench.methods.kvpress import library\n"
+        "from bench.methods.presses import library\n"
         "assert library('kvpress:snapkv').SnapKVPress\n"
         "assert dict(functions.items()) == before\n"
     )
@@ -83,7 +83,7 @@ def test_importing_kvpress_patches_nothing() -> None:
 def _kvpress_is_imported() -> None:
     """By the suite and not by a test, whose import would patch transformers."""
     if find_spec("kvpress") is not None:
-        kvpress.library("kvpress:snapkv")
+        presses.library("kvpress:snapkv")
 
 
 @pytest.fixture(autouse=True)
@@ -204,6 +204,53 @@ def test_a_press_that_masks_shows_its_real_bytes(model: Any, prompt: torch.Tenso
     assert storage_bytes(cache.layers) > full
     assert token_counts(cell, cache)["original"] == pytest.approx(50, abs=0.01)
     assert token_counts(cell, cache)["evicted"] == pytest.approx(LENGTH - 50, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", ["snapkv+quanto-int4", "adakv+snapkv+quanto-int4", "adakv+tova+hqq-int4", "knorm+hqq-int2"]
+)
+def test_a_press_before_a_quantizer(model: Any, prompt: torch.Tensor, name: str) -> None:
+    """A budget in bytes holds more tokens than at model precision, one in tokens as many; both are kept to."""
+    full = 3 * 2 * 2 * 32 * 4 * LENGTH
+    cells = [other_cell(f"kvpress:{name}", unit=unit, cache_ratio=0.08) for unit in ("bytes", "tokens")]
+    made = [compress(model, prompt, cell) for cell in cells]
+    kept = []
+    for cell, prefilled in zip(cells, made, strict=True):
+        counts = token_counts(cell, prefilled.cache)
+        assert sum(counts.values()) == pytest.approx(LENGTH)
+        kept.append(counts["original"] + counts["quantized"])
+        ragged = cell.impl.ragged_bytes(prefilled.cache)
+        assert (ragged is None) is ("adakv" not in name)
+        assert (storage_bytes(prefilled.cache) if ragged is None else ragged) <= 1.02 * 0.08 * full
+    assert kept[1] == pytest.approx(16, abs=0.5)
+    assert kept[0] > 3 * kept[1]
+    # What follows is near that of the press alone, whose tokens these are.
+    alone = press(name.rpartition("+")[0], cache_ratio=0.08)
+    with torch.inference_mode():
+        prefilled = compress(model, prompt, alone)
+        logits = []
+        for cell, each in ((cells[1], made[1]), (alone, prefilled)):
+            with cell.decoding(model, [each.cache]):
+                logits.append(model(torch.tensor([[7]]), past_key_values=each.cache).logits[0, -1].log_softmax(-1))
+    assert torch.nn.functional.kl_div(logits[0], logits[1], log_target=True, reduction="sum") < 0.3
+
+
+def test_a_press_that_decodes_keeps_to_its_budget(model: Any, prompt: torch.Tensor) -> None:
+    """Every so many tokens; copies of a cache go on where they stand, each with what it has seen."""
+    cell = press("decoding[compression_interval=4]+knorm", cache_size=50)
+    prefilled = compress(model, prompt, cell)
+    assert token_counts(cell, prefilled.cache) == {"original": LENGTH, "quantized": 0.0, "evicted": 0.0}
+    greedy(model, cell, prefilled, 3)
+    twin = cell.fork(prefilled.cache)
+    held = []
+    for cache in (prefilled.cache, twin):
+        with cell.decoding(model, [cache]), torch.inference_mode():
+            model(torch.tensor([[5]]), past_key_values=cache)
+        held.append(token_counts(cell, cache))
+    assert held[0] == held[1] == {"original": 50.0, "quantized": 0.0, "evicted": LENGTH + 4 - 50}
+    assert prefilled.cache.get_seq_length() == LENGTH + 4
+    both = press("prefill_decoding[compression_interval=4]+knorm", cache_size=50)
+    assert token_counts(both, compress(model, prompt, both).cache)["original"] == 50.0
 
 
 @pytest.mark.parametrize("tokens", [50, 64])
@@ -331,6 +378,19 @@ def test_a_key_follows_the_librarys_version() -> None:
         ("kvpress:finch", "finch cannot be compared at a budget: it needs a delimiter"),
         ("kvpress:kvzap", "kvzap is not offered, since it needs another model"),
         ("kvpress:snapkv+tova", "SnapKVPress wraps no other press"),
+        ("kvpress:", "write it as kvpress:PRESS, kvpress:PRESS[option=value;option=value]"),
+        ("kvpress:kvzip[", "write it as kvpress:PRESS"),
+        ("kvpress:kvzip+", "write it as kvpress:PRESS"),
+        ("kvpress:quanto-int4", "quanto-int4 takes no options and stands behind a press"),
+        ("kvpress:kvzip+fp8", "fp8 takes one scale for a whole layer: use quanto or hqq"),
+        ("kvpress:kvzip[chunk_sise=64]", "kvzip has no option 'chunk_sise': did you mean chunk_size"),
+        ("kvpress:kvzip[chunk_size=many]", "chunk_size is an integer, not 'many'"),
+        ("kvpress:kvzip[layerwise=1]", "layerwise is true or false, not '1'"),
+        ("kvpress:kvzip[layerwise]", "options are written as [option=value;option=value], each once"),
+        ("kvpress:kvzip[n_sink=1;n_sink=2]", "options are written as [option=value;option=value], each once"),
+        ("kvpress:knorm[compression_ratio=0.5]", "compression_ratio is not an option: the budget says it"),
+        ("kvpress:decoding[target_size=5]+knorm", "target_size is not an option: the budget says it"),
+        ("kvpress:decoding+knorm+quanto-int4", "what is compressed while decoding would be quantized anew each time"),
         ("kvpress:chunkkv+adakv", "AdaKVPress gives tokens no score"),
     ],
 )

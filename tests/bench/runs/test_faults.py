@@ -18,7 +18,7 @@ from typing import NoReturn
 import pytest
 
 from bench.cli import main
-from bench.methods.kvpress import library
+from bench.methods.presses import library
 from bench.names import CURVE, SAMPLES
 from tests.bench.conftest import SENTENCES, quiet_environment, read_lines
 from tests.bench.lines import recorded

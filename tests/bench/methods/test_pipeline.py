@@ -1,0 +1,85 @@
+"""Every press against kvpress' own pipeline: a context is compressed, a question is read, then comes the answer."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from bench.methods.base import drawing_the_same
+from bench.methods.cell import Cell
+from bench.methods.grid import other_cell
+from bench.methods.names import PRESSES, usable_presses
+from bench.methods.presses import library, patched, plan_press, quiet, traceless
+from bench.methods.reading import forward, record
+
+if find_spec("kvpress") is None:
+    pytest.skip("kvpress is not installed", allow_module_level=True)
+
+CONTEXT, QUESTION, ANSWER, KEPT = 203, 9, 12, 61
+NAMES = [
+    *(name for name in usable_presses() if PRESSES[name].decodes is None),
+    "adakv+expected_attention",
+    "adakv[alpha_safeguard=0.05]+snapkv[window_size=24]",
+    "criticalkv+expected_attention",
+    "criticaladakv+expected_attention",
+    "chunkkv[chunk_length=8]+tova",
+    "kvzip[kvzip_plus_normalization=true]",
+    "kvzip[layerwise=true;chunk_size=64]",
+    "pyramidkv[beta=10;window_size=16]",
+    "decoding[compression_interval=3]+knorm",
+    "prefill_decoding[compression_interval=5]+snapkv[window_size=3]",
+]
+
+
+def ids(length: int, seed: int) -> torch.Tensor:
+    return torch.randint(1, 300, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def _answers_go_on(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token ends an answer early."""
+    library("kvpress:snapkv")
+    monkeypatch.setattr(tiny.model.generation_config, "eos_token_id", -1)
+
+
+def by_the_pipeline(tiny: Any, name: str, context: torch.Tensor, question: torch.Tensor) -> str:
+    from kvpress.pipeline import KVPressTextGenerationPipeline
+
+    press = plan_press(name).press(context.shape[1], KEPT)
+    pipeline = KVPressTextGenerationPipeline(model=tiny.model, tokenizer=tiny.tokenizer)
+    asked = {"context_ids": context, "questions_ids": [question]}
+    with traceless(tiny.model), patched(tiny.model), drawing_the_same(tiny.model), quiet(), torch.inference_mode():
+        (answer,) = pipeline._forward(asked, max_new_tokens=ANSWER, press=press)
+    return str(answer)
+
+
+@torch.inference_mode()
+def by_the_suite(tiny: Any, cell: Cell, context: torch.Tensor, question: torch.Tensor) -> str:
+    model: PreTrainedModel = tiny.model
+    (prompt,) = record(model, context.tolist(), cell.recorded_queries)
+    cache: Cache = cell.compress(model, prompt).cache
+    tokens: list[int] = []
+    with cell.decoding(model, [cache]):
+        asked = question[0].tolist()
+        for block in [asked] if cell.reads_blocks(cache) else [[token] for token in asked]:
+            logits = forward(model, [cache], [block])
+        while len(tokens) < ANSWER:
+            tokens.append(int(logits[0, -1].argmax()))
+            logits = forward(model, [cache], [tokens[-1:]])
+    return str(tiny.tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_answer(tiny: Any, name: str) -> None:
+    name = f"kvpress:{name}"
+    cell = other_cell(name, unit="tokens", cache_size=KEPT)
+    # The pipeline reads a question in one forward. A press that compresses while it reads counts forwards; and where
+    # layers hold unequally many tokens there is no mask for all.
+    alone = plan_press(name).decodes or "kvcompose" in name or "window_size=16" in name
+    context, question = ids(CONTEXT, 0), ids(1 if alone else QUESTION, 1)
+    assert by_the_suite(tiny, cell, context, question) == by_the_pipeline(tiny, name, context, question)
