@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
-from transformers.cache_utils import Cache
 
+from bench.engine.engine import Engine
 from bench.methods.base import drawing_the_same
 from bench.methods.cell import Cell
 from bench.methods.grid import other_cell
 from bench.methods.names import PRESSES, usable_presses
 from bench.methods.presses import library, patched, plan_press, quiet, traceless
-from bench.methods.reading import forward, record
+from tasks.base import Document, Generate, Generated
 
 if find_spec("kvpress") is None:
     pytest.skip("kvpress is not installed", allow_module_level=True)
@@ -58,20 +57,13 @@ def by_the_pipeline(tiny: Any, name: str, context: torch.Tensor, question: torch
     return str(answer)
 
 
-@torch.inference_mode()
 def by_the_suite(tiny: Any, cell: Cell, context: torch.Tensor, question: torch.Tensor) -> str:
-    model: PreTrainedModel = tiny.model
-    (prompt,) = record(model, context.tolist(), cell.recorded_queries)
-    cache: Cache = cell.compress(model, prompt).cache
-    tokens: list[int] = []
-    with cell.decoding(model, [cache]):
-        asked = question[0].tolist()
-        for block in [asked] if cell.reads_blocks(cache) else [[token] for token in asked]:
-            logits = forward(model, [cache], [block])
-        while len(tokens) < ANSWER:
-            tokens.append(int(logits[0, -1].argmax()))
-            logits = forward(model, [cache], [tokens[-1:]])
-    return str(tiny.tokenizer.decode(tokens, skip_special_tokens=True))
+    asked = {"prompt_ids": tuple(context[0].tolist()), "question_ids": tuple(question[0].tolist())}
+    document = Document(id="d", request=Generate(**asked, max_new_tokens=ANSWER))
+    (measured,) = Engine(tiny.model, tiny.tokenizer, [cell]).answer(document, [cell])
+    assert isinstance(measured.answer, Generated)
+    assert measured.tokens_evicted > 0
+    return measured.answer.text
 
 
 @pytest.mark.parametrize("name", NAMES)
