@@ -88,7 +88,7 @@ class Press(Method):
         """
         tokens = ids.shape[1]
         with quiet():
-            press = self.plan.press(tokens, self._kept(model, tokens, asked))
+            press = self.plan.press(tokens, self._kept(model, tokens, asked), asked.cache_size)
         if tokens <= least_prompt(press) and not self.plan.decodes:
             press.compression_ratio = 0.0
         cache = DynamicCache(config=model.config)

@@ -46,8 +46,9 @@ class PressPlan:
         """Whether tokens stay stored and are masked."""
         return any(PRESSES[name].masks for name in self.asked.names)
 
-    def press(self, tokens: int, kept: int) -> Any:
-        """A press that keeps ``kept`` of ``tokens`` tokens of a prompt, and no more while decoding where it decodes."""
+    def press(self, tokens: int, kept: int, size: int | None = None) -> Any:
+        """A press that keeps ``kept`` of ``tokens`` tokens of a prompt, and ``size`` (as many, if None) of all tokens
+        while decoding where it decodes."""
         kvpress = library(self.name)
         outer, *inner = [getattr(kvpress, PRESSES[part.name].class_name) for part in self.asked.parts]
         own, *others = self.options
@@ -58,7 +59,7 @@ class PressPlan:
             return inner[0](**others[0]) if inner else kvpress.SnapKVPress()
 
         if self.decodes:
-            decoding = kvpress.DecodingPress(base_press=wrapped(), target_size=kept, **own)
+            decoding = kvpress.DecodingPress(base_press=wrapped(), target_size=size or kept, **own)
             if outer is kvpress.DecodingPress:
                 return decoding
             before = wrapped()
