@@ -6,14 +6,15 @@ cache method is asked exactly the same thing.
 
 from __future__ import annotations
 
-import difflib
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+from tasks.errors import TaskError as TaskError
 
 if TYPE_CHECKING:
     from tasks.options import TaskOptions
@@ -23,33 +24,11 @@ Place = Literal["after", "before"]
 """Where a question stands: read through the compressed cache of its context, or a part of what is compressed."""
 
 
-class TaskError(ValueError):
-    """A task cannot be set up: what is wrong and what to change, in one line.
-
-    ``usage`` marks an error in what was asked for (an unknown name), as opposed to one met on the way (missing data).
-    ``reason`` is the same of other tasks that fail for it, such as a folder with the rows of none of them.
-    """
-
-    def __init__(self, message: str, *, usage: bool = False, reason: str = "") -> None:
-        super().__init__(message)
-        self.usage = usage
-        self.reason = reason
-
-
 def missing_rows(data_dir: Path | None) -> str:
     """The reason of every task whose rows are not there."""
     if data_dir is None:
         return "their rows cannot be fetched from the hub: without a connection, give --data-dir"
     return f"no rows in --data-dir {data_dir}"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The tail of an "unknown name" message: the nearest known names, or all of them when nothing is near."""
-    names = sorted(set(known))
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    if close:
-        return f"did you mean {' or '.join(close)}?"
-    return f"known: {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}"
 
 
 def draw(count: int, sampling_ratio: float, seed: int | str) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from tasks.base import TaskError, nearest
+from tasks.errors import TaskError, nearest
 
 Count = Annotated[int, Field(ge=1)]
 """A whole number of things of which there is at least one."""

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tasks.base import Task, TaskError, TaskGroup, nearest
+from tasks.base import Task, TaskGroup
+from tasks.errors import TaskError, nearest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -134,6 +134,36 @@ def test_each_room_uses_what_stands_below_it() -> None:
     floor_of = {item: number for number, floor in enumerate(FLOORS) for item in floor}
     upwards = {arrow: files for arrow, files in arrows().items() if floor_of[arrow[1]] >= floor_of[arrow[0]]}
     assert upwards == {}
+
+
+def module_of(source: str) -> str:
+    return source.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def pairs(sources: Mapping[str, ast.AST]) -> list[tuple[str, str]]:
+    """Modules that import each other, be it for their types only."""
+    known = {module_of(source) for source in sources}
+    used: dict[str, set[str]] = {}
+    for source, tree in sources.items():
+        found = {module for module, _ in imports(tree, source)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        used[module_of(source)] = found & known
+    return sorted((mine, other) for mine in used for other in used[mine] if mine < other and mine in used[other])
+
+
+def test_no_two_files_import_each_other() -> None:
+    assert pairs({source: parse(source) for source in SOURCES if not source.startswith("arkv/")}) == []
+
+
+def test_the_rule_of_pairs_itself() -> None:
+    code = {
+        "tasks/base.py": "if TYPE_CHECKING:\n    from tasks.options import TaskOptions",
+        "tasks/options.py": "from tasks import base",
+        "tasks/text.py": "import tasks.base",
+    }
+    assert pairs({source: ast.parse(text) for source, text in code.items()}) == [("tasks.base", "tasks.options")]
 
 
 def test_every_package_has_sources() -> None:

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tasks.base import TaskError, missing_rows, nearest
+from tasks.base import missing_rows
+from tasks.errors import TaskError, nearest
 from tasks.jsonl import read_jsonl
 
 

@@ -23,19 +23,8 @@ from bench.harness.quiet import quiet
 from bench.harness.replay import replay, selection, to_evaluation, to_responses
 from bench.harness.requests import apply_chat_template, to_generate, to_log_likelihood, to_rolling
 from bench.harness.rows import hash_rows, local_rows
-from tasks.base import (
-    Answer,
-    Document,
-    Evaluation,
-    Metric,
-    Request,
-    Task,
-    TaskError,
-    TaskSettings,
-    draw,
-    missing_rows,
-    nearest,
-)
+from tasks.base import Answer, Document, Evaluation, Metric, Request, Task, TaskSettings, draw, missing_rows
+from tasks.errors import TaskError, nearest
 
 _FEWSHOT_SEED = 1234
 """lm-eval's default; with any other seed the prompts would not be the official ones."""

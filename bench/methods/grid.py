@@ -15,7 +15,7 @@ from bench.methods.prompt import Asked
 from bench.methods.tristate import TriState
 from bench.methods.variants import Variant
 from bench.names import FULL, HF, KVPRESS
-from tasks.base import nearest
+from tasks.errors import nearest
 
 
 class OwnMethod(NamedTuple):

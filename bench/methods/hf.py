@@ -22,7 +22,7 @@ from bench.methods.prompt import Budget, Prompt
 from bench.methods.states import ORIGINAL, QUANTIZED
 from bench.methods.versions import installed_version
 from bench.names import HF
-from tasks.base import nearest
+from tasks.errors import nearest
 
 FP8_LAYER = "Fp8QuantizedLayer"
 """Where transformers has it, its ``fp8`` backend is there: one scale per tensor, fixed by the prompt."""

@@ -21,7 +21,7 @@ from bench.methods.names import BACKENDS, EXTRA, PRESSES, usable_presses
 from bench.methods.press_names import PressName, PressPart, parse_press
 from bench.methods.versions import installed_version
 from bench.names import KVPRESS
-from tasks.base import nearest
+from tasks.errors import nearest
 
 _GIVEN = {"compression_ratio": "the budget says it", "target_size": "the budget says it"}
 """Parameters that are not open to options, and why."""

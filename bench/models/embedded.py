@@ -15,7 +15,7 @@ from bench.models.catalogue import EMBEDDED, EmbeddedModel
 from bench.models.gguf import converted_folder
 from bench.models.storage import cache_root, file_sha256
 from bench.progress import MB, ProgressReporter, say, stderr
-from tasks.base import nearest
+from tasks.errors import nearest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from bench.models.kernels import prepare_kernels
 from bench.models.library import check_complete, load_transformers, transformers_errors
 from bench.models.references import ModelSource, resolve
 from bench.models.storage import remembered_sha256
-from tasks.base import nearest
+from tasks.errors import nearest
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from typing import Literal
 
 from bench.errors import UserError
 from bench.models import embedded
-from tasks.base import nearest
+from tasks.errors import nearest
 
 
 @dataclass(frozen=True, kw_only=True)

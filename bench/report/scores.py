@@ -15,7 +15,7 @@ from bench.errors import UserError
 from bench.records.files.csv_ import csv_text
 from bench.records.files.json_ import json_text
 from bench.records.files.markdown import markdown_table
-from tasks.base import nearest
+from tasks.errors import nearest
 from tasks.longbench.averages import Average, averages
 from tasks.longbench.datasets import BUCKETS, DATASETS, EXTENDED
 from tasks.longbench.predictions import FOLDER, FOLDER_E, FileScore, dataset_of, score_file

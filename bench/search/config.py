@@ -9,10 +9,11 @@ from typing import Any
 from arkv import METHODS, CacheConfig
 from bench.errors import UserError
 from bench.methods.grid import grid
-from bench.names import budget_text
+from bench.methods.names import library_of
+from bench.names import FULL, budget_text
 from bench.search.parameters import DEFAULTS, PARAMETERS, idle
 from bench.settings.tune import TuneSettings
-from tasks.base import nearest
+from tasks.errors import nearest
 
 FIDELITY = "fidelity"
 """The task whose measure is the divergence from the full cache."""
@@ -26,9 +27,10 @@ class TuneConfig:
     """As given; ``limit`` is the number of tuning documents of a task."""
 
     def __post_init__(self) -> None:
-        if len(self.run.methods) != 1 or self.run.methods[0] not in METHODS:
-            given = ",".join(self.run.method_names)
-            raise UserError(f"--methods={given}: give one of {', '.join(METHODS)}", exit_code=2)
+        given = ",".join(self.run.method_names)
+        if len(self.run.methods) != 1 or self.method not in METHODS:
+            why = "a search has one" if len(self.run.methods) != 1 else _why_not(self.method)
+            raise UserError(f"--methods={given}: {why}; give one of {', '.join(METHODS)}", exit_code=2)
         for name, least in (("model", 1), ("window_size", 0)):
             if not least <= len(getattr(self.run, name)) <= 1:
                 given = ",".join(map(str, getattr(self.run, name)))
@@ -94,3 +96,12 @@ class TuneConfig:
         """A budget of the list for a person."""
         settings = {"cache_size": None, "cache_ratio": None, **self.run.budgets[budget]}
         return budget_text(self.run.budget_unit, **settings)
+
+
+def _why_not(method: str) -> str:
+    """Why a method cannot be tuned."""
+    if method == FULL:
+        return "the full cache has no settings"
+    if (library := library_of(method)) is not None:
+        return f"what is searched are settings of the tri-state cache, which methods of {library} do not have"
+    return f"no method with settings that can be searched: {nearest(method, METHODS)}"

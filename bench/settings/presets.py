@@ -10,7 +10,7 @@ from typing import Any, TypeVar, overload
 from bench.errors import UserError
 from bench.settings.fields import SettingError, Settings, setting_of, shape_of
 from bench.settings.run import RunConfig
-from tasks.base import nearest
+from tasks.errors import nearest
 from tasks.options import value_schema
 
 DESCRIPTION = "description"

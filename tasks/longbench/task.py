@@ -8,20 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from tasks.base import (
-    Answer,
-    Document,
-    Evaluation,
-    Generate,
-    Generated,
-    Metric,
-    Task,
-    TaskError,
-    TaskGroup,
-    TaskSettings,
-    draw,
-    nearest,
-)
+from tasks.base import Answer, Document, Evaluation, Generate, Generated, Metric, Task, TaskGroup, TaskSettings, draw
+from tasks.errors import TaskError, nearest
 from tasks.longbench.data import load_rows
 from tasks.longbench.datasets import BUCKETS, DATASETS, EXTENDED, Dataset, bucket
 from tasks.longbench.metrics import BINARY, score

@@ -6,19 +6,8 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 
-from tasks.base import (
-    Answer,
-    Document,
-    Evaluation,
-    Generated,
-    Metric,
-    Task,
-    TaskError,
-    TaskGroup,
-    TaskSettings,
-    draw,
-    nearest,
-)
+from tasks.base import Answer, Document, Evaluation, Generated, Metric, Task, TaskGroup, TaskSettings, draw
+from tasks.errors import TaskError, nearest
 from tasks.ruler.counting import CommonWords, FrequentWords
 from tasks.ruler.definitions import DEFINITIONS, OFFLINE, Definition
 from tasks.ruler.essays import STAND_IN, Essay
