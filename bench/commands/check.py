@@ -3,64 +3,18 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
 
 from bench.commands.output import named_or_newest, write
 from bench.errors import UserError
+from bench.settings.check import CheckConfig
+from bench.settings.options import given, takes
 
-TOLERANCES = "Tolerances: how much worse passes although it is beyond noise"
 
-
-def check(
-    run: Annotated[
-        Path | None, typer.Argument(help="A run folder. Default: the newest under runs.", show_default=False)
-    ] = None,
-    against: Annotated[
-        Path | None,
-        typer.Option(help="The baseline: a folder that --update wrote, or another run. Needed.", show_default=False),
-    ] = None,
-    update: Annotated[bool, typer.Option("--update", help="Make RUN the new baseline instead of checking it.")] = False,
-    markdown: Annotated[
-        Path | None, typer.Option(help="Write the findings as Markdown.", metavar="FILE", show_default=False)
-    ] = None,
-    partial: Annotated[
-        bool, typer.Option("--partial", help="Let pass what the baseline has and RUN has not measured.")
-    ] = False,
-    score_tolerance: Annotated[
-        float, typer.Option(help="Share of the baseline's score, where more is better.", rich_help_panel=TOLERANCES)
-    ] = 0.02,
-    kl_tolerance: Annotated[
-        float,
-        typer.Option(help="Share of the baseline's KL, perplexity, ... (less is better).", rich_help_panel=TOLERANCES),
-    ] = 0.05,
-    lost: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the baseline's right answers that may be wrong now, rounded up to whole answers. "
-            "Default: 0, or 0.05 where hardware, precision or versions of libraries are not the baseline's.",
-            rich_help_panel=TOLERANCES,
-            show_default=False,
-        ),
-    ] = None,
-    bytes_tolerance: Annotated[
-        float, typer.Option(help="Share of the baseline's KV bytes.", rich_help_panel=TOLERANCES)
-    ] = 0.01,
-    speed_tolerance: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the baseline's tokens/s over those of full in the same run. "
-            "Default: 0.03, or 0.25 when the baseline's record names other hardware.",
-            rich_help_panel=TOLERANCES,
-            show_default=False,
-        ),
-    ] = None,
-    no_speed: Annotated[
-        bool, typer.Option("--no-speed", help="Do not judge speed.", rich_help_panel=TOLERANCES)
-    ] = False,
-) -> None:
+@takes(CheckConfig)
+def check(**typed: Any) -> None:
     """Fail when a run is worse than a baseline: scores, KL divergence, KV bytes, tokens/s over full's.
 
     Both must have answered the same documents with the same model. A change fails when its whole 95 % interval over
@@ -71,9 +25,11 @@ def check(
     [bold]arkv-bench check runs/ci --against results/ci --markdown check.md[/bold]
     [bold]arkv-bench check runs/ci --against results/ci --update[/bold]
     """
+    config = CheckConfig(**given(CheckConfig, typed))
+    against = config.against
     if against is None:
         raise UserError("give --against FOLDER, the baseline: a folder that --update wrote, or another run", 2)
-    (folder,) = named_or_newest([run] if run is not None else None)
+    (folder,) = named_or_newest(None if config.run is None else [config.run])
 
     from bench.gate.comparing import changes
     from bench.gate.comparing import check as compare
@@ -83,27 +39,27 @@ def check(
     from bench.records.files.numbers import bytes_text
 
     tolerances = Tolerances(
-        score=score_tolerance,
-        divergence=kl_tolerance,
-        lost=lost,
-        kv_bytes=bytes_tolerance,
-        speed=speed_tolerance,
-        judge_speed=not no_speed,
+        score=config.score_tolerance,
+        divergence=config.kl_tolerance,
+        lost=config.lost,
+        kv_bytes=config.bytes_tolerance,
+        speed=config.speed_tolerance,
+        judge_speed=config.speed,
     )
-    if update:
+    if config.update:
         changed = changes(folder, against)
         size = write_baseline(folder, against)
         typer.echo(f"wrote {against}, {bytes_text(size)}")
         for line in changed:
             typer.echo(f"against the one before: {line}")
         return
-    report = compare(read(folder), read(against), tolerances, partial=partial)
+    report = compare(read(folder), read(against), tolerances, partial=config.partial)
     for line in lines(report):
         typer.echo(line)
     typer.echo(summary(report))
     text = to_markdown(report)
-    if markdown is not None:
-        write(markdown, text, quiet=True)
+    if config.markdown is not None:
+        write(config.markdown, text, quiet=True)
     if summary_file := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:
             with open(summary_file, "a", encoding="utf-8") as file:

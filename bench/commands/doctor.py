@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
+
+from bench.settings.doctor import DoctorConfig
+from bench.settings.options import given, takes
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -157,23 +160,20 @@ def _safely(check: Callable[[], Iterator[Finding]], what: str) -> Iterator[Findi
         yield Finding(False, what, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
-def doctor(
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="A folder with local rows to check.", show_default=False),
-    ] = None,
-) -> None:
+@takes(DoctorConfig)
+def doctor(**typed: Any) -> None:
     """Say what works on this machine: packages, devices, number types, model, data. Exit code 1 if something needed
     is broken."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    config = DoctorConfig(**given(DoctorConfig, typed))
     findings = [
         *_safely(_packages, "packages"),
         *_safely(_devices, "devices"),
         *_safely(_models, "models"),
-        *_safely(lambda: _data(data_dir), "data"),
+        *_safely(lambda: _data(config.data_dir), "data"),
     ]
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column()

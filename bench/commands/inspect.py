@@ -41,7 +41,7 @@ def inspect(run: RUN_OF_PROMPT = None, preset: PRESET = None, **typed: Any) -> N
     """
     from bench.settings.presets import resolve
 
-    flags = given(typed)
+    flags = given(InspectConfig, typed)
     if run is not None or not flags.keys() & {"prompt_file", "task"}:
         flags = _of_run(run, flags)
     config, origin = resolve(flags, preset, InspectConfig)
@@ -201,6 +201,6 @@ def _document(run: RunConfig, loaded: LoadedModel, doc: str) -> Document:
     for document in documents:
         if document.id == doc:
             return document
-    from tasks.base import nearest
+    from tasks.errors import nearest
 
     raise UserError(f"--doc={doc}: {nearest(doc, [document.id for document in documents])}", exit_code=2)

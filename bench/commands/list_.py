@@ -2,44 +2,32 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from bench.errors import UserError
+from bench.settings.list_ import ListConfig
+from bench.settings.options import given, takes
 
 if TYPE_CHECKING:
     from bench.methods.base import Method
 
 
-class What(str, Enum):
-    """What can be listed."""
-
-    METHODS = "methods"
-    TASKS = "tasks"
-    MODELS = "models"
-    PRESETS = "presets"
-
-
-def list_things(
-    what: Annotated[What, typer.Argument(help="methods, tasks, models or presets.", show_default=False)],
-    schema: Annotated[bool, typer.Option("--schema", help="presets: a JSON schema of them, for editors.")] = False,
-    plugin: Annotated[
-        list[str] | None,
-        typer.Option(help="Python files with methods or tasks of your own; may be repeated.", show_default=False),
-    ] = None,
-) -> None:
+@takes(ListConfig)
+def list_things(**typed: Any) -> None:
     """List the methods, tasks, models or presets, one line each, with those of installed packages and of --plugin."""
     from rich.console import Console
     from rich.table import Table
 
-    if schema:
+    config = ListConfig(**given(ListConfig, typed))
+    what, plugin = config.what, config.plugin
+    if config.schema_:
         _print_schema(what)
         return
     rows: list[tuple[str, ...]]
     failures: list[dict[str, str]] = []
-    if what is What.METHODS:
+    if what == "methods":
         from importlib.metadata import entry_points
 
         from bench.methods.names import METHOD_GROUP, descriptions
@@ -48,11 +36,11 @@ def list_things(
         if plugin or entry_points(group=METHOD_GROUP):
             from bench.methods import plugins
 
-            found = plugins.Plugins(_split(plugin))
+            found = plugins.Plugins(plugin or ())
             found.load_installed(plugins.METHODS)
             failures = found.failures
             rows += [(name, _described(own.method)) for name, own in found.methods.items()]
-    elif what is What.TASKS:
+    elif what == "tasks":
         from importlib.metadata import entry_points
 
         from bench.harness import tasks as harness
@@ -63,7 +51,7 @@ def list_things(
         if plugin or entry_points(group=TASK_GROUP):
             from bench.methods import plugins
 
-            found = plugins.Plugins(_split(plugin), harness.HarnessTasks())
+            found = plugins.Plugins(plugin or (), harness.HarnessTasks())
             found.load_installed(plugins.TASKS)
             failures = found.failures
             rows += [(name, "a task of a plugin") for name in found.tasks]
@@ -71,7 +59,7 @@ def list_things(
             (name, f"{text} (lm-eval; rows from --data-dir or the hub)") for name, text in harness.DESCRIPTIONS.items()
         ]
         rows.append(("NAME", "any other task or group of lm-eval"))
-    elif what is What.MODELS:
+    elif what == "models":
         from bench.models.embedded import list_models
         from bench.progress import MB
 
@@ -92,7 +80,7 @@ def list_things(
 
         rows = [(name, preset_description(name)) for name in preset_names()]
     table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=what is What.MODELS, overflow="fold")
+    table.add_column(no_wrap=what == "models", overflow="fold")
     for _ in range(1, max(map(len, rows))):
         table.add_column(overflow="fold")
     for row in rows:
@@ -110,16 +98,11 @@ def _described(method: Method) -> str:
     return f"{text}: {method.limits}" if method.limits else text
 
 
-def _print_schema(what: What) -> None:
+def _print_schema(what: str) -> None:
     import json
 
     from bench.settings.presets import preset_schema
 
-    if what is not What.PRESETS:
-        raise UserError(f"list {what.value} --schema: only presets have one: list presets --schema", exit_code=2)
+    if what != "presets":
+        raise UserError(f"list {what} --schema: only presets have one: list presets --schema", exit_code=2)
     typer.echo(json.dumps(preset_schema(), indent=2, ensure_ascii=False))
-
-
-def _split(files: list[str] | None) -> list[str]:
-    """An option that may be repeated and may name several."""
-    return [file for item in files or [] for file in item.split(",") if file]

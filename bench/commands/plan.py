@@ -34,7 +34,7 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
     from bench.settings.presets import resolve
     from tasks.base import TaskError
 
-    config, _ = resolve(given(typed), preset, PlanConfig)
+    config, _ = resolve(given(PlanConfig, typed), preset, PlanConfig)
     memory = parse_bytes(config.gpu_memory, "--gpu-memory")
     gpus, share = config.gpus, config.worker_gpus
     if share > gpus:

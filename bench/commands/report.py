@@ -2,63 +2,23 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from bench.commands.output import named_or_newest, write
 from bench.errors import UserError
+from bench.settings.options import given, takes
+from bench.settings.report import ReportConfig
 
 if TYPE_CHECKING:
     from bench.records.row import Row
     from bench.report.between import Pair
 
 
-class Format(str, Enum):
-    """How a table is written."""
-
-    TERMINAL = "terminal"
-    MARKDOWN = "markdown"
-    CSV = "csv"
-
-
-def report(
-    runs: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Run folders. Default: the newest under runs.", metavar="RUN", show_default=False),
-    ] = None,
-    format: Annotated[Format, typer.Option(help="terminal, markdown or csv.")] = Format.TERMINAL,
-    by: Annotated[
-        str | None,
-        typer.Option(
-            help="Rows for each value of what documents say of themselves, such as length or depth.",
-            metavar="FACT",
-            show_default=False,
-        ),
-    ] = None,
-    against: Annotated[
-        Path | None,
-        typer.Option(help="A CSV of published figures: show the runs beside them instead.", show_default=False),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="Write to this file instead of the terminal.", show_default=False),
-    ] = None,
-    html: Annotated[
-        Path | None,
-        typer.Option("--html", help="Write one page with tables and figures.", metavar="FILE", show_default=False),
-    ] = None,
-    latex: Annotated[
-        Path | None,
-        typer.Option("--latex", help="Write the tables for a paper (booktabs).", metavar="FILE", show_default=False),
-    ] = None,
-    figures: Annotated[
-        Path | None,
-        typer.Option("--figures", help="Write the figures as SVG, PNG and PDF.", metavar="DIR", show_default=False),
-    ] = None,
-) -> None:
+@takes(ReportConfig)
+def report(**typed: Any) -> None:
     """Print the comparison of each task: methods as rows, budgets grouped, the best of each budget in bold.
 
     Of several runs every table says in a column which run a row is of, and each further run is compared with the first
@@ -73,12 +33,15 @@ def report(
     [bold]arkv-bench report runs/a --against published.csv[/bold]
     [bold]arkv-bench report runs/a runs/b --html page.html --figures figures --latex table.tex[/bold]
     """
+    config = ReportConfig(**given(ReportConfig, typed))
+    against, html, latex, figures, output = config.against, config.html, config.latex, config.figures, config.output
+    by = config.by
     if against is not None and (html is not None or figures is not None or latex is not None):
         message = "--against is a table of its own: leave it out, or leave out --html, --figures and --latex"
         raise UserError(message, 2)
     if by is not None and (against is not None or html is not None or figures is not None or latex is not None):
         raise UserError("--by is a table of its own: leave out --against, --html, --figures and --latex", 2)
-    folders = named_or_newest(runs)
+    folders = named_or_newest(config.runs)
     if html is not None or figures is not None or latex is not None:
         if latex is not None:
             _write_latex(folders, latex)
@@ -96,14 +59,14 @@ def report(
     from bench.report.writing import to_csv, to_markdown
 
     if by is not None:
-        _print_by(folders, by, format, output)
+        _print_by(folders, by, config)
         return
     tables = [read_results(path) for path in folders]
     shown, pairs_of_runs, reasons = _shown(folders)
     rows = [row for table in tables for row in table]
     by_run = dict(zip(run_names(folders), tables, strict=True))
     pairs = published.pair(rows, published.read_published(against)) if against is not None else None
-    if format is Format.TERMINAL and output is None:
+    if config.format == "terminal" and output is None:
         from rich.console import Console
 
         console = Console()
@@ -117,8 +80,8 @@ def report(
         averages.print_averages(averages.together(by_run), console)
         return
     if pairs is not None:
-        text = published.to_csv(pairs) if format is Format.CSV else published.to_markdown(pairs)
-    elif format is Format.CSV:
+        text = published.to_csv(pairs) if config.format == "csv" else published.to_markdown(pairs)
+    elif config.format == "csv":
         text = to_csv(by_run, pairs_of_runs)
     else:
         text = to_markdown(shown) + changed.to_markdown(pairs_of_runs)
@@ -130,7 +93,7 @@ def report(
         write(output, text)
 
 
-def _print_by(folders: list[Path], by: str, format: Format, output: Path | None) -> None:
+def _print_by(folders: list[Path], by: str, config: ReportConfig) -> None:
     """The rows of each value of a fact, of each run by itself."""
     from bench.records.finished import read_runs
     from bench.report.by import split_by
@@ -138,7 +101,7 @@ def _print_by(folders: list[Path], by: str, format: Format, output: Path | None)
     from bench.report.writing import to_csv, to_markdown
 
     runs = {run.name: split_by(run, by).rows for run in read_runs(folders) if run.is_run}
-    if format is Format.TERMINAL and output is None:
+    if config.format == "terminal" and config.output is None:
         from rich.console import Console
 
         for name, rows in runs.items():
@@ -146,11 +109,12 @@ def _print_by(folders: list[Path], by: str, format: Format, output: Path | None)
                 typer.echo(f"\n{name}")
             print_comparison([rows], Console())
         return
-    text = to_csv(runs) if format is Format.CSV else "\n".join(map(to_markdown, ([rows] for rows in runs.values())))
-    if output is None:
+    as_csv = config.format == "csv"
+    text = to_csv(runs) if as_csv else "\n".join(map(to_markdown, ([rows] for rows in runs.values())))
+    if config.output is None:
         typer.echo(text, nl=False)
     else:
-        write(output, text)
+        write(config.output, text)
 
 
 def _shown(folders: list[Path]) -> tuple[list[list[Row]], list[Pair], list[str]]:

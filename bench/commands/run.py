@@ -39,7 +39,7 @@ def run(
     """
     from bench.settings.presets import resolve
 
-    config, origin = resolve(given(typed), preset)
+    config, origin = resolve(given(RunConfig, typed), preset)
     if print_config:
         shown = config.to_json()
         width = max(map(len, shown))

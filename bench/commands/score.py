@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from enum import Enum
-from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
 
-
-class Format(str, Enum):
-    """How scores are written."""
-
-    TERMINAL = "terminal"
-    MARKDOWN = "md"
-    CSV = "csv"
-    JSON = "json"
+from bench.settings.options import given, takes
+from bench.settings.score import ScoreConfig
 
 
-def score(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            help="A folder of <dataset>.jsonl, of such folders (the official pred or pred_e), or a run folder.",
-            show_default=False,
-        ),
-    ],
-    longbench_e: Annotated[
-        bool, typer.Option("--longbench-e", help="Score by length as well, as LongBench-E does.")
-    ] = False,
-    format: Annotated[Format, typer.Option(help="terminal, md, csv or json.")] = Format.TERMINAL,
-) -> None:
+@takes(ScoreConfig)
+def score(**typed: Any) -> None:
     """Score LongBench predictions in the official form: lines with pred, answers, all_classes and length.
 
     The figures are those of the official evaluation, with averages by category, by language and over all.
@@ -40,13 +21,14 @@ def score(
     """
     from bench.report.scores import print_scores, score_folder, to_csv, to_json, to_markdown
 
-    scores, ignored = score_folder(folder, extended=longbench_e)
+    config = ScoreConfig(**given(ScoreConfig, typed))
+    scores, ignored = score_folder(config.folder, extended=config.longbench_e)
     for path in ignored:
         typer.echo(f"arkv-bench: ignored {path}: not the name of a dataset", err=True)
-    if format is Format.TERMINAL:
+    if config.format == "terminal":
         from rich.console import Console
 
         print_scores(scores, Console())
         return
-    write = {Format.MARKDOWN: to_markdown, Format.CSV: to_csv, Format.JSON: to_json}[format]
+    write = {"md": to_markdown, "csv": to_csv, "json": to_json}[config.format]
     typer.echo(write(scores), nl=False)

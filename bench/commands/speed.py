@@ -29,7 +29,7 @@ def speed(**typed: Any) -> None:
     from bench.runs import folder as records
     from bench.runs.kinds import TIMINGS, claim
 
-    config = SpeedConfig(**given(typed))
+    config = SpeedConfig(**given(SpeedConfig, typed))
     if len(config.model) != 1:
         raise UserError(f"--model={','.join(config.model)}: give one", exit_code=2)
     lengths, new_tokens, outdir = config.context_lengths, config.new_tokens, config.outdir

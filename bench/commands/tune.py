@@ -27,7 +27,7 @@ def tune(fresh: FRESH = False, **typed: Any) -> None:
     [bold]arkv-bench tune --tasks fidelity,needle --cache-ratio 0.25 --budget-unit bytes --outdir runs/tuned[/bold]
     [bold]arkv-bench run --preset runs/tuned/preset.yaml --tasks longbench[/bold]
     """
-    settings = TuneSettings(**given(typed))
+    settings = TuneSettings(**given(TuneSettings, typed))
     from bench.runs.kinds import SEARCH, claim, new_folder
     from bench.search.config import TuneConfig
 

@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from bench.errors import UserError
 from bench.settings.secrets import redacted
-from tasks.base import nearest
+from tasks.errors import nearest
 from tasks.options import message_of, value_schema
 
 Affects = Literal["answer", "grid", "speed", "nothing"]
@@ -50,6 +50,14 @@ class Setting:
     """The fingerprint has it only where it is not the default: older folders do not have it."""
     repeated: bool = False
     """Its option may stand several times."""
+    argument: bool = False
+    """It has no option: what is typed without one is its value, or are its values."""
+    short: str | None = None
+    """Its option in one letter, such as ``-o``."""
+    shown_as: str | None = None
+    """What a help shows in the place of the value, such as ``FILE``, where the kind of value says too little."""
+    switch: bool = False
+    """Its option has no opposite."""
     may_be_empty: bool = False
     """Of a list: no value stands for values of somebody else's."""
     read: Callable[[str, Any], Any] | None = None
@@ -253,6 +261,11 @@ def shape_of(annotation: Any) -> Shape:
     if get_origin(kind) is Literal:
         kind = type(get_args(kind)[0])
     return Shape(kind, many, optional)
+
+
+def choices_of(annotation: Any) -> tuple[Any, ...]:
+    """The values that a field can have, where they are named one by one; else none."""
+    return next((get_args(item) for item in _alternatives(annotation) if get_origin(item) is Literal), ())
 
 
 def _alternatives(annotation: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -409,3 +410,43 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert caught.value.code == 0
     assert capsys.readouterr().out.startswith("arkv-bench ")
+
+
+def test_the_two_lines_of_a_first_try(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two names of tasks and one of a method: full is there to compare with, the rows that lack are one line, and
+    report takes the run that was just made."""
+    data = tmp_path / "data"
+    solved = {"question": "What is 1 + 1?", "answer": "It is 2.\n#### 2"}
+    passage = {"input": "Question: What is x?\nType:", "context": "a word " * 60, "answers": ["Food"], "length": 70}
+    rows = {
+        "gsm8k/train.jsonl": solved,
+        "gsm8k/test.jsonl": solved,
+        "trec.jsonl": {**passage, "dataset": "trec", "language": "en", "all_classes": ["Food"], "_id": "a"},
+    }
+    for name, row in rows.items():
+        path = data / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(row) + "\n")
+    monkeypatch.chdir(tmp_path)
+    lines = [
+        ["run", "--tasks", "gsm8k,longbench", "--methods", "mix"],
+        ["report"],
+    ]
+    here = ["--model", str(tiny_folder), "--data-dir", str(data), "--device", "cpu", "--cache-size", "64"]
+    here += ["--num-fewshot", "0", "--gen-kwargs", "max_gen_toks=8", "--window-size", "8"]
+    with pytest.raises(SystemExit) as ended:
+        main([*lines[0], *here])
+    said = capsys.readouterr()
+    assert ended.value.code == 1, "twenty datasets have no rows"
+    (failed,) = [line for line in said.err.splitlines() if "no rows in --data-dir" in line]
+    assert "longbench:lcc" in failed
+    (run,) = (tmp_path / "runs").iterdir()
+    with pytest.raises(SystemExit) as ended:
+        main(lines[1])
+    assert not ended.value.code
+    shown = capsys.readouterr()
+    assert f"no run named, so this is the newest one, runs/{run.name}" in shown.err
+    for name in ("gsm8k", "trec", "full", "mix"):
+        assert name in shown.out

@@ -561,7 +561,7 @@ def test_damaged_folders_are_named_in_one_line(
 
 def test_tolerances_are_shares(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(measured, "--against", measured, "--bytes-tolerance", "2") == 2
-    assert "2.0 is no share" in capsys.readouterr().err
+    assert "--bytes-tolerance=2.0: give 0 or more, less than 1" in capsys.readouterr().err
 
 
 # --- With a clock ---

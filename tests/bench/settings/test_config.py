@@ -13,8 +13,11 @@ import typer.main
 from bench.cli import app, main
 from bench.errors import UserError
 from bench.judge.power import documents_needed, too_few
+from bench.settings.check import CheckConfig
+from bench.settings.doctor import DoctorConfig
 from bench.settings.fields import Settings, offered, setting_of, shape_of
 from bench.settings.inspect import InspectConfig
+from bench.settings.list_ import ListConfig
 from bench.settings.plan import PlanConfig
 from bench.settings.presets import (
     load_preset,
@@ -24,7 +27,9 @@ from bench.settings.presets import (
     read_preset,
     resolve,
 )
+from bench.settings.report import ReportConfig
 from bench.settings.run import FIELDS, RunConfig
+from bench.settings.score import ScoreConfig
 from bench.settings.speed import SpeedConfig
 from bench.settings.tune import TuneSettings
 from tests.conftest import ROOT
@@ -297,16 +302,37 @@ def test_older_folders_have_the_same_fingerprint(preset: str, folder: str) -> No
     assert {name: known.get(name) for name in mine} == mine
 
 
-@pytest.mark.parametrize("model", [RunConfig, PlanConfig, TuneSettings, SpeedConfig, InspectConfig])
-def test_every_option_is_a_field(model: type[Settings]) -> None:
-    command = GROUP.commands[model.__name__.removesuffix("Config").removesuffix("Settings").lower()]
-    own = {"run", "preset", "fresh", "print_config"}
+MODELS: dict[str, type[Settings]] = {
+    "run": RunConfig,
+    "plan": PlanConfig,
+    "tune": TuneSettings,
+    "speed": SpeedConfig,
+    "inspect": InspectConfig,
+    "report": ReportConfig,
+    "check": CheckConfig,
+    "score": ScoreConfig,
+    "list": ListConfig,
+    "doctor": DoctorConfig,
+}
+
+
+def test_every_command_has_a_model() -> None:
+    assert MODELS.keys() == GROUP.commands.keys()
+
+
+@pytest.mark.parametrize(("name", "model"), MODELS.items())
+def test_every_option_is_a_field(name: str, model: type[Settings]) -> None:
+    command = GROUP.commands[name]
+    own = {"run", "preset", "fresh", "print_config"} - model.model_fields.keys()
     assert [item.name for item in command.params if item.name not in own] == offered(model)
     for item in command.params:
         if item.name in own:
             continue
         field = model.model_fields[str(item.name)]
-        assert model.option(str(item.name)) in item.opts
+        if setting_of(field).argument:
+            assert item.param_type_name == "argument"
+        else:
+            assert model.option(str(item.name)) in item.opts
         assert setting_of(field).help in str(item.help)
         assert item.default is None
 
