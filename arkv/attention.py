@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from arkv.blocks import plain_attention
 from arkv.config import ConfigError, NotCompressible
+from arkv.generating import unwatch, watch
 
 NAME = "arkv"
 
@@ -311,6 +312,7 @@ class attach:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        self._watched = False
         # Parts of a composite model have configs, and maybe attention functions, of their own.
         configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
         self._parts = [_Own.of(config) for config in configs.values()]
@@ -326,12 +328,17 @@ class attach:
                 f"model {decoder.model_type!r} has no attention interface that a compressed cache could use; "
                 "transformers' own full cache serves it, without `attach`"
             )
+        watch(model)
+        self._watched = True
 
     def detach(self) -> None:
         """Put the model's own attention back, unless it is still attached by another; once is enough."""
         parts, self._parts = self._parts, []
         for own in parts:
             own.detach()
+        if self._watched:
+            self._watched = False
+            unwatch(self.model)
 
     def __enter__(self) -> attach:
         return self

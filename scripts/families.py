@@ -34,9 +34,11 @@ context are not what the model was made for, and there its window would begin to
 
 Models with LongRoPE (Phi-3 with a long context, Phi-4-mini) turn keys by factors that depend on the length of the text.
 The suite answers documents of such models, and of those with dynamic NTK, one by one, and reads every prompt with the
-factors of its whole length, in chunks too. When a text that `generate` began below `original_max_position_embeddings`
-grows beyond it, transformers drops the cache it was given and goes on with a full one of its own. Keep prompt and
-answer on one side of that length.
+factors of its whole length, in chunks too; given texts (choices, perplexity, fidelity) are read with those of the text
+up to its end. When an answer that began below `original_max_position_embeddings` grows beyond it, `generate` drops the
+cache and reads the whole text anew. The suite does the same: prompt and answer so far are read as one prompt, and each
+method compresses it anew. `generate` with a tri-state cache under `attach` raises a `ConfigError` there, instead of
+going on with a full cache: keep prompt and answer on one side of that length; a longer prompt is read as ever.
 
 {table()}
 

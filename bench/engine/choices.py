@@ -17,6 +17,7 @@ from bench.engine.steps import AUTO_BYTES, BLOCK, Steps, block_of
 from bench.methods.cell import Cell, Held
 from bench.methods.prompt import Prompt
 from bench.methods.reading import read, read_on
+from bench.methods.rope import factors_for
 from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
 from tasks.base import LogLikelihood, Scored
 
@@ -33,6 +34,11 @@ class Context:
     is_shared: bool
     """Others may have the same context: it ends where the question begins."""
     continuations: dict[int, tuple[int, ...]]
+
+    @property
+    def length(self) -> int:
+        """Tokens that are read of it with its longest continuation."""
+        return len(self.ids) + len(self.question) + max(map(len, self.continuations.values())) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +59,11 @@ def answer(steps: Steps, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measurement
     size = steps.batch_size or len(jobs)
     prefilled = _prefilled(contexts)
     for start in range(0, len(prefilled), size):
-        _read_contexts(steps, prefilled[start : start + size], readings)
+        group = prefilled[start : start + size]
+        # Of several, where the factors of positions do not depend on it.
+        longest = max(context.length for same in group for context in same)
+        with factors_for(steps.model, longest):
+            _read_contexts(steps, group, readings)
     for job in jobs:
         request = job.request(LogLikelihood)
         scored_tokens = sum(len(item.token_ids) for item in request.continuations)

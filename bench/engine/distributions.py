@@ -16,6 +16,7 @@ from bench.methods.grid import full_cell
 from bench.methods.modules import attention_modules
 from bench.methods.prompt import Prompt
 from bench.methods.reading import kl_divergence, read
+from bench.methods.rope import factors_for
 from bench.names import FULL
 from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
 from tasks.base import Compare, Compared
@@ -39,7 +40,8 @@ def answer(steps: Steps, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measurement
 
 def _compare(steps: Steps, job: Job) -> Iterator[tuple[Job, Measurement]]:
     request = job.request(Compare)
-    (prompt,) = steps.prefill([request.context_ids[:-1]])
+    with factors_for(steps.model, _length(request)):
+        (prompt,) = steps.prefill([request.context_ids[:-1]])
     # The full cache is read first, whether it is asked for or not; every other cell is compared with it.
     reference: list[_Step] = []
     full = _compared(steps, full_cell(), request, prompt, reference)
@@ -49,6 +51,11 @@ def _compare(steps: Steps, job: Job) -> Iterator[tuple[Job, Measurement]]:
             continue
         with noting([job], [cell]):
             yield job, _compared(steps, cell, request, prompt, reference)
+
+
+def _length(request: Compare) -> int:
+    """Tokens that are read of the text."""
+    return len(request.context_ids) + len(request.continuation_ids) - 1
 
 
 def _compared(steps: Steps, cell: Cell, request: Compare, prompt: Prompt | None, reference: list[_Step]) -> Measurement:
@@ -62,7 +69,8 @@ def _compared(steps: Steps, cell: Cell, request: Compare, prompt: Prompt | None,
     watching: contextlib.AbstractContextManager[list[torch.Tensor]] = (
         _attention_outputs(steps) if request.per_layer else contextlib.nullcontext([])
     )
-    with steps.attention(cell, [compressed.cache]), watching as outputs, clock:
+    factors = factors_for(steps.model, _length(request))
+    with steps.attention(cell, [compressed.cache]), watching as outputs, factors, clock:
         for place, (log_probabilities,) in read(steps.model, [compressed.cache], [inputs], chunk=1):
             mine = _Step(log_probabilities[0], tuple(outputs))
             outputs.clear()

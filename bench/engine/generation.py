@@ -22,6 +22,7 @@ from bench.errors import UserError
 from bench.methods.cell import Cell
 from bench.methods.prompt import Compressed, Prompt
 from bench.methods.reading import forward, padded, read_on
+from bench.methods.rope import factors_for
 from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
 from tasks.base import Generate, Generated
 
@@ -52,6 +53,11 @@ class Answering:
     question_s: float = 0.0
     first_s: float = 0.0
     decode_s: float = 0.0
+
+    @property
+    def text(self) -> tuple[int, ...]:
+        """The prompt and the answer so far."""
+        return (*self.request.prompt_ids, *self.request.question_ids, *self.tokens)
 
 
 class SideBySide:
@@ -91,6 +97,12 @@ def answer(steps: Steps, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measurement
         with noting([job], job.cells):
             check(steps.model, job.request(Generate))
     jobs = [job for job in jobs if any(map(job.waits_for, job.cells))]
+    # Of several, where the factors of positions do not depend on it.
+    with factors_for(steps.model, max((job.request(Generate).prompt_tokens for job in jobs), default=0)):
+        yield from _answers(steps, jobs)
+
+
+def _answers(steps: Steps, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measurement]]:
     contexts = _contexts(jobs)
     prompts = steps.prefills([(context.jobs, context.ids) for context in contexts])
     for cell in cells_of(jobs):
@@ -164,16 +176,55 @@ def decode(steps: Steps, cell: Cell, rows: Sequence[Answering]) -> None:
             with clock:
                 row.tokens.append(row.decoder.choose(row.compressed.logits, first=True))
             row.first_s = clock.seconds
-        side_by_side = SideBySide([row for row in rows if not _ended(steps, row)])
-        while rows := side_by_side.rows:
-            clock = Stopwatch(steps.device)
-            with clock:
-                logits = step(steps, side_by_side)
-                tokens = choose_all([row.decoder for row in rows], logits[:, -1])
-            for row, token in zip(rows, tokens, strict=True):
-                row.tokens.append(token)
-                row.decode_s += clock.seconds / len(rows)
-            side_by_side.keep([row for row in rows if not _ended(steps, row)])
+        _go_on(steps, rows)
+    while rows := [row for row in rows if not _ended(steps, row)]:
+        for row in rows:
+            _read_anew(steps, cell, row)
+        with steps.attention(cell, [row.compressed.cache for row in rows]):
+            _go_on(steps, rows)
+
+
+def _go_on(steps: Steps, rows: Sequence[Answering]) -> None:
+    """Token by token, until each row has ended or is to be read anew."""
+    side_by_side = SideBySide([row for row in rows if _goes_on(steps, row)])
+    while rows := side_by_side.rows:
+        clock = Stopwatch(steps.device)
+        with clock:
+            logits = step(steps, side_by_side)
+            tokens = choose_all([row.decoder for row in rows], logits[:, -1])
+        for row, token in zip(rows, tokens, strict=True):
+            row.tokens.append(token)
+            row.decode_s += clock.seconds / len(rows)
+        side_by_side.keep([row for row in rows if _goes_on(steps, row)])
+
+
+def _goes_on(steps: Steps, row: Answering) -> bool:
+    """Not where the text has just grown beyond the length at which ``generate`` drops its cache."""
+    return not _ended(steps, row) and len(row.text) - 1 != steps.rereads_beyond
+
+
+def _read_anew(steps: Steps, cell: Cell, row: Answering) -> None:
+    """The text so far is read as a prompt, with the factors of its length, and compressed anew, or of a question behind
+    its context that context alone; one more token is chosen behind it."""
+    asked = row.request.question_ids
+    ids, behind = (row.request.prompt_ids, (*asked, *row.tokens)) if asked else (row.text, ())
+    clock = Stopwatch(steps.device)
+    with clock, factors_for(steps.model, len(row.text)):
+        (prompt,) = steps.prefill([ids])
+        assert prompt is not None
+        again = steps.compress(cell, prompt)
+        logits = again.logits
+        if behind:
+            caches = [again.cache]
+            with steps.attention(cell, caches):
+                logits = read_on(steps.model, caches, [behind], block_of(cell, caches))
+        assert logits is not None
+        row.tokens.append(row.decoder.choose(logits))
+    row.decode_s += clock.seconds
+    row.prompt = prompt
+    row.compressed = dataclasses.replace(
+        row.compressed, cache=again.cache, kv_bytes=max(row.compressed.kv_bytes, again.kv_bytes)
+    )
 
 
 def _ask(steps: Steps, cell: Cell, rows: Sequence[Answering]) -> None:

@@ -18,7 +18,7 @@ from bench.engine.jobs import Job, cells_of, noting
 from bench.methods.cell import Cell
 from bench.methods.prompt import Compressed, Prompt, StockPrefill
 from bench.methods.reading import record
-from bench.methods.rope import depends_on_length
+from bench.methods.rope import depends_on_length, rereads_beyond
 
 _T = TypeVar("_T")
 
@@ -60,13 +60,18 @@ class Steps:
         self.model = model
         self.tokenizer = tokenizer
         self.cells = list(cells)
-        config = model.config.get_text_config(decoder=True)
-        kinds = {*(getattr(config, "layer_types", None) or ())}
-        # Other attention is not known to CacheBatch.
-        self.batch_size = batch_size if kinds <= {"full_attention", "sliding_attention"} else 1
+        self.batch_size = batch_size
+        self.one_by_one: str | None = None
+        """Why documents are answered one by one, although more were to stand side by side."""
+        kinds = {*(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())}
+        if other := kinds - {"full_attention", "sliding_attention"}:
+            # Not known to CacheBatch.
+            self._go_one_by_one(f"the model has layers of {' and '.join(sorted(other))}")
         if depends_on_length(model):
             # Of texts side by side each would get the factors of the longest.
-            self.batch_size = 1
+            self._go_one_by_one("the model's rotary factors depend on the length of a text")
+        self.rereads_beyond = rereads_beyond(model)
+        """Tokens of a text beyond which it is read anew, as ``generate`` does it; None for never."""
         self.prefill_chunk = prefill_chunk
         self.device = model.device
         self.recorded_queries = max((cell.recorded_queries for cell in cells), default=1)
@@ -105,8 +110,12 @@ class Steps:
         prompts = record(self.model, contexts, self.recorded_queries, self.prefill_chunk)
         if any(isinstance(prompt.cache, StockPrefill) for prompt in prompts):
             # Rows of several documents need the attention interface.
-            self.batch_size = 1
+            self._go_one_by_one("no compressed cache serves the model")
         return prompts
+
+    def _go_one_by_one(self, why: str) -> None:
+        if self.batch_size != 1:
+            self.batch_size, self.one_by_one = 1, why
 
     # --- Caches of a cell ---
 

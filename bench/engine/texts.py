@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from transformers.cache_utils import Cache
@@ -13,6 +13,7 @@ from bench.engine.scored import score, total
 from bench.engine.steps import BLOCK, Steps
 from bench.methods.prompt import Prompt
 from bench.methods.reading import read, recorded
+from bench.methods.rope import factors_for
 from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
 from tasks.base import Continuation, Rolling, Scored
 
@@ -28,25 +29,8 @@ def _text(steps: Steps, job: Job) -> Iterator[tuple[Job, Measurement]]:
     request = job.request(Rolling)
     readings = {cell.key: Reading() for cell in job.cells}
     for place, window in enumerate(request.windows):
-        inputs = window.context_ids + window.token_ids[:-1]
-        # Something to compress where there is more than one token, and something to read from it.
-        length = min(max(1, int(request.prefill_share * len(inputs))), len(inputs) - 1)
-        prompt, parts = _scored_prefill(steps, window, inputs[:length])
-        for cell in filter(job.waits_for, job.cells):
-            reset_peak_memory(steps.device)
-            with noting([job], [cell]):
-                compressed = steps.compress(cell, prompt)
-                # Some caches can be read as they decode, and in no other way.
-                chunk = request.chunk if cell.reads_blocks(compressed.cache) else 1
-                clock = Stopwatch(steps.device)
-                mine = list(parts)
-                with steps.attention(cell, [compressed.cache]), clock:
-                    for begin, (row,) in read(steps.model, [compressed.cache], [inputs[length:]], chunk):
-                        mine += _window_score(window, length + begin, row)
-                held = cell.held(compressed.cache, prompt)
-                reading = readings[cell.key]
-                reading.scored[place] = total(mine)
-                reading.add(compressed, held, clock.seconds, peak_memory_bytes(steps.device))
+        with factors_for(steps.model, len(window.context_ids) + len(window.token_ids) - 1):
+            _window(steps, job, readings, place, window)
     for cell in filter(job.waits_for, job.cells):
         yield (
             job,
@@ -54,6 +38,30 @@ def _text(steps: Steps, job: Job) -> Iterator[tuple[Job, Measurement]]:
                 cell, request, request.prompt_tokens, request.prompt_tokens, len(request.windows)
             ),
         )
+
+
+def _window(steps: Steps, job: Job, readings: Mapping[str, Reading], place: int, window: Continuation) -> None:
+    """Read a window with every cell. ``readings``, by the key of a cell, take up what it gave and cost."""
+    request = job.request(Rolling)
+    inputs = window.context_ids + window.token_ids[:-1]
+    # Something to compress where there is more than one token, and something to read from it.
+    length = min(max(1, int(request.prefill_share * len(inputs))), len(inputs) - 1)
+    prompt, parts = _scored_prefill(steps, window, inputs[:length])
+    for cell in filter(job.waits_for, job.cells):
+        reset_peak_memory(steps.device)
+        with noting([job], [cell]):
+            compressed = steps.compress(cell, prompt)
+            # Some caches can be read as they decode, and in no other way.
+            chunk = request.chunk if cell.reads_blocks(compressed.cache) else 1
+            clock = Stopwatch(steps.device)
+            mine = list(parts)
+            with steps.attention(cell, [compressed.cache]), clock:
+                for begin, (row,) in read(steps.model, [compressed.cache], [inputs[length:]], chunk):
+                    mine += _window_score(window, length + begin, row)
+            held = cell.held(compressed.cache, prompt)
+            reading = readings[cell.key]
+            reading.scored[place] = total(mine)
+            reading.add(compressed, held, clock.seconds, peak_memory_bytes(steps.device))
 
 
 def _scored_prefill(steps: Steps, window: Continuation, ids: tuple[int, ...]) -> tuple[Prompt | None, list[Scored]]:

@@ -49,10 +49,14 @@ class StockPrefill(PrefillCache):
         """Bytes of the keys and values of ``tokens`` tokens."""
         total = 0
         for layer in self.layers:
-            states = [item for item in (layer.keys, layer.values) if item is not None]
+            if layer.keys is None:
+                continue
+            now = layer.keys.shape[-2]
+            # Whatever else it keeps of each token, such as the keys of an indexer, lies beside keys and values.
+            states = [item for item in vars(layer).values() if isinstance(item, torch.Tensor) and now in item.shape]
             window = getattr(layer, "sliding_window", None)
             held = tokens if window is None else min(tokens, window - 1)
-            total += held * sum(item[:, :, :1].numel() * item.element_size() for item in states)
+            total += held * sum(item.numel() // now * item.element_size() for item in states)
         return total
 
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, cache_utils
 
+from arkv.config import NotCompressible
 from bench.engine.engine import Engine, Failure, Measurement
 from bench.methods.cell import Cell
 from bench.methods.grid import grid
 from bench.methods.hf import FP8_LAYER
 from bench.methods.prompt import StockPrefill
 from bench.methods.reading import record
-from tasks.base import Continuation, Document, Generate, LogLikelihood, Request, Rolling
+from tasks.base import Compare, Continuation, Document, Generate, LogLikelihood, Request, Rolling
 from tests.arkv.families import FAMILIES, INDEXED, ITSELF, NO_INTERFACE, NOTHING, SHARED, SLIDING, Family
 
 TOKENIZER: Any = SimpleNamespace(eos_token_id=None, decode=lambda ids, skip_special_tokens=True: str(list(ids)))
@@ -100,6 +101,16 @@ def test_methods_without_a_budget_of_their_own_are_told_why_there_are_no_layers(
         _ = prompt.layers
 
 
+def test_what_else_a_layer_keeps_of_each_token_counts() -> None:
+    """Such as the keys of an indexer [1, N, D], which newer versions of transformers keep in the cache."""
+    cache = cache_utils.DynamicCache()
+    cache.update(torch.zeros(1, 2, 20, 8), torch.zeros(1, 2, 20, 8), 0)
+    cache.layers[0].indexer_keys = torch.zeros(1, 20, 4)  # type: ignore[attr-defined]
+    prompt = StockPrefill(cache, NotCompressible("no"))
+    assert prompt.full_bytes(20) == prompt.nbytes() == 20 * (2 * 2 * 8 + 4) * 4
+    assert prompt.full_bytes(5) * 4 == prompt.nbytes()
+
+
 @needs_kvpress
 @pytest.mark.parametrize("name", ["qwen2", "gemma3_text", "cohere2"])
 def test_a_press_leaves_layers_with_a_window_as_they_are(name: str) -> None:
@@ -167,3 +178,48 @@ def test_factors_that_depend_on_the_length_are_those_of_the_document(chunk: int 
         assert isinstance(outcome, Measurement), outcome
         assert list(outcome.answer.token_ids) == generated(model, request)
     assert not [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+
+
+def without_a_cache(model: Any, request: Generate) -> list[int]:
+    """Greedy decoding that reads all of the text for every token, with the factors of its length."""
+    text = list(request.prompt_ids)
+    with torch.inference_mode():
+        for _ in range(request.max_new_tokens):
+            text.append(int(model(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+    return text[len(request.prompt_ids) :]
+
+
+@pytest.mark.parametrize("length", [56, 64])
+def test_an_answer_that_crosses_the_length_is_read_anew_and_compressed_anew(length: int) -> None:
+    model = long_rope()
+    request = Generate(prompt_ids=ids(length), max_new_tokens=20)
+    found = answer(model, cells("full", "mix", cache_size=48), request)
+    full, mine = found[0, "full"], found[0, "mix"]
+    assert isinstance(full, Measurement), full
+    assert isinstance(mine, Measurement), mine
+    assert list(full.answer.token_ids) == without_a_cache(model, request)
+    assert full.tokens_original == mine.tokens_original + mine.tokens_quantized + mine.tokens_evicted == length + 19
+    assert mine.tokens_original + mine.tokens_quantized <= 48
+    held = answer(model, cells("mix", cache_size=200), request)[0, "mix"]
+    assert isinstance(held, Measurement), held
+    assert held.answer == full.answer
+
+
+def test_given_texts_have_the_factors_of_their_whole_length() -> None:
+    """Choices and windows that begin below the length and end beyond it, read through the cache."""
+    model, text = long_rope(), ids(90)
+    with torch.inference_mode():
+        logits = model(torch.tensor([text[:-1]]), use_cache=False).logits[0].log_softmax(dim=-1)
+    expected = logits[torch.arange(89), torch.tensor(text[1:])]
+    choice = LogLikelihood(continuations=(Continuation(context_ids=text[:50], token_ids=text[50:]),))
+    window = Rolling(windows=(Continuation(context_ids=text[:1], token_ids=text[1:]),), chunk=8)
+    compare = Compare(context_ids=text[:50], continuation_ids=text[50:])
+    found = answer(model, cells("full", "mix", cache_size=200), choice, window, compare)
+    for method in ("full", "mix"):
+        asked, read_, compared = (found[place, method] for place in range(3))
+        assert isinstance(asked, Measurement), asked
+        assert isinstance(read_, Measurement), read_
+        assert isinstance(compared, Measurement), compared
+        assert asked.answer.scored[0].log_likelihood == pytest.approx(float(expected[49:].sum()), abs=1e-3)
+        assert read_.answer.scored[0].log_likelihood == pytest.approx(float(expected.sum()), abs=1e-3)
+        assert max(compared.answer.kl) < 1e-5
