@@ -65,6 +65,8 @@ class ModelRecord(BaseModel):
     device: str | None = None
     warm_up: str | None = None
     """What went through every cell before the first document; unknown in older records."""
+    one_by_one: str | None = None
+    """Why documents are answered one by one, where more were to stand side by side."""
 
 
 class TaskRecord(BaseModel):

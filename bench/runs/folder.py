@@ -19,7 +19,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from importlib.util import find_spec
@@ -112,8 +112,15 @@ class RunFolder:
         known = {} if old is None else dict(old["fingerprint"])
         for part in (DATA, DEFINITIONS, LOADED):
             self.fingerprint.setdefault(part, {})
-        if old is not None and (different := _differences(known, self.fingerprint)):
-            raise UserError(f"{self.path} holds a run with other settings: {', '.join(different)}; {REMEDY}")
+        path = self.path / SAMPLES
+        if old is not None and _differences(known, self.fingerprint):
+            self._cut_unfinished_line(path)
+            # A model that has answered nothing, since it could not be used, may have been mended.
+            answered = {sample.model for sample in Samples(path).values()}
+            mended = known.get("models", {}).keys() & self.fingerprint.get("models", {}).keys() - answered
+            before, now = (_without(mended, fingerprint) for fingerprint in (known, self.fingerprint))
+            if different := _differences(before, now):
+                raise UserError(f"{self.path} holds a run with other settings: {', '.join(different)}; {REMEDY}")
         for part in GROWING:
             self.fingerprint[part] = {**known.get(part, {}), **self.fingerprint.get(part, {})}
         self.previous = old
@@ -121,7 +128,6 @@ class RunFolder:
         for name in (RECORD, RESULTS, CURVE, STATES):
             for stale in self.path.glob(f".{name}.*.tmp"):
                 stale.unlink()
-        path = self.path / SAMPLES
         self._cut_unfinished_line(path)
         self.samples = Samples(path, answered=True)
         # Open as long as the folder is. Unbuffered: what cannot be written is an error now, not when it is closed.
@@ -218,6 +224,15 @@ def _differences(known: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]
             if there.get(key) != here.get(key):
                 said.append(f"{meant} {key} is {_shown(there.get(key))} there and {_shown(here.get(key))} here")
     return said
+
+
+def _without(models: Container[str], fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint without what it says of some models."""
+    of_files = {
+        key: value for key, value in fingerprint.get(INPUTS, {}).items() if key.rpartition("/")[0] not in models
+    }
+    of_models = {key: value for key, value in fingerprint.get("models", {}).items() if key not in models}
+    return {**fingerprint, "models": of_models, INPUTS: of_files}
 
 
 def _shown(value: Any) -> str:

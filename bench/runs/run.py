@@ -18,6 +18,7 @@ from bench.judge.curve import curve_rows
 from bench.methods.grid import Cell
 from bench.models.kernels import prepare_kernels
 from bench.models.loading import DescribedModel, LoadedModel, describe, find_device
+from bench.names import SAMPLES
 from bench.progress import ProgressReporter, progress_bars
 from bench.records.curve import CurveRow
 from bench.records.row import Row
@@ -126,8 +127,10 @@ def execute(
             raise UserError(f"--model: {reference!r} has the name of another one, {model.name!r}; rename its folder")
         models[model.name] = model
     fingerprints = {name: model.fingerprint for name, model in models.items()}
+    samples = path / SAMPLES
+    continues = not fresh and samples.is_file() and samples.stat().st_size > 0
     with (
-        make_executor(config, models, cells, console) as executor,
+        make_executor(config, models, cells, console, continues=continues) as executor,
         records.RunFolder(
             path, fingerprint(config, fingerprints, plugins.hashes) | made_by(models, cells), fresh=fresh
         ) as folder,
@@ -425,9 +428,10 @@ class _Run:
 
 
 def _loaded_facts(name: str, previous: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Dtype and device of a model as the run that is continued had it; unknown before it is loaded."""
+    """What is known of a model once it is loaded, as the run that is continued had it."""
     known = (previous or {}).get("models", {}).get(name, {})
-    return {"dtype": known.get("dtype"), "device": known.get("device")}
+    facts = {"dtype": known.get("dtype"), "device": known.get("device")}
+    return facts | {key: known[key] for key in ("warm_up", "one_by_one") if key in known}
 
 
 def _found(

@@ -16,9 +16,17 @@ __all__ = ["Answered", "Executor", "Setup", "Unit", "make_executor"]
 
 
 def make_executor(
-    config: RunConfig, models: Mapping[str, DescribedModel], cells: Sequence[Cell], console: Console
+    config: RunConfig,
+    models: Mapping[str, DescribedModel],
+    cells: Sequence[Cell],
+    console: Console,
+    *,
+    continues: bool = False,
 ) -> Executor:
     """The executor that ``config`` asks for.
+
+    Args:
+        continues: there are answers already, and perhaps nothing is left to do.
 
     Raises:
         UserError: what it needs is not installed.
@@ -31,4 +39,4 @@ def make_executor(
         return RayExecutor(config, setup, fingerprints, console)
     from bench.runs.executors.local import LocalExecutor
 
-    return LocalExecutor(setup)
+    return LocalExecutor(setup, at_once=not continues)

@@ -14,7 +14,7 @@ from bench.engine.decoding import about
 from bench.engine.engine import AUTO_DOCUMENTS, Engine, Failure, Measurement
 from bench.engine.inspect import map_states
 from bench.engine.shared import by_context
-from bench.errors import OthersCode
+from bench.errors import OthersCode, UserError, show_traceback
 from bench.methods.grid import Cell
 from bench.models.loading import DescribedModel, LoadedModel, load
 from bench.records.states import StatesMap
@@ -124,8 +124,10 @@ class Answerer:
         self._engine: Engine | None = None
         self._model: LoadedModel | None = None
         self._name = ""
+        self._problems: dict[str, str] = {}
         self.loaded: dict[str, dict[str, str]] = {}
-        """Device, dtype and warm-up of every model that was loaded, by name."""
+        """Device, dtype and warm-up of every model that was loaded, by name; and why documents are answered one by one,
+        where more were to stand side by side."""
 
     def engine(self, name: str) -> Engine:
         """The engine of a model, loaded and warm. Raises :class:`UserError`."""
@@ -152,6 +154,10 @@ class Answerer:
                     prefill_chunk=setup.prefill_chunk,
                 )
                 self.loaded[name]["warm_up"] = engine.warm_up()
+                if engine.one_by_one is not None:
+                    self.loaded[name]["one_by_one"] = engine.one_by_one
+                    said = f"{name}: documents are answered one by one: {engine.one_by_one}"
+                    Console(stderr=True).print(said, markup=False, highlight=False, soft_wrap=True)
             self._engine, self._model, self._name = engine, loaded, name
         return self._engine
 
@@ -161,8 +167,31 @@ class Answerer:
         assert self._model is not None
         return map_states(self._model, document, cells, self.setup.prefill_chunk)
 
+    def problem(self, name: str) -> str | None:
+        """Why a model cannot be loaded, None where it can; what has failed once is not tried again.
+
+        Raises:
+            UserError: it is the only model.
+        """
+        if name not in self._problems:
+            try:
+                self.engine(name)
+            except UserError as error:
+                if len(self.setup.models) == 1:
+                    raise
+                show_traceback(error)
+                self._problems[name] = str(error)
+        return self._problems.get(name)
+
     def answer(self, unit: Unit) -> Iterator[Answered]:
-        """Every cell's answer, as it comes."""
+        """Every cell's answer, as it comes. One of several models that cannot be loaded fails alone.
+
+        Raises:
+            UserError: the only model cannot be loaded.
+        """
+        if (problem := self.problem(unit.model)) is not None:
+            yield from unit.failures(problem)
+            return
         engine = self.engine(unit.model)
         for document, result in engine.answer_batch(unit.work):
             yield Answered(unit, document, result)
@@ -184,7 +213,7 @@ class Executor(AbstractContextManager["Executor"], Protocol):
         """What a model's tri-state cells make of a document's prompt, by key. Raises :class:`UserError`."""
 
     def loaded(self) -> Mapping[str, Mapping[str, str]]:
-        """Device, dtype and warm-up of the models that have been loaded so far, by name."""
+        """What :attr:`Answerer.loaded` says of the models that have been loaded so far, by name."""
 
     def record(self) -> dict[str, Any]:
         """What took part, for the run's record."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from bench.errors import UserError, show_traceback
 from bench.methods.grid import Cell
 from bench.records.states import StatesMap
 from bench.runs.executors.base import Answered, Answerer, Executor, Setup, Unit
@@ -13,45 +12,35 @@ from tasks.base import Document
 
 
 class LocalExecutor(Executor):
-    """A loop. Answers come one by one, so that what is stopped loses no more than one."""
+    """A loop. Answers come one by one, so that what is stopped loses no more than one.
 
-    def __init__(self, setup: Setup) -> None:
+    Args:
+        at_once: load the first model when the executor is entered, so that what the device or the weights have against
+            it is known before anything is written; else with the first unit, of which there may be none.
+    """
+
+    def __init__(self, setup: Setup, *, at_once: bool = True) -> None:
         self._answerer = Answerer(setup)
-        self._broken: dict[str, str] = {}
-        """Why a model cannot be loaded, by its name."""
+        self._at_once = at_once
 
     def __enter__(self) -> LocalExecutor:
-        # What the device or the weights have against it is known before anything is written.
-        first, *others = self._answerer.setup.models
-        if not self._loads(first) and not others:
-            raise UserError(self._broken[first])
+        if self._at_once:
+            self._answerer.problem(next(iter(self._answerer.setup.models)))
         return self
-
-    def _loads(self, name: str) -> bool:
-        if name not in self._broken:
-            try:
-                self._answerer.engine(name)
-            except UserError as error:
-                show_traceback(error)
-                self._broken[name] = str(error)
-        return name not in self._broken
 
     def __exit__(self, *_: object) -> None:
         """Nothing to put away."""
 
     def run(self, units: Iterable[Unit]) -> Iterator[Answered]:
-        """See :meth:`Executor.run`. One of several models that cannot be loaded fails alone."""
+        """See :meth:`Executor.run`."""
         for unit in units:
-            if self._loads(unit.model):
-                yield from self._answerer.answer(unit)
-            else:
-                yield from unit.failures(self._broken[unit.model])
+            yield from self._answerer.answer(unit)
 
     def status(self) -> str:
         return ""
 
     def map_states(self, name: str, document: Document, cells: Sequence[Cell]) -> dict[str, StatesMap]:
-        return self._answerer.map_states(name, document, cells) if self._loads(name) else {}
+        return self._answerer.map_states(name, document, cells) if self._answerer.problem(name) is None else {}
 
     def loaded(self) -> dict[str, dict[str, str]]:
         return self._answerer.loaded

@@ -11,16 +11,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from bench.cli import main
-from bench.errors import NOBODY_READS
+from bench.errors import NOBODY_READS, UserError
 from bench.methods.tristate import TriState
 from bench.models.loading import describe
 from bench.names import RESULTS, SAMPLES
@@ -198,6 +206,75 @@ def test_models_that_cannot_be_used_beside_one_that_can(tiny_folder: Path, tmp_p
     assert {row.model for row in outcome.rows} == {"tiny"}
     failed = [(failure["model"], failure["cell"].partition("-")[0]) for failure in outcome.failures]
     assert sorted(failed) == sorted((name, cell) for name in ("mamba", "broken") for cell in ("full", "mix", "window"))
+
+
+def test_a_model_that_was_mended_goes_on_in_the_same_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    """What it is now is no other setting: it has answered nothing. What has answered must stay as it was."""
+    broken, folder = tmp_path / "broken", tmp_path / "run"
+    save_tiny_model(broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert go(settings(tiny_folder, broken, samples=1), folder).failures
+    save_tiny_model(broken, seed=1)
+    (broken / "generation_config.json").write_text('{"eos_token_id": 5}')
+    outcome = go(settings(tiny_folder, broken, samples=1), folder)
+    assert (outcome.failures, outcome.measured) == ([], CELLS)
+    assert {row.model for row in outcome.rows} == {"tiny", "broken"}
+    (broken / "generation_config.json").write_text('{"eos_token_id": 6}')
+    with pytest.raises(UserError, match=r"other settings: the file broken/generation_config.json is"):
+        go(settings(tiny_folder, broken, samples=1), folder)
+
+
+def small(folder: Path, tokenizer: Path, config: Any) -> Path:
+    """A random model of ``config`` with the tiny model's tokenizer."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder)
+    return folder
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+MIXED = {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
+
+
+@pytest.mark.skipif(find_spec("kvpress") is None, reason="kvpress is not installed")
+@pytest.mark.parametrize(
+    ("family", "more", "press"),
+    [("qwen2", {}, "kvpress:criticalkv"), ("gemma3_text", MIXED, "kvpress:expected_attention")],
+)
+def test_a_press_that_cannot_do_the_model(
+    tiny_folder: Path, tmp_path: Path, family: str, more: dict[str, Any], press: str
+) -> None:
+    model = small(tmp_path / family, tiny_folder, AutoConfig.for_model(family, **SHAPE, **more))
+    outcome = go(settings(model, samples=2, quant_type=("full", press, "mix")), tmp_path / "run")
+    assert len(outcome.failures) == 2
+    for failure in outcome.failures:
+        assert failure["cell"].startswith(press)
+        assert failure["error"].startswith(press)
+        assert failure["error"].isprintable()
+    assert {row.method for row in outcome.rows} == {"full", "mix"}
+    assert (tmp_path / "run" / RESULTS).is_file()
+
+
+def test_a_tokenizer_larger_than_the_embedding(tiny_folder: Path, tmp_path: Path) -> None:
+    short = small(tmp_path / "short", tiny_folder, AutoConfig.for_model("llama", **{**SHAPE, "vocab_size": 100}))
+    outcome = go(settings(short, tiny_folder, samples=1), tmp_path / "run")
+    (failure,) = outcome.failures
+    assert (failure["model"], failure["task"]) == ("short", "needle")
+    assert re.search(r"has the token \d+ in its prompt; the model knows 0 to 99$", failure["error"])
+    assert {row.model for row in outcome.rows} == {"tiny"}
 
 
 # --- Where the output goes ---

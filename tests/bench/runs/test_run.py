@@ -19,6 +19,7 @@ from bench.errors import UserError
 from bench.methods.grid import Cell
 from bench.names import CURVE, RECORD, RESULTS, SAMPLES, STATES
 from bench.runs import asked
+from bench.runs.executors import base
 from bench.runs.folder import RunFolder
 from bench.runs.run import Outcome, execute
 from bench.settings.run import RunConfig
@@ -128,6 +129,26 @@ def test_continuing_measures_nothing_twice(done: Path, tiny_folder: Path, monkey
     assert len(lines) == len({(line["document"], line["cell"]) for line in lines}) == 12
     (done / SAMPLES).write_bytes(before)
     (done / RESULTS).write_bytes(table)
+
+
+def test_where_nothing_is_left_no_model_is_loaded(
+    done: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+
+    def refuses(reference: str, **_: Any) -> Any:
+        loaded.append(reference)
+        raise UserError("not now")
+
+    before = recorded(done)["models"]
+    monkeypatch.setattr(base, "load", refuses)
+    outcome, _ = go(tiny_folder, done)
+    assert (outcome.measured, outcome.failures, loaded) == (0, [], [])
+    assert recorded(done)["models"] == before
+    assert before["tiny"]["warm_up"]
+    with pytest.raises(UserError, match="not now"):
+        go(tiny_folder, done, quant_type=("full", "quant"))
+    assert len(loaded) == 1
 
 
 def test_two_runs_on_one_folder(done: Path, tiny_folder: Path) -> None:

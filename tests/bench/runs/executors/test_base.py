@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 from bench.engine.engine import Failure, Measurement
 from bench.errors import UserError
 from bench.methods.grid import grid
+from bench.models.inputs import identity
 from bench.models.loading import describe
 from bench.runs.executors import Setup, Unit, make_executor
 from bench.runs.executors.base import Answerer
 from bench.runs.executors.local import LocalExecutor
+from bench.runs.executors.worker import Worker
 from bench.settings.run import RunConfig
 from tasks.base import Document, Generate
 
@@ -61,6 +64,31 @@ def test_a_further_model_that_cannot_be_loaded_fails_alone(tiny_folder: Path, tm
     first = dataclasses.replace(both, models={"damaged": str(damaged)})
     with pytest.raises(UserError, match="damaged cannot be loaded"), LocalExecutor(first):
         pass
+
+
+def test_a_worker_stays_where_one_of_its_models_cannot_be_loaded(tiny_folder: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(tiny_folder, tmp_path / "damaged")
+    both = dataclasses.replace(setup(tiny_folder), models={"tiny": str(tiny_folder), "damaged": str(damaged)})
+    worker = Worker(1)
+    fingerprints = {name: identity(describe(reference)) for name, reference in both.models.items()}
+    assert worker.prepare(both, fingerprints) is None
+    (damaged / "model.safetensors").write_bytes(b"nothing")
+    for _ in range(2):
+        replies = [worker.answer(unit(name)) for name in ("damaged", "tiny")]
+        kinds = [[type(result) for _, result in reply.results] for reply in replies]
+        assert kinds == [[Failure, Failure], [Measurement, Measurement]]
+
+
+def test_why_documents_do_not_go_side_by_side_is_in_the_record(tiny_folder: Path, tmp_path: Path) -> None:
+    spread = shutil.copytree(tiny_folder, tmp_path / "spread")
+    config = json.loads((spread / "config.json").read_text())
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config.pop("rope_scaling", None)
+    (spread / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    for batch_size, why in (("2", "the model's rotary factors depend on the length of a text"), ("1", None)):
+        answerer = Answerer(setup(spread, batch_size=batch_size))
+        answerer.engine("spread")
+        assert answerer.loaded["spread"].get("one_by_one") == why
 
 
 def test_layers_that_lie_elsewhere_give_the_same_answers(tiny_folder: Path, tmp_path: Path) -> None:
