@@ -5,6 +5,10 @@ Multiple choice with five examples is also read through caches that hold a quart
 must differ, and through caches with room for everything, where none may.
 
     scripts/parity.py --data-dir DATA --outdir results/parity
+    scripts/parity.py --data-dir DATA --model qwen2.5-coder-0.5b --tasks gsm8k --limit 20
+
+A model whose own generation config asks for more than greedy decoding, such as a repetition penalty, is asked one
+document at a time by lm-eval: in batches its penalties would count padding too.
 
 DATA holds rows of gsm8k, mmlu and commonsense_qa as ``arkv-bench run --data-dir`` reads them. Exit code 1 if anything
 is not as it must be.
@@ -27,6 +31,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from bench.engine.decoding import settings_of
 from bench.engine.engine import Engine, Failure
 from bench.harness.task import HarnessTask
 from bench.methods.grid import full_cell, grid
@@ -37,7 +42,9 @@ from bench.records.files.json_ import json_text
 from bench.records.files.text import write_atomic
 from bench.runs import folder as records
 from tasks.base import Document, Generated, LogLikelihoods, Rolling, TaskSettings
+from tasks.generation import Fate, asked
 
+DEFAULT = "smollm2-135m"
 SUBJECTS = ("anatomy", "global_facts", "sociology", "virology", "world_religions")
 DOCUMENTS = {"gsm8k": 8, **{f"mmlu_{subject}": 8 for subject in SUBJECTS}, "commonsense_qa": 40, "local_text": 3}
 SHOTS = {"gsm8k": 5, "commonsense_qa": 0, "local_text": None} | {f"mmlu_{subject}": 5 for subject in SUBJECTS}
@@ -154,8 +161,9 @@ def compare(model: Any, tokenizer: Any, label: str, name: str, data: Path, limit
     full = answers[FULL]
     # Prompts are built a second time: the examples are drawn as at first, with lm-eval's default seed.
     task.official.set_fewshot_seed(seed=1234)
+    size = 1 if asked(settings_of(model), Fate.APPLIED).keys() - {"eos_token_id"} else 8
     official = evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, max_length=longest, batch_size=8, device=str(model.device)),
+        HFLM(pretrained=model, tokenizer=tokenizer, max_length=longest, batch_size=size, device=str(model.device)),
         {"tasks": {name: task.official}, "groups": {}, "group_map": {}},
         limit=limit,
         log_samples=True,
@@ -195,12 +203,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--outdir", type=Path)
-    parser.add_argument("--limit", type=int, help="at most so many documents of each task")
+    parser.add_argument("--model", default=DEFAULT, help="as in arkv-bench run; the default also with a random Qwen3")
+    parser.add_argument("--limit", type=int, help="so many documents of each task, in the place of the usual number")
     parser.add_argument("--tasks", default=",".join(DOCUMENTS))
     options = parser.parse_args()
     started = records.now()
-    smollm2 = load("smollm2-135m", dtype="float32", device="cpu")
-    models = {smollm2.name: smollm2.model, "tiny-random-qwen3": tiny_qwen3(smollm2.tokenizer)}
+    loaded = load(options.model, dtype="float32", device="cpu")
+    models = {loaded.name: loaded.model}
+    if options.model == DEFAULT:
+        models["tiny-random-qwen3"] = tiny_qwen3(loaded.tokenizer)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         include = Path(folder)
@@ -212,8 +223,8 @@ def main() -> None:
         (include / "local_text" / "test.jsonl").write_text("".join(lines))
         for label, model in models.items():
             for name in options.tasks.split(","):
-                limit = min(DOCUMENTS[name], options.limit or DOCUMENTS[name])
-                row = compare(model, smollm2.tokenizer, label, name, options.data_dir, limit, include)
+                limit = options.limit or DOCUMENTS[name]
+                row = compare(model, loaded.tokenizer, label, name, options.data_dir, limit, include)
                 rows.append(row)
                 print("passed" if row.passed else "FAILED", row, flush=True)
     if options.outdir is not None:
@@ -226,7 +237,7 @@ def main() -> None:
             "started": started,
             "finished": records.now(),
             "tolerance": TOLERANCE,
-            "model": {"name": smollm2.name, "fingerprint": smollm2.fingerprint, "dtype": smollm2.dtype},
+            "model": {"name": loaded.name, "fingerprint": loaded.fingerprint, "dtype": loaded.dtype},
             **records.environment(),
         }
         write_atomic(options.outdir / "record.json", json_text(record))
