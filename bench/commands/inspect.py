@@ -58,7 +58,7 @@ def _of_run(run: Path | None, typed: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: no run, or one with nothing to inspect.
     """
-    from bench.names import FULL
+    from bench.names import FULL, own_name
     from bench.records.record import read_record
     from bench.runs.kinds import newest_run
     from bench.settings.fields import setting_of
@@ -84,7 +84,7 @@ def _of_run(run: Path | None, typed: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{run} has measured nothing but {FULL}: give --methods NAME --cache-size N", exit_code=2)
     taken["methods"] = ["mix"] if "mix" in methods else methods[:1]
     if "prompt_file" not in typed:
-        taken["task"] = tasks[0]
+        taken["task"] = own_name(tasks[0])
     return {**taken, **typed}
 
 
