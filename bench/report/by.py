@@ -16,7 +16,8 @@ from bench.records.row import Row
 from bench.records.sample import Measured
 from bench.records.shown import headline
 from bench.records.starts import terms, timed
-from tasks.base import Metric, nearest
+from tasks.base import Metric
+from tasks.errors import nearest
 
 Values = Mapping[tuple[str, str, str], Any]
 """Of one fact, by model, task and document."""
