@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -12,6 +13,7 @@ from bench.settings.plan import PlanConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from bench.costs.capacity import Capacity
     from bench.costs.plan import Calibration, ModelPlan
     from bench.methods.grid import Cell
 
@@ -23,6 +25,11 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
     Takes the settings of arkv-bench run; models need a config and a tokenizer, no weights, and no GPU.
 
     [bold]arkv-bench plan --preset paper-longbench --gpus 8 --gpu-memory 80GB[/bold]
+
+    With --capacity it says what memory buys: how many tokens and sequences fit with each method, and how fast they
+    could be decoded.
+
+    [bold]arkv-bench plan --capacity h100,24GB --model org/name --cache-ratio 0.25 --budget-unit bytes[/bold]
     """
     from rich.console import Console
 
@@ -35,6 +42,11 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
     from tasks.base import TaskError
 
     config, _ = resolve(given(PlanConfig, typed), preset, PlanConfig)
+    if config.capacity:
+        _capacity(config, Console())
+        return
+    if config.run is not None or config.bandwidth is not None:
+        raise UserError("--run and --bandwidth go with --capacity", exit_code=2)
     memory = parse_bytes(config.gpu_memory, "--gpu-memory")
     gpus, share = config.gpus, config.worker_gpus
     if share > gpus:
@@ -76,6 +88,81 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
         console.print(line, markup=False, highlight=False, style="red")
     if lost or any(item.failures for item in plans):
         raise typer.Exit(1)
+
+
+def _capacity(config: PlanConfig, console: Console) -> None:
+    """One table for each model, memory and length."""
+    from bench.costs.capacity import capacity, memory_of, scores_kept
+    from bench.costs.plan import USABLE, config_size
+    from bench.models.loading import describe_config
+    from bench.names import RESULTS
+    from bench.records.row import read_results
+    from bench.runs.asked import cells_of, plugins_of
+
+    memories = [memory_of(text, config.bandwidth) for text in config.capacity]
+    cells = cells_of(config, plugins_of(config)[0])
+    kept = None if config.run is None else scores_kept(read_results(config.run / RESULTS), cells)
+    for reference in config.model:
+        name, described = describe_config(reference, trust_remote_code=config.trust_remote_code)
+        size = config_size(described, name, config.dtype)
+        for memory in memories:
+            for tokens in config.context_lengths:
+                rows = capacity(size, cells, memory, tokens, config.prefill_chunk)
+                title = f"{name} on {memory.name}, sequences of {tokens:,} tokens"
+                _show_capacity(title, rows, kept, console)
+                if size.context is not None and tokens > size.context:
+                    console.print(f"{name} has a context of {size.context:,} tokens only.", style="yellow")
+            rate = f"{memory.bandwidth / 1e9:,.0f} GB/s ({memory.source})" if memory.bandwidth else "unknown"
+            console.print(
+                f"{memory.name}: {_bytes(memory.nbytes)}, of which {USABLE:.0%} count; weights take "
+                f"{_bytes(size.weights_bytes)}; the prefill of one sequence is kept room for. Bandwidth: {rate}.",
+                highlight=False,
+                markup=False,
+            )
+    console.print(
+        "budget: a share of every sequence, or tokens of a layer (their worth in bytes with --budget-unit bytes). "
+        "KV/token: bytes of a sequence over its tokens, after compression. pool: tokens of such sequences that fit. "
+        "longest: one sequence alone. at once: sequences side by side. KV/step: bytes of all of them, read for a token "
+        "of each. tokens/s: of all together, if reading weights and KV bytes once were all that a step takes: an upper "
+        "bound from the bandwidth, never measured here.",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _show_capacity(title: str, rows: Sequence[Capacity], kept: Any, console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title))
+    scores = list(kept or {})
+    heads = ("budget", "method", "KV/token", "pool", "longest", "at once", "KV/step", "tokens/s")
+    for head in (*heads, *(f"{task} {metric}" for task, metric in scores)):
+        table.add_column(head, justify="left" if head == "method" else "right")
+    for row in rows:
+        known = [kept[score].get(row.cell.key) for score in scores]
+        table.add_row(
+            *(_budget(row.cell), Text(f"{row.cell.method} {row.cell.quant_format or ''}".strip())),
+            *(_bytes(None if row.bytes_per_token is None else round(row.bytes_per_token)), _count(row.pool_tokens)),
+            *(_count(row.longest), _count(row.sequences), _bytes(row.step_bytes)),
+            "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
+            *("" if item is None or item.score is None else f"{item.score:.3g}" for item in known),
+        )
+    console.print(table)
+    if nothing := [row for row in rows if row.sequences == 0]:
+        fits = ", ".join(f"{row.cell.label} up to {row.longest:,} tokens" for row in nothing)
+        console.print(f"Not one sequence fits: {fits}.", markup=False, highlight=False, style="yellow")
+
+
+def _budget(cell: Cell) -> str:
+    """Short: a share of a sequence, or tokens of a layer."""
+    if cell.cache_ratio is not None:
+        return f"{100 * cell.cache_ratio:g} %"
+    return "" if cell.cache_size is None else f"{cell.cache_size:,}"
+
+
+def _count(number: int | None) -> str:
+    return "" if number is None else f"{number:,}"
 
 
 def _calibration(reference: str, config: Any, cells: list[Cell], console: Console) -> Calibration:

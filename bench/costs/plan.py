@@ -25,6 +25,8 @@ CALIBRATION_LENGTHS = (256, 1024)
 """Prompts of the calibration, in tokens: two, since attention's share of a prefill grows with the square."""
 CALIBRATION_STEPS = 8
 """Tokens read behind each."""
+LOGIT_ROWS = 2 * 512
+"""Rows of float32 logits that there are at once: those of a block, twice."""
 USABLE = 0.9
 """Share of a GPU's memory that a model and its caches can count on."""
 
@@ -81,15 +83,20 @@ class ModelSize:
 
 def model_size(model: DescribedModel, dtype: str) -> ModelSize:
     """Count the parameters of a model that is built without memory. Raises :class:`UserError`."""
+    return config_size(model.config, model.name, dtype)
+
+
+def config_size(whole: Any, name: str, dtype: str) -> ModelSize:
+    """The same of a transformers config alone."""
     from transformers import AutoModelForCausalLM
 
     itemsize = 4 if dtype == "float32" else 2
-    config = model.config.get_text_config(decoder=True)
+    config = whole.get_text_config(decoder=True)
     try:
         with torch.device("meta"):
-            empty: Any = AutoModelForCausalLM.from_config(model.config)
+            empty: Any = AutoModelForCausalLM.from_config(whole)
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"{model.name} cannot be built from its config: {' '.join(str(error).split())}") from error
+        raise UserError(f"{name} cannot be built from its config: {' '.join(str(error).split())}") from error
     kinds = list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
     compressible = sum(kind == "full_attention" for kind in kinds)
     heads = config.num_attention_heads
@@ -103,7 +110,7 @@ def model_size(model: DescribedModel, dtype: str) -> ModelSize:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         vocabulary=config.vocab_size,
         intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        context=model.context_length,
+        context=getattr(config, "max_position_embeddings", None),
     )
 
 
@@ -202,7 +209,7 @@ def fit(size: ModelSize, loads: Sequence[Load], config: RunConfig, available: in
     side_by_side = config.documents_at_once or 1
     read = min(longest, config.prefill_chunk or longest)
     # One layer's widest product and its input, and the logits of a block in float32, twice.
-    activations = 3 * side_by_side * read * size.intermediate * size.itemsize + 2 * 512 * size.vocabulary * 4
+    activations = 3 * side_by_side * read * size.intermediate * size.itemsize + LOGIT_ROWS * size.vocabulary * 4
     caches = 2 * side_by_side * size.full_bytes(longest)
     return Fit(weights=size.weights_bytes, caches=caches, activations=activations, available=int(USABLE * available))
 

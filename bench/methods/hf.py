@@ -16,9 +16,9 @@ from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache, QuantizedCache
 
 from bench.errors import UserError
-from bench.methods.base import Method
+from bench.methods.base import Method, Sizes
 from bench.methods.names import BACKENDS, limits_of
-from bench.methods.prompt import Budget, Prompt
+from bench.methods.prompt import Asked, Budget, Prompt
 from bench.methods.states import ORIGINAL, QUANTIZED
 from bench.methods.versions import installed_version
 from bench.names import HF
@@ -68,6 +68,13 @@ class HfQuantized(Method):
             except ValueError as error:
                 raise UserError(f"{self.name}: a prompt {error}") from None
         return cache
+
+    def planned_bytes(self, sizes: Sizes, tokens: int, asked: Asked) -> int | None:
+        """Codes of all tokens, with a scale and a zero point for each group; fp8 has a byte for each number."""
+        if self.backend == "fp8":
+            return sizes.layers * sizes.kv_heads * sizes.head_dim * 2 * tokens
+        each = (self.backend, self.bits, sizes.kv_heads, sizes.head_dim, sizes.itemsize)
+        return sizes.layers * stored_bytes(*each, tokens)
 
     def reads_blocks(self, cache: Cache) -> bool:
         """Token by token, as it decodes: a block would be quantized together."""

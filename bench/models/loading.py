@@ -175,6 +175,18 @@ def describe(reference: str, *, trust_remote_code: bool = False, weights: bool =
     )
 
 
+def describe_config(reference: str, *, trust_remote_code: bool = False) -> tuple[str, Any]:
+    """The name of the model that ``reference`` stands for, and its transformers config. A folder need not have more
+    than its ``config.json``. Raises :class:`UserError`."""
+    folder = Path(reference).expanduser().resolve()
+    name = folder.name
+    if reference in embedded.EMBEDDED or not (folder / "config.json").is_file():
+        source = resolve(reference, weights=False)
+        folder, name = fetch(source, trust_remote_code=trust_remote_code, weights=False), source.name
+    with transformers_errors(f"{name} cannot be loaded"):
+        return name, load_transformers().AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
 def fingerprint(folder: Path) -> str:
     """SHA-256 that identifies the weights and config in a local folder.
 

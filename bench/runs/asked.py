@@ -68,6 +68,13 @@ def plugins_of(config: RunConfig, own: Sequence[Task | TaskGroup] = ()) -> tuple
     return Plugins(config.plugin or (), others, own), others
 
 
+def cells_of(config: RunConfig, plugins: Plugins) -> list[Cell]:
+    """The grid alone. Raises :class:`UserError`, :class:`arkv.ConfigError`."""
+    methods = plugins.usable_methods(config.measured_methods)
+    budgets, formats = config.budgets, config.quant_format
+    return grid(methods, budgets, config.window_size, formats, config.method_settings, plugins.methods)
+
+
 def asked_for(
     config: RunConfig, plugins: Plugins, others: HarnessTasks
 ) -> tuple[list[Cell], list[Task | TaskGroup], list[dict[str, str]]]:
@@ -76,9 +83,7 @@ def asked_for(
     Raises:
         UserError, arkv.ConfigError, TaskError: what was asked for makes no sense, or nothing of it is left.
     """
-    methods = plugins.usable_methods(config.measured_methods)
-    budgets, formats = config.budgets, config.quant_format
-    cells = grid(methods, budgets, config.window_size, formats, config.method_settings, plugins.methods)
+    cells = cells_of(config, plugins)
     sources = TaskSources(plugins, others)
     plugins.refuse_taken(TASKS, [split_spec(name)[0] for name in config.tasks], BUILT_IN_TASKS.__contains__)
     asked = []

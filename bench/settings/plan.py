@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -9,7 +10,7 @@ from pydantic import Field
 from bench.settings.fields import Count, setting
 from bench.settings.run import RunConfig
 
-CLUSTER = "The cluster"
+CLUSTER, MEMORY = "The cluster", "What memory buys"
 
 
 class PlanConfig(RunConfig):
@@ -20,6 +21,23 @@ class PlanConfig(RunConfig):
     )
     """Settings of a run that change nothing here."""
 
+    capacity: tuple[str, ...] = setting(
+        (),
+        "Say instead what memory buys, of so many bytes (80GB) or a GPU (h100): tokens in the pool, concurrent "
+        "sequences, the most tokens a second. Needs a model's config only.",
+        MEMORY,
+        "nothing",
+        unset="not asked",
+    )
+    context_lengths: tuple[Count, ...] = setting(
+        (4096, 32768), "Tokens of the sequences that capacity is said for.", MEMORY, "nothing"
+    )
+    bandwidth: Annotated[float, Field(gt=0)] | None = setting(
+        None, "GB/s of the memory; a GPU of the table has its maker's.", MEMORY, "nothing", unset="unknown"
+    )
+    run: Path | None = setting(
+        None, "A run whose scores stand beside the methods that it measured.", MEMORY, "nothing", unset="none"
+    )
     gpus: Count = setting(1, "GPUs of the cluster.", CLUSTER, "nothing")
     gpu_memory: str = setting("80GB", "Memory of each, as 80GB or 24GiB.", CLUSTER, "nothing")
     worker_gpus: Annotated[float, Field(gt=0)] = setting(
