@@ -81,6 +81,8 @@ class Generate:
     max_new_tokens: int
     question_ids: tuple[int, ...] = ()
     """Tokens that are read behind the compressed context; none where the question is a part of the prompt."""
+    turns: tuple[tuple[int, ...], ...] = ()
+    """Later questions: each is read behind the answer to the one before, through the same cache."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these strings."""
     end_ids: tuple[int, ...] = ()
@@ -93,13 +95,13 @@ class Generate:
 
     @property
     def input_ids(self) -> tuple[int, ...]:
-        """All that is read before the answer."""
+        """All that is read before the first answer."""
         return self.prompt_ids + self.question_ids
 
     @property
     def prompt_tokens(self) -> int:
-        """Length of all that is read before the answer."""
-        return len(self.prompt_ids) + len(self.question_ids)
+        """Length of all that is read but answers."""
+        return len(self.prompt_ids) + len(self.question_ids) + sum(map(len, self.turns))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +207,8 @@ class Generated:
     """Decoded without special tokens and cut at the first stop string; without the model's thinking."""
     token_ids: tuple[int, ...] = ()
     """Everything that was generated."""
+    turns: tuple[str, ...] = ()
+    """The answers one by one where there were several questions; ``text`` has them on a line each."""
 
 
 class Scored(NamedTuple):

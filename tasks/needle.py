@@ -172,13 +172,13 @@ def _fill(
     prompt_ids = prompt([])
     if len(prompt_ids) > length:
         raise TaskError(f"needle: {length} tokens are too short: the question alone takes {len(prompt_ids)}")
-    count, prompt_ids = _grow(lambda n: prompt(sentences[:n]), len(sentences), prompt_ids, length)
+    count, prompt_ids = grow(lambda n: prompt(sentences[:n]), len(sentences), prompt_ids, length)
     pieces = list(sentences[:count])
     if length - len(prompt_ids) >= _SLACK and count < len(sentences):
         last = sentences[count]
         # A language without spaces is cut between characters.
         words, glue = (last.split(), " ") if " " in last else (list(last), "")
-        count, prompt_ids = _grow(lambda n: prompt([*pieces, glue.join(words[:n])]), len(words), prompt_ids, length)
+        count, prompt_ids = grow(lambda n: prompt([*pieces, glue.join(words[:n])]), len(words), prompt_ids, length)
         pieces = [*pieces, glue.join(words[:count])]
     if length - len(prompt_ids) >= _SLACK:
         raise TaskError(
@@ -189,7 +189,7 @@ def _fill(
     return text(pieces), tuple(prompt_ids), len(frame.encode(" ".join(before), whole=False))
 
 
-def _grow(prompt: Callable[[int], list[int]], total: int, empty: list[int], length: int) -> tuple[int, list[int]]:
+def grow(prompt: Callable[[int], list[int]], total: int, empty: list[int], length: int) -> tuple[int, list[int]]:
     """An ``n <= total`` whose ``prompt(n)`` is less than the slack short of ``length``, or else the largest that fits.
 
     ``empty`` is ``prompt(0)``, which fits. Interpolation search, since tokens grow almost linearly with ``n``: it takes

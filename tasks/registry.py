@@ -132,6 +132,11 @@ register(
     "passkey retrieval over depth and length; generated, needs no download",
 )
 register(
+    "turns",
+    "tasks.turns:TurnsTask",
+    "four questions about one text, one after the other on the same cache; generated, needs no download",
+)
+register(
     "fidelity",
     "tasks.fidelity:FidelityTask",
     "next-token distributions against those of the full cache, on any text; needs no download",

@@ -144,9 +144,10 @@ class Load:
                     contexts.append(len(request.prompt_ids))
                 if request.question_ids:
                     shared.add(request.prompt_ids)
-                block += len(request.question_ids)
-                steps += request.max_new_tokens
-                longest = max(longest, request.prompt_tokens + request.max_new_tokens)
+                block += request.prompt_tokens - len(request.prompt_ids)
+                new = (1 + len(request.turns)) * request.max_new_tokens
+                steps += new
+                longest = max(longest, request.prompt_tokens + new)
             elif isinstance(request, Compare):
                 contexts.append(request.prompt_tokens)
                 steps += len(request.continuation_ids)

@@ -144,5 +144,5 @@ class Engine(Steps):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         per_token: int = 2 * config.num_hidden_layers * heads * head_dim * self.model.dtype.itemsize
-        new = request.max_new_tokens if isinstance(request, Generate) else 0
+        new = (1 + len(request.turns)) * request.max_new_tokens if isinstance(request, Generate) else 0
         return per_token * (2 * request.prompt_tokens + new)

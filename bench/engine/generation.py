@@ -47,17 +47,26 @@ class Answering:
     compressed: Compressed
     """The source's own until the answer begins."""
     decoder: Decoder
+    reading: tuple[int, ...]
+    """What is to be read through the cache before the answer."""
+    said: tuple[int, ...]
+    """All that was read and answered before the newest question, and that question."""
+    answers: list[list[int]] = field(default_factory=list)
+    """Those to earlier questions."""
     tokens: list[int] = field(default_factory=list)
+    """The answer to the newest question."""
     begin: int | None = None
     """Where the answer begins; None while the model is thinking."""
-    question_s: float = 0.0
+    questions_s: list[float] = field(default_factory=list)
+    """Of each turn the reading of its question."""
     first_s: float = 0.0
+    """The choice of the first token of all."""
     decode_s: float = 0.0
 
     @property
     def text(self) -> tuple[int, ...]:
-        """The prompt and the answer so far."""
-        return (*self.request.prompt_ids, *self.request.question_ids, *self.tokens)
+        """All that was read and answered so far."""
+        return (*self.said, *self.tokens)
 
 
 class SideBySide:
@@ -121,6 +130,10 @@ def _answers(steps: Steps, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measureme
                     for row in side_by_side:
                         row.compressed = row.source.take()
                     decode(steps, cell, side_by_side)
+                    while further := [row for row in side_by_side if len(row.answers) < len(row.request.turns)]:
+                        for row in further:
+                            _next_turn(steps, row)
+                        decode(steps, cell, further)
                     yield from [(row.job, _measured(steps, cell, row)) for row in side_by_side]
 
 
@@ -142,26 +155,56 @@ def _begin(steps: Steps, cell: Cell, context: Context, jobs: Sequence[Job], prom
     decoders = [Decoder(steps.model, steps.tokenizer, request) for request in requests]
     source = Source.of(cell, steps.compress(cell, prompt), len(jobs), len(context.jobs))
     return [
-        Answering(job=job, request=request, prompt=prompt, source=source, compressed=source.compressed, decoder=decoder)
+        Answering(
+            job=job,
+            request=request,
+            prompt=prompt,
+            source=source,
+            compressed=source.compressed,
+            decoder=decoder,
+            reading=request.question_ids,
+            said=request.input_ids,
+        )
         for job, request, decoder in zip(jobs, requests, decoders, strict=True)
     ]
 
 
+def _next_turn(steps: Steps, row: Answering) -> None:
+    """The answer stays in the cache, and the next question is to be read. An end-of-sequence token does not: what ends
+    a turn is a part of the next question."""
+    tokens, turn = row.tokens, row.request.turns[len(row.answers)]
+    ended = tokens[-1] in row.decoder.end_ids
+    row.answers.append(tokens)
+    row.said += tuple(tokens[:-1] if ended else tokens) + turn
+    # The newest token is the only one that has not been read.
+    row.reading = (() if ended else (tokens[-1],)) + turn
+    request = dataclasses.replace(row.request, prompt_ids=row.said, question_ids=(), turns=())
+    row.decoder = Decoder(steps.model, steps.tokenizer, request)
+    row.tokens, row.begin = [], None
+
+
 def _measured(steps: Steps, cell: Cell, row: Answering) -> Measurement:
-    compressed, tokens = row.compressed, row.tokens
+    compressed, answers = row.compressed, [*row.answers, row.tokens]
+    tokens = [token for answer in answers for token in answer]
+    later = len(tokens) - len(answers)
+    texts = [_text(steps, answer, row.request) for answer in answers]
+    has_questions = bool(row.request.question_ids or row.request.turns)
     held = cell.held(compressed.cache, row.prompt)
     return Measurement.of_one(
         cell,
         compressed,
         held,
-        answer=Generated(text=_text(steps, tokens, row.request), token_ids=tuple(tokens)),
+        answer=Generated(
+            text="\n".join(texts), token_ids=tuple(tokens), turns=tuple(texts) if row.request.turns else ()
+        ),
         prompt_tokens=row.request.prompt_tokens,
         context_tokens=len(row.request.prompt_ids),
         generated_tokens=len(tokens),
-        ttft_ms=1000.0 * (compressed.prefill_s + (compressed.compress_s or 0.0) + row.question_s + row.first_s),
-        question_s=row.question_s if row.request.question_ids else None,
+        answers=len(answers),
+        ttft_ms=1000.0 * (compressed.prefill_s + (compressed.compress_s or 0.0) + row.questions_s[0] + row.first_s),
+        question_s=sum(row.questions_s) if has_questions else None,
         decode_s=row.decode_s,
-        tpot_ms=1000.0 * row.decode_s / (len(tokens) - 1) if len(tokens) > 1 else None,
+        tpot_ms=1000.0 * row.decode_s / later if later else None,
         peak_memory_bytes=peak_memory_bytes(steps.device),
     )
 
@@ -169,13 +212,14 @@ def _measured(steps: Steps, cell: Cell, row: Answering) -> Measurement:
 def decode(steps: Steps, cell: Cell, rows: Sequence[Answering]) -> None:
     """Greedy decoding, side by side; a row that has ended takes no further part."""
     with steps.attention(cell, [row.compressed.cache for row in rows]):
-        _ask(steps, cell, [row for row in rows if row.request.question_ids])
+        _ask(steps, cell, rows)
         for row in rows:
             clock = Stopwatch(steps.device)
             assert row.compressed.logits is not None
             with clock:
                 row.tokens.append(row.decoder.choose(row.compressed.logits, first=True))
-            row.first_s = clock.seconds
+            if not row.answers:
+                row.first_s = clock.seconds
         _go_on(steps, rows)
     while rows := [row for row in rows if not _ended(steps, row)]:
         for row in rows:
@@ -206,8 +250,9 @@ def _goes_on(steps: Steps, row: Answering) -> bool:
 def _read_anew(steps: Steps, cell: Cell, row: Answering) -> None:
     """The text so far is read as a prompt, with the factors of its length, and compressed anew, or of a question behind
     its context that context alone; one more token is chosen behind it."""
-    asked = row.request.question_ids
-    ids, behind = (row.request.prompt_ids, (*asked, *row.tokens)) if asked else (row.text, ())
+    prompt_ids = row.request.prompt_ids
+    is_behind = bool(row.request.question_ids or row.answers)
+    ids, behind = (prompt_ids, row.text[len(prompt_ids) :]) if is_behind else (row.text, ())
     clock = Stopwatch(steps.device)
     with clock, factors_for(steps.model, len(row.text)):
         (prompt,) = steps.prefill([ids])
@@ -228,16 +273,19 @@ def _read_anew(steps: Steps, cell: Cell, row: Answering) -> None:
 
 
 def _ask(steps: Steps, cell: Cell, rows: Sequence[Answering]) -> None:
-    """Read the questions of rows through what their cell has kept of the contexts."""
-    if not rows:
+    """Read the questions of rows, where they have any, through what their cell has kept of the contexts."""
+    asking = [row for row in rows if row.reading]
+    for row in rows:
+        row.questions_s.append(0.0)
+    if not asking:
         return
     clock = Stopwatch(steps.device)
-    caches = [row.compressed.cache for row in rows]
+    caches = [row.compressed.cache for row in asking]
     with clock:
-        found = read_on(steps.model, caches, [row.request.question_ids for row in rows], block_of(cell, caches))
-    for row, logits in zip(rows, found.split(1), strict=True):
+        found = read_on(steps.model, caches, [row.reading for row in asking], block_of(cell, caches))
+    for row, logits in zip(asking, found.split(1), strict=True):
         row.compressed = dataclasses.replace(row.compressed, logits=logits)
-        row.question_s = clock.seconds / len(rows)
+        row.questions_s[-1] = clock.seconds / len(asking)
 
 
 def step(steps: Steps, side_by_side: SideBySide) -> torch.Tensor:

@@ -40,6 +40,8 @@ class Measurement:
     context_tokens: int
     """Those of them that were compressed, which a budget as a share is meant of; of several contexts, the longest."""
     generated_tokens: int = 0
+    answers: int = 1
+    """Generated in turn, each behind a question of its own."""
     scored_tokens: int = 0
     """Tokens of continuations or of a text whose probability was asked for."""
     prefills: int = 1
@@ -60,14 +62,15 @@ class Measurement:
     compress_s: float | None
     """None for a press, which compresses during a prefill of its own."""
     ttft_ms: float | None = None
-    """Prefill, compression, a question behind them, and the choice of the first token; None where nothing is
+    """Prefill, compression, the first question behind them, and the choice of the first token; None where nothing is
     generated."""
     question_s: float | None = None
-    """Reading of a question behind the compressed context, before an answer is generated; None without one."""
+    """Reading of questions behind the compressed context, before an answer is generated; None without one."""
     decode_s: float
     """From the first token to the last, or the reading of what was scored."""
     tpot_ms: float | None = None
-    """Milliseconds per output token after the first; None for a single token and where nothing is generated."""
+    """Milliseconds per output token after the first of an answer; None for a single token, and where nothing is
+    generated."""
     peak_memory_bytes: int | None
     """While the cell answered the document and those beside it."""
     ragged_kv_bytes: int | None = None

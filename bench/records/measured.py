@@ -18,7 +18,7 @@ def columns_of(taken: Sequence[Measured], starts: Container[int]) -> dict[str, A
     seen = sum(sample.tokens_seen for sample in taken)
     kv_bytes = sum(sample.kv_bytes for sample in taken)
     clocked = [sample for sample in taken if (sample.start or 0) in starts]
-    decoded = sum(max(sample.generated_tokens - 1, 0) for sample in clocked)
+    decoded = sum(max(sample.generated_tokens - (sample.answers or 1), 0) for sample in clocked)
     # Only of what was generated; the reading of given texts is not decoding.
     decode_s = sum(sample.decode_s for sample in clocked if sample.generated_tokens)
     return {

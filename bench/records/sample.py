@@ -81,6 +81,9 @@ class Measured:
     context_tokens: Count | None = None
     """Tokens that were compressed; None before it was written down: all of the prompt's."""
     question_s: Amount | None = None
+    answers: Count | None = None
+    """Generated in turn, of which each one's first token belongs to its question; None before it was written down: one.
+    """
     ragged_kv_bytes: Count | None = None
     """Of methods that mask tokens of single heads; None of all others, and in files written before it was known."""
     start: int | None = None
@@ -106,6 +109,8 @@ class Sample(Measured):
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     """Of what was generated, as is ``text``."""
+    turns: tuple[str, ...] | None = None
+    """Of ``text`` the answers one by one, where there were several questions in turn."""
     log_likelihoods: tuple[Scored, ...] | None = None
     """Of the continuations or windows that were scored."""
     compared: Compared | None = None
@@ -132,7 +137,7 @@ class Sample(Measured):
     def answer(self) -> Answer:
         """The answer. Raises :class:`ValueError` for a line of a baseline, which holds none."""
         if self.text is not None and self.token_ids is not None:
-            return Generated(text=self.text, token_ids=self.token_ids)
+            return Generated(text=self.text, token_ids=self.token_ids, turns=self.turns or ())
         if self.compared is not None:
             return self.compared
         if self.log_likelihoods is not None:

@@ -71,6 +71,8 @@ def prompt_hash(document: Document) -> str:
     if not asked.get("generation"):
         # Of prompts without settings of their own it is what it was before there were any.
         asked.pop("generation", None)
+    if not asked.get("turns"):
+        asked.pop("turns", None)
     for part in (asked, *asked.get("continuations", ()), *asked.get("windows", ())):
         if not part.get("question_ids"):
             # Likewise of prompts with their questions inside.
@@ -108,7 +110,8 @@ def _wrong(document: Document, vocabulary: int | None) -> str | None:
 def _sequences(request: Request) -> list[tuple[str, Sequence[int]]]:
     """Every sequence of tokens that a request brings, with what it is; none of them may be empty."""
     if isinstance(request, Generate):
-        return [("prompt", request.prompt_ids), *_question(request)]
+        turns = [("later question", turn) for turn in request.turns]
+        return [("prompt", request.prompt_ids), *_question(request), *turns]
     if isinstance(request, Compare):
         return [("prompt", request.context_ids), ("continuation", request.continuation_ids)]
     parts: Sequence[Continuation] = request.windows if isinstance(request, Rolling) else request.continuations

@@ -70,6 +70,8 @@ def to_sample(
         scores=scores,
         text=None if generated is None else generated.text,
         token_ids=None if generated is None else generated.token_ids,
+        turns=(generated and generated.turns) or None,
+        answers=measured.answers,
         log_likelihoods=answer.scored if isinstance(answer, LogLikelihoods) else None,
         compared=answer if isinstance(answer, Compared) else None,
         reference=document.reference,

@@ -138,8 +138,8 @@ class RunConfig(Settings):
         DATA,
         "grid",
     )
-    lengths: tuple[Count, ...] = _of_task("needle, fidelity, ruler", NeedleOptions, "lengths", "grid")
-    samples: Count = _of_task("needle, fidelity, ruler", NeedleOptions, "samples", "answer")
+    lengths: tuple[Count, ...] = _of_task("needle, turns, fidelity, ruler", NeedleOptions, "lengths", "grid")
+    samples: Count = _of_task("needle, turns, fidelity, ruler", NeedleOptions, "samples", "answer")
     haystack: Path | None = _of_task("needle, ruler", NeedleOptions, "haystack", "answer", by_content=True)
     text: Path | None = _of_task("fidelity", FidelityOptions, "text", "answer", by_content=True)
     text_field: str = _of_task("fidelity", FidelityOptions, "text_field", "answer", sparse=True)

@@ -69,7 +69,7 @@ def _read_tokens(document: Document) -> int:
     """Tokens that every cell reads or writes behind the prompt, at most."""
     request = document.request
     if isinstance(request, Generate):
-        return len(request.question_ids) + request.max_new_tokens
+        return len(request.question_ids) + (1 + len(request.turns)) * request.max_new_tokens
     if isinstance(request, Compare):
         return len(request.continuation_ids)
     if isinstance(request, LogLikelihood):

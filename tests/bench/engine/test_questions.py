@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from arkv import TriStateCache
 from bench.engine.engine import Engine, Failure, Measurement
 from bench.engine.steps import Steps
 from bench.methods.cell import Cell
-from bench.methods.grid import grid
 from bench.runs.executors.base import batches
 from tasks.base import Continuation, Document, Generate, LogLikelihood
 from tests.bench.engine.test_engine import cells, forwards, generated, plain_scores
@@ -124,18 +122,19 @@ def test_the_question_is_no_part_of_what_is_compressed(tiny: Any, monkeypatch: p
         assert measured.tokens_original + measured.tokens_quantized == pytest.approx(64)
 
 
-def test_caches_that_are_read_as_they_decode_read_a_question_token_by_token(tiny: Any) -> None:
-    if find_spec("kvpress") is None:
-        pytest.skip("kvpress is not installed")
-    (cell,) = grid(["kvpress:knorm"], [{"cache_size": 64}], [], None, {})
+@pytest.mark.parametrize("in_blocks", [True, False])
+def test_caches_that_are_read_as_they_decode_read_a_question_token_by_token(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, in_blocks: bool
+) -> None:
     question = asking(2)
+    monkeypatch.setattr(Cell, "reads_blocks", lambda self, cache: in_blocks)
     shapes, handle = forwards(tiny)
     try:
-        measured = answers(tiny, [cell], [question])[question.id, "kvpress:knorm"]
+        measured = answers(tiny, cells("window"), [question])[question.id, "window"]
     finally:
         handle.remove()
-    reads = [shape for shape in shapes if shape == (1, 1)]
-    assert len(reads) == 7 + measured.generated_tokens - 1
+    read = [(1, 7)] if in_blocks else [(1, 1)] * 7
+    assert shapes == [(1, CONTEXT), *read, *[(1, 1)] * (measured.generated_tokens - 1)]
 
 
 def test_times_say_what_the_question_took(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,3 +202,78 @@ def test_choices_read_through_a_small_cache_differ_from_the_full_ones(tiny: Any)
     full, window = ([item.log_likelihood for item in m.answer.scored] for m in found.values())
     assert window != pytest.approx(full, abs=1e-3)
     assert found[question.id, "window"].tokens_original == pytest.approx(16)
+
+
+# --- Turns ---
+
+
+def chatting(*, turns: int = 2, end_ids: tuple[int, ...] = ()) -> Document:
+    request = Generate(
+        prompt_ids=ids(CONTEXT, 0),
+        question_ids=ids(6, 100),
+        turns=tuple(ids(5 + turn, 200 + turn) for turn in range(turns)),
+        max_new_tokens=5,
+        end_ids=end_ids,
+    )
+    return Document(id="chat", request=request)
+
+
+def step_by_step(tiny: Any, question: Document, ends: set[int]) -> list[list[int]]:
+    """What the model answers to each question, every time fed all that went before."""
+    request = question.request
+    assert isinstance(request, Generate)
+    said, answers = request.input_ids, []
+    for turn in (*request.turns, ()):
+        prompt = Document(id="d", request=Generate(prompt_ids=said, max_new_tokens=5, end_ids=request.end_ids))
+        (measured,) = answers_of(tiny, prompt)
+        tokens = list(measured.answer.token_ids)
+        answers.append(tokens)
+        said += tuple(tokens[:-1] if tokens[-1] in ends else tokens) + turn
+    return answers
+
+
+def answers_of(tiny: Any, document: Document) -> list[Measurement]:
+    return list(answers(tiny, cells("full"), [document]).values())
+
+
+@pytest.mark.parametrize("ends", [False, True])
+@pytest.mark.parametrize("size", [1, 2])
+def test_each_turn_is_answered_from_all_that_went_before(tiny: Any, ends: bool, size: int) -> None:
+    question = chatting()
+    end_ids: tuple[int, ...] = ()
+    if ends:
+        # A token of the first answer, which then ends there and is not read.
+        end_ids = (step_by_step(tiny, question, set())[0][1],)
+        question = chatting(end_ids=end_ids)
+    all_ends = {*end_ids, tiny.tokenizer.eos_token_id}
+    expected = step_by_step(tiny, question, all_ends)
+    assert ends == (end_ids == tuple(expected[0][-1:]))
+    grid_ = cells("full", "window", "mix", cache_size=512)
+    twin = replace(question, id="twin")
+    found = answers(tiny, grid_, [question, twin], size)
+    assert len(found) == 6
+    for measured in found.values():
+        assert [token for answer in expected for token in answer] == list(measured.answer.token_ids)
+        assert len(measured.answer.turns) == measured.answers == 3
+        assert measured.answer.text == "\n".join(measured.answer.turns)
+        seen = measured.prompt_tokens + measured.generated_tokens
+        # The last token is not read, nor are those that end an answer.
+        unread = sum(answer[-1] in all_ends for answer in expected[:-1])
+        assert measured.tokens_original == seen - 1 - unread
+
+
+def test_a_chat_keeps_to_its_budget(tiny: Any) -> None:
+    for measured in answers(tiny, cells("window", "mix"), [chatting(turns=3)]).values():
+        assert measured.tokens_original + measured.tokens_quantized == pytest.approx(64)
+        assert measured.answers == 4
+        assert measured.generated_tokens > 10
+
+
+def test_times_of_turns(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stopwatch shows one second: three questions, and each later token of an answer."""
+    monkeypatch.setattr("bench.telemetry.Stopwatch.__exit__", lambda self, *_: setattr(self, "seconds", 1.0))
+    (measured,) = answers(tiny, cells("full"), [chatting()]).values()
+    assert measured.question_s == 3.0
+    assert measured.ttft_ms == pytest.approx(1000 * (measured.prefill_s + measured.compress_s + 2.0))
+    assert measured.decode_s == measured.generated_tokens - 3
+    assert measured.tpot_ms == 1000.0

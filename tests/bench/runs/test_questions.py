@@ -202,3 +202,22 @@ def test_a_group_is_asked_after_as_a_whole() -> None:
 def test_rows_of_older_files_have_no_such_column() -> None:
     older = {"model": "m", "task": "needle", "metric": "x", "method": "full", "n": 1, "score": 1.0, "cell": "full"}
     assert Row(**older, higher_is_better=True).question is None
+
+
+def test_a_chat_is_measured_and_kept_by_turn(tiny_folder: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"tasks": ("turns",), "lengths": (300,), "samples": 5, "question": "after"}
+    outcome, _ = go(tiny_folder, tmp_path, **settings)
+    assert outcome.failures == []
+    metrics = ["exact_match", *(f"exact_match,turn {turn}" for turn in range(1, 5))]
+    assert [row.metric for row in outcome.rows if row.method == "mix"] == metrics
+    assert {row.task for row in outcome.rows} == {"turns (question after)"}
+    for line in read_lines(tmp_path / SAMPLES):
+        assert line["text"] == "\n".join(line["turns"])
+        assert len(line["turns"]) == line["answers"] == len(line["reference"]) == 4
+        assert line["tokens_original"] + line["tokens_quantized"] <= (64 if line["method"] != "full" else 512)
+    # What was stopped goes on from answers that are read from the file.
+    lines = (tmp_path / SAMPLES).read_text().splitlines(keepends=True)
+    (tmp_path / SAMPLES).write_text("".join(lines[:8]))
+    again, _ = go(tiny_folder, tmp_path, **settings)
+    assert again.measured == 7
+    assert [row.score for row in again.rows] == [row.score for row in outcome.rows]
