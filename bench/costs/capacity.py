@@ -13,7 +13,7 @@ from bench.costs.plan import LOGIT_ROWS, USABLE, ModelSize, parse_bytes
 from bench.errors import UserError
 from bench.methods.cell import Cell
 from bench.records.row import Row
-from tasks.base import nearest
+from tasks.errors import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
