@@ -1,5 +1,5 @@
 """Writes what the code says of itself: docs/commands, a page per command; docs/layout.md, a line per file; the table of
-generation settings in docs/tasks.md; the numbers of README.md, out of results/."""
+generation settings in docs/tasks.md; the numbers of README.md and docs/reading.md, out of results/."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ sys.path.insert(0, str(ROOT))
 FOLDER = ROOT / "docs" / "commands"
 LAYOUT = ROOT / "docs" / "layout.md"
 TASKS = ROOT / "docs" / "tasks.md"
-README = ROOT / "README.md"
 PACKAGES = ("arkv", "bench", "tasks", "scripts")
 
 
@@ -84,9 +83,11 @@ def main() -> None:
     """Replace the pages, and remove those of commands that are gone."""
     LAYOUT.write_text(layout(), encoding="utf-8")
     TASKS.write_text(with_settings(TASKS.read_text(encoding="utf-8")), encoding="utf-8")
-    from scripts.readme import with_numbers
+    from scripts.figures_in_docs import PAGES, with_numbers
 
-    README.write_text(with_numbers(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in PAGES:
+        page = ROOT / name
+        page.write_text(with_numbers(page.read_text(encoding="utf-8"), name), encoding="utf-8")
     FOLDER.mkdir(parents=True, exist_ok=True)
     written = pages()
     for name, text in written.items():

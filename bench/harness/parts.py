@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,13 @@ def _passages(template: Any) -> list[str]:
     if not isinstance(template, str):
         return []
     return [name for name in PASSAGES if re.search(rf"{{{{[^}}]*\b{name}\b", template)]
+
+
+def source_of(task: Any, row: Mapping[str, Any]) -> str | None:
+    """A hash of the passages that a question is about, the same for all questions about them; None without any."""
+    texts = [row.get(name) for name in _passages(task.config.doc_to_text)]
+    found = [text for text in texts if isinstance(text, str) and text.strip()]
+    return hashlib.sha256("\n\n".join(found).encode()).hexdigest()[:16] if found else None
 
 
 def question_at(task: Any, instance: Any) -> int | None:

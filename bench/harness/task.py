@@ -18,7 +18,7 @@ from typing import Any
 from bench.harness.definition import definition_sha256
 from bench.harness.index import find_all, task_manager
 from bench.harness.options import HarnessOptions
-from bench.harness.parts import has_parts, question_at
+from bench.harness.parts import has_parts, question_at, source_of
 from bench.harness.quiet import quiet
 from bench.harness.replay import replay, selection, to_evaluation, to_responses
 from bench.harness.requests import apply_chat_template, to_generate, to_log_likelihood, to_rolling
@@ -306,10 +306,16 @@ class HarnessTask(Task):
             else:
                 thinks = bool(options.enable_thinking)
                 request, cut = to_generate(self.name, instances[0], settings, thinks, begins[0])
+        source = source_of(self._task, instances[0].doc)
         return Document(
             id=identifier,
             request=request,
             reference=reference,
             truncated=cut > 0,
-            info={"row": self._rows[identifier], "prompt_tokens": request.prompt_tokens, "cut_tokens": cut},
+            info={
+                "row": self._rows[identifier],
+                "prompt_tokens": request.prompt_tokens,
+                "cut_tokens": cut,
+                **({} if source is None else {"source": source}),
+            },
         )

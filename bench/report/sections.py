@@ -38,6 +38,7 @@ from bench.report.columns import (
     adjusted,
 )
 from bench.report.comparison import compare
+from bench.report.figures.by import by_figures
 from bench.report.figures.canvas import Figure, file_name
 from bench.report.figures.curve import curve_figure
 from bench.report.figures.layers import oq_figure
@@ -210,6 +211,7 @@ def _of_task(rows: Sequence[Row], samples: _TaskSamples, suffix: str, several: b
                     figures.append(share_figure(f"{name}-shares", drawn, samples.clocked()))
                 figures.append(oq_figure(f"{name}-oq", drawn, samples.whole()))
                 figures.append(curve_figure(f"{name}-curve", drawn, samples.compared()))
+                figures += by_figures(name, drawn, samples.whole())
         sections.append(
             Section(
                 title=comparison.title + suffix,

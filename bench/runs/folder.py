@@ -215,7 +215,7 @@ def _differences(known: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]
     said = []
     for name in sorted({*known, *mine}):
         there, here, meant = known.get(name), mine.get(name), MEANING.get(name, name)
-        if not isinstance(there, dict) and not isinstance(here, dict):
+        if not all(value is None or isinstance(value, dict) for value in (there, here)) or there is here is None:
             if there != here:
                 said.append(f"{meant} is {_shown(there)} there and {_shown(here)} here")
             continue

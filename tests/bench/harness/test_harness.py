@@ -16,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bench.harness.parts import has_parts, question_at
+from bench.harness.parts import has_parts, question_at, source_of
 from bench.harness.task import HarnessTask
 from bench.harness.tasks import DESCRIPTIONS, HarnessGroup, HarnessTasks
 from tasks.base import (
@@ -943,6 +943,14 @@ def test_a_question_begins_behind_examples_and_passage() -> None:
     # Nothing stands before it, or it is not there.
     for prompt in ("Question: Does it?", "Something else"):
         assert question_at(plain, SimpleNamespace(args=(prompt, {}), doc=doc)) is None
+
+
+def test_questions_about_one_passage_are_of_one_source() -> None:
+    task = _Asking("{{passage}}\nQuestion: {{question}}?")
+    row = {"passage": "The river runs.", "question": "Does it"}
+    assert source_of(task, row) == source_of(task, {**row, "question": "Where to"}) is not None
+    assert source_of(task, row) != source_of(task, {**row, "passage": "The river stands."})
+    assert source_of(_Asking("Question: {{question}}?"), row) is None
 
 
 def test_examples_are_the_context_of_the_question(tokenizer: Any, tmp_path: Path) -> None:

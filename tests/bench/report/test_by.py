@@ -14,6 +14,7 @@ from bench.errors import UserError
 from bench.judge.stats import mean_interval
 from bench.records.finished import read_runs
 from bench.report.by import split_by
+from bench.report.figures.by import by_figures, scores_by
 from tests.bench.lines import line
 from tests.bench.report.test_report import row, write
 
@@ -78,3 +79,20 @@ def test_a_fact_that_no_document_says(folder: Path) -> None:
     (run,) = read_runs([folder])
     with pytest.raises(UserError, match=r"no document says its lenght: did you mean length\?"):
         split_by(run, "lenght")
+
+
+def test_figures_over_what_documents_differ_in(folder: Path) -> None:
+    (run,) = read_runs([folder])
+    samples = list(run.samples.whole(run.samples.values()))
+    found = scores_by(run.rows, samples)
+    assert {fact: sorted(scores["mix-512"]) for fact, scores in found.items()} == {
+        "length": [1000.0, 4000.0],
+        "depth": [0.0, 0.25, 0.5, 0.75],
+    }
+    assert found["length"]["mix-512"][4000.0].count(1.0) == 1
+    drawn = by_figures("needle", run.rows, samples)
+    assert [figure.name for figure in drawn] == ["needle-length", "needle-depth"]
+    assert "8 to 12 documents of each length" in drawn[0].caption
+    # One length is no axis.
+    short = [sample for sample in samples if sample.info["length"] == 1000]
+    assert list(scores_by(run.rows, short)) == ["depth"]

@@ -1,4 +1,5 @@
-"""What README.md says in numbers, made of the records under results/: ``make docs`` writes it, a test compares it."""
+"""What README.md and docs/reading.md say in numbers, made of the records under results/: ``make docs`` writes it, a
+test compares it."""
 
 from __future__ import annotations
 
@@ -23,13 +24,20 @@ BEGIN, END = "<!-- Written by make docs: {} -->\n", "\n<!-- until here. -->"
 WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
-def with_numbers(page: str) -> str:
-    """README.md with every block of numbers as the records have it. Raises :class:`SystemExit` where one is missing."""
-    for name, block in BLOCKS.items():
+def with_numbers(page: str, path: str) -> str:
+    """A page with every block of numbers as the records have it.
+
+    Args:
+        path: of the page, one of :data:`PAGES`.
+
+    Raises:
+        SystemExit: a block has no place in it.
+    """
+    for name, block in PAGES[path].items():
         before, begin, rest = page.partition(BEGIN.format(name))
         _, end, after = rest.partition(END)
         if not begin or not end:
-            raise SystemExit(f"README.md has no place for the numbers called {name}")
+            raise SystemExit(f"{path} has no place for the numbers called {name}")
         page = before + begin + block() + end + after
     return page
 
@@ -257,11 +265,60 @@ def _speed() -> str:
         {prefill[FULL]:.0f} s behind 7,900 (`results/speed`, medians of six and seven on a noisy machine)."""
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    "figure": figure,
-    "demo": demo,
-    "fidelity": fidelity,
-    "tuning": tuning,
-    "more": more,
+def coverage() -> str:
+    """How often all intervals of simulated tables hold, and what is claimed to be detectable is found."""
+    held: dict[tuple[str, str], dict[str, float]] = {}
+    folder = RESULTS / "statistics"
+    remedy = "scripts/coverage.py writes it anew"
+    for _, cells in read_cells(folder / "coverage.csv", ["scores", "documents", "rows", "held"], remedy):
+        held.setdefault((cells["scores"], cells["rows"]), {})[cells["documents"]] = float(cells["held"])
+    counts = list(next(iter(held.values())))
+    headers = ["scores", "rows", *(f"n={count}" for count in counts)]
+    lines = [[*key, *(f"{100 * found[count]:.1f}" for count in counts)] for key, found in held.items()]
+    power: dict[tuple[str, str], dict[str, str]] = {}
+    for _, cells in read_cells(folder / "power.csv", ["scores", "documents", "direction", "power"], remedy):
+        share = cells["power"] and f"{100 * float(cells['power']):.0f}"
+        power.setdefault((cells["scores"], cells["direction"]), {})[cells["documents"]] = share
+    powers = [
+        [name, "rise" if sign == "1" else "fall", *(found[count] or "none" for count in counts)]
+        for (name, sign), found in power.items()
+    ]
+    return "\n".join(
+        [
+            _paragraph(
+                """Percent of simulated tables in which *every* interval of a difference to `full` holds the true one,
+                by what the scores are like, the rows of the table and the documents (`scripts/coverage.py`,
+                `results/statistics`). Asked are 95. Where few documents say little, intervals are rather too wide:"""
+            ),
+            "",
+            *markdown_table(headers, lines, right=range(1, len(headers))),
+            "",
+            _paragraph(
+                """Percent of simulated runs in which the smallest difference that a table states is found, of scores
+                that are not two-valued; asked are 80. None is stated of fewer than 30 documents with skewed scores:"""
+            ),
+            "",
+            *markdown_table(["scores", "true", *headers[2:]], powers, right=range(2, len(headers))),
+        ]
+    )
+
+
+def snapkv() -> str:
+    """What SnapKV finds, in the suite and in kvpress' own pipeline."""
+    found: dict[str, list[tuple[float, str]]] = {}
+    file = RESULTS / "snapkv" / "snapkv.csv"
+    for _, cells in read_cells(file, ["variant", "right", "heads_with_number"], "scripts/snapkv.py writes it anew"):
+        found.setdefault(cells["variant"], []).append((float(cells["right"]), cells["heads_with_number"]))
+    lines = []
+    for variant, answers in found.items():
+        heads = [float(text) for _, text in answers if text]
+        right = f"{sum(score for score, _ in answers):.0f} of {len(answers)}"
+        lines.append([variant, right, _percent(fmean(heads), 0) if heads else ""])
+    return "\n".join(markdown_table(["", "passkeys", "heads that hold the whole number"], lines, right=[1, 2]))
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"figure": figure, "demo": demo, "fidelity": fidelity, "tuning": tuning, "more": more},
+    "docs/reading.md": {"coverage": coverage, "snapkv": snapkv},
 }
-"""What stands between the marks of each name."""
+"""By page what stands between the marks of each name."""
