@@ -12,6 +12,7 @@ from bench.judge import stats
 from bench.judge.comparison import add_statistics
 from bench.judge.family import Comparison, compare_all
 from bench.records.row import STATISTICS, Row
+from bench.report.comparison import compare
 from tasks.base import Metric
 from tests.bench.lines import sample
 
@@ -199,3 +200,34 @@ def test_a_binary_metric_says_its_range() -> None:
         Metric(name="right", binary=True)
     with pytest.raises(ValueError, match="between low and high"):
         Metric(name="right", low=1.0, high=1.0)
+
+
+def test_a_table_of_one_document_says_the_difference_and_nothing_more() -> None:
+    rows = statistics({"full": [1.0], "mix": [0.0], "window": [1.0]}, [Metric(name="exact_match", low=0.0, high=1.0)])
+    assert (rows["mix"].difference, rows["window"].difference) == (-1.0, 0.0)
+    for row in rows.values():
+        unknown = {
+            "score_low",
+            "difference_low",
+            "p_value",
+            "p_adjusted",
+            "detectable_difference",
+            "cannot_tell",
+            "leading",
+        }
+        assert {getattr(row, name) for name in unknown} <= {None, False}
+        assert row.sources in (1, None)
+    notes = compare(list(rows.values()))[0].notes
+    assert "so few documents cannot show a difference to full" in notes
+
+
+def test_scores_that_are_all_equal() -> None:
+    """Of two values they have the statistics of proportions; of others nothing is known of how they scatter."""
+    right = statistics({"full": [1.0] * 12, "mix": [1.0] * 12}, [Metric(name="exact_match", low=0.0, high=1.0)])["mix"]
+    assert (right.difference, right.p_adjusted, right.cannot_tell) == (0.0, 1.0, "ceiling")
+    assert right.score_low == pytest.approx(12 / (12 + 1.959964**2))
+    assert (right.difference_low or 0) < 0 < (right.difference_high or 0)
+    half = statistics({"full": [0.5] * 12, "mix": [0.5] * 12, "window": [0.25] * 12})
+    assert (half["mix"].difference, half["mix"].p_adjusted, half["mix"].difference_low) == (0.0, 1.0, None)
+    assert (half["window"].difference, half["window"].p_adjusted) == (-0.25, None)
+    assert half["mix"].score_low is None

@@ -348,3 +348,20 @@ def test_output_that_nobody_reads(tiny_folder: Path, tmp_path: Path) -> None:
     assert (code, said) == (NOBODY_READS, f"arkv-bench: {stopped}\n")
     subprocess.run(run, cwd=ROOT, env=quiet_environment(), check=True, capture_output=True)
     assert unread(report) == (NOBODY_READS, "arkv-bench: nobody reads what it prints; stopped\n")
+
+
+def unmeasurable(task: NeedleTask, document: Any, answer: Any) -> dict[str, float]:
+    """Two answers have no score: what came out is no number."""
+    return {"exact_match": float("nan") if document.id.endswith(("-1", "-3")) else 1.0}
+
+
+def test_scores_that_are_no_numbers_are_counted_and_named_and_never_averaged(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NeedleTask, "score", unmeasurable)
+    outcome = go(settings(tiny_folder, quant_type=("full", "window")), tmp_path / "run")
+    assert outcome.rows == []
+    said = [failure["error"] for failure in outcome.failures]
+    assert len(said) == 2
+    for line in said:
+        assert "over 4 documents is nan, no number: 2 of them have none of their own: 200-d0.38-1, 200-d0.88-3" in line
