@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy import special, stats
@@ -49,14 +50,19 @@ class McNemar:
     def detectable(self, changed: float = 0.0) -> float | None:
         """Smallest difference that is found with a power of 80 %, where the two differ on at least a share ``changed``
         of the documents; None where no difference is."""
-        if self.n < LEAST_DOCUMENTS or self.power(1.0, 1.0) < POWER:
-            return None
-        low, high = 0.0, 1.0
-        while high - low > 1e-3:
-            middle = (low + high) / 2
-            enough = self.power(middle, max(changed, middle)) >= POWER
-            low, high = (low, middle) if enough else (middle, high)
-        return high
+        return _detectable(self, changed)
+
+
+@lru_cache(maxsize=4096)
+def _detectable(test: McNemar, changed: float) -> float | None:
+    if test.n < LEAST_DOCUMENTS or test.power(1.0, 1.0) < POWER:
+        return None
+    low, high = 0.0, 1.0
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        enough = test.power(middle, max(changed, middle)) >= POWER
+        low, high = (low, middle) if enough else (middle, high)
+    return high
 
 
 def of_rows(n: int, rows: int) -> McNemar:

@@ -58,7 +58,9 @@ def ends(bounds: tuple[float, float]) -> tuple[float, float]:
 
 def is_binary(*scores: Sequence[float], bounds: tuple[float, float] = UNBOUNDED) -> bool:
     """Whether every score is one of the two ends of its range."""
-    return all(value in ends(bounds) for group in scores for value in group)
+    low, high = ends(bounds)
+    arrays = (np.asarray(group, dtype=float) for group in scores)
+    return all(bool(((array == low) | (array == high)).all()) for array in arrays)
 
 
 def finite(scores: Sequence[float]) -> Array:
@@ -258,7 +260,9 @@ def means(sums: Array, sizes: Array | None = None, resamples: int = RESAMPLES, s
     drawn = shares @ sizes
     shift = (centred @ shares.T) / drawn
     # Squared distances of the sources' sums from those that the resample's own mean gives.
-    squares = (centred**2) @ shares.T - 2 * shift * ((centred * sizes) @ shares.T) + shift**2 * (shares @ sizes**2)
+    # Sources of one size need no product of their own.
+    weighed = sizes[0] * drawn * shift if np.ptp(sizes) == 0 else (centred * sizes) @ shares.T
+    squares = (centred**2) @ shares.T - 2 * shift * weighed + shift**2 * (shares @ sizes**2)
     variance = np.maximum(squares, 0.0) / (groups - 1) / drawn**2
     error = np.sqrt((centred**2).sum(axis=-1) / (groups - 1) * groups) / sizes.sum()
     return _resampled(mean[..., 0], error, shift, variance)
