@@ -3,6 +3,8 @@ test compares it."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -273,6 +275,8 @@ def coverage() -> str:
     for _, cells in read_cells(folder / "coverage.csv", ["scores", "documents", "rows", "held"], remedy):
         held.setdefault((cells["scores"], cells["rows"]), {})[cells["documents"]] = float(cells["held"])
     counts = list(next(iter(held.values())))
+    tables = json.loads((folder / "record.json").read_text(encoding="utf-8"))["settings"]["tables"]
+    error = 100 * math.sqrt(0.95 * 0.05 / tables)
     headers = ["scores", "rows", *(f"n={count}" for count in counts)]
     lines = [[*key, *(f"{100 * found[count]:.1f}" for count in counts)] for key, found in held.items()]
     power: dict[tuple[str, str], dict[str, str]] = {}
@@ -286,9 +290,10 @@ def coverage() -> str:
     return "\n".join(
         [
             _paragraph(
-                """Percent of simulated tables in which *every* interval of a difference to `full` holds the true one,
-                by what the scores are like, the rows of the table and the documents (`scripts/coverage.py`,
-                `results/statistics`). Asked are 95. Where few documents say little, intervals are rather too wide:"""
+                f"""Percent of {tables:,} simulated tables in which *every* interval of a difference to `full` holds the
+                true one, by what the scores are like, the rows of the table and the documents (`scripts/coverage.py`,
+                `results/statistics`). Asked are 95; the error of each share is about {error:.0f}. Where few documents
+                say little, intervals are rather too wide:"""
             ),
             "",
             *markdown_table(headers, lines, right=range(1, len(headers))),
@@ -303,22 +308,8 @@ def coverage() -> str:
     )
 
 
-def snapkv() -> str:
-    """What SnapKV finds, in the suite and in kvpress' own pipeline."""
-    found: dict[str, list[tuple[float, str]]] = {}
-    file = RESULTS / "snapkv" / "snapkv.csv"
-    for _, cells in read_cells(file, ["variant", "right", "heads_with_number"], "scripts/snapkv.py writes it anew"):
-        found.setdefault(cells["variant"], []).append((float(cells["right"]), cells["heads_with_number"]))
-    lines = []
-    for variant, answers in found.items():
-        heads = [float(text) for _, text in answers if text]
-        right = f"{sum(score for score, _ in answers):.0f} of {len(answers)}"
-        lines.append([variant, right, _percent(fmean(heads), 0) if heads else ""])
-    return "\n".join(markdown_table(["", "passkeys", "heads that hold the whole number"], lines, right=[1, 2]))
-
-
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"figure": figure, "demo": demo, "fidelity": fidelity, "tuning": tuning, "more": more},
-    "docs/reading.md": {"coverage": coverage, "snapkv": snapkv},
+    "docs/reading.md": {"coverage": coverage},
 }
 """By page what stands between the marks of each name."""
