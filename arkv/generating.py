@@ -1,4 +1,4 @@
-"""``generate`` with a cache of this library: where a model drops it on the way, that is an error and no silence."""
+"""``generate`` with a cache of this library, which stays where a model would drop it for a full one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import functools
 import weakref
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-from arkv.config import ConfigError
 from arkv.watched import WatchedCache
 
 _NAME = "prepare_inputs_for_generation"
@@ -17,8 +17,9 @@ _times: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDiction
 
 
 def watch(model: PreTrainedModel) -> None:
-    """Until :func:`unwatch`, ``model.generate`` raises :class:`ConfigError` where it would go on without the
-    compressed cache that it was given, as models with LongRoPE do where a text grows beyond their original length."""
+    """Until :func:`unwatch`, ``model.generate`` keeps the compressed cache that it was given where it would drop it and
+    read the whole text into a full one, as models with LongRoPE do where a text grows beyond their original length: the
+    text is read anew into that cache, as a prompt is, and compressed anew."""
     prepare = getattr(model, _NAME, None)
     if prepare is None:
         return
@@ -31,13 +32,11 @@ def watch(model: PreTrainedModel) -> None:
         prepared = prepare(input_ids, *arguments, **named)
         given = named.get("past_key_values")
         if isinstance(given, WatchedCache) and prepared.get("past_key_values") is not given:
-            if given.get_seq_length():
-                raise ConfigError(
-                    f"model {model.config.model_type!r} drops its cache where a text grows to {input_ids.shape[1]} "
-                    "tokens, and `generate` would go on with a full one: keep prompt and answer together below that "
-                    "(max_new_tokens), or give a prompt of that length or more"
-                )
-            # A prompt that is longer: nothing has been read with the factors of a shorter text.
+            given.reset()
+            if named.get("cache_position") is not None:
+                # Of the whole text, which some versions would cut to its newest token.
+                named["cache_position"] = torch.arange(input_ids.shape[1], device=input_ids.device)
+                prepared = prepare(input_ids, *arguments, **named)
             prepared["past_key_values"] = given
         return prepared
 

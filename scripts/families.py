@@ -37,8 +37,8 @@ The suite answers documents of such models, and of those with dynamic NTK, one b
 factors of its whole length, in chunks too; given texts (choices, perplexity, fidelity) are read with those of the text
 up to its end. When an answer that began below `original_max_position_embeddings` grows beyond it, `generate` drops the
 cache and reads the whole text anew. The suite does the same: prompt and answer so far are read as one prompt, and each
-method compresses it anew. `generate` with a tri-state cache under `attach` raises a `ConfigError` there, instead of
-going on with a full cache: keep prompt and answer on one side of that length; a longer prompt is read as ever.
+method compresses it anew. Under `attach` so does `generate` with a tri-state cache, which stays the one that it was
+given; transformers alone would go on with a full one, and 5.2 with the newest token alone in it.
 
 {table()}
 

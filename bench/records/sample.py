@@ -159,11 +159,6 @@ def _has_answer(sample: Sample) -> Sample:
 
 
 _KEPT = tuple(item.name for item in fields(Measured))
-_SHARED = (
-    *("model", "task", "document", "prompt_sha256", "cell", "method", "quant_format", "budget_unit"),
-    *("prompt_tokens", "tokens_seen", "kv_bytes", "kv_bytes_peak", "full_kv_bytes"),
-)
-"""What several samples of a document, or many of a cell, have in common."""
 LINE = tuple(item.name for item in fields(Sample) if item.init)
 """The fields of a line, in their order."""
 _SAMPLE: TypeAdapter[Sample] = TypeAdapter(Sample)
@@ -224,8 +219,6 @@ class Samples(Mapping[Key, Measured]):
     def __init__(self, path: Path | None = None, *, answered: bool = False) -> None:
         self.path = path
         self._samples: dict[Key, Measured] = {}
-        self._equal: dict[Any, Any] = {}
-        """Values that many samples have: each is kept once."""
         if path is None:
             return
         adapter = _ANSWERED if answered else _SAMPLE
@@ -236,10 +229,6 @@ class Samples(Mapping[Key, Measured]):
         """One more, whose line begins at byte ``place``."""
         small = sample.measured()
         small.place = place
-        for name in _SHARED:
-            value = getattr(small, name)
-            setattr(small, name, self._equal.setdefault(value, value))
-        small.scores = self._equal.setdefault(tuple(small.scores.items()), small.scores)
         self._samples[small.key] = small
 
     def whole(self, wanted: Iterable[Measured]) -> Iterator[Sample]:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from arkv import CacheConfig, ConfigError, TriStateCache, attach
+from arkv import CacheConfig, TriStateCache, attach
 
 ORIGINAL = 32
 OPTIONS: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}
@@ -46,18 +46,32 @@ def ids(length: int) -> torch.Tensor:
     return torch.randint(3, 96, (1, length), generator=torch.Generator().manual_seed(length))
 
 
-def test_a_cache_that_is_dropped_is_an_error(long_rope: Any) -> None:
-    cache = cache_of(long_rope)
-    with (
-        attach(long_rope),
-        pytest.raises(ConfigError, match=f"drops its cache .* grows to {ORIGINAL + 1} tokens"),
-    ):
-        long_rope.generate(ids(ORIGINAL - 4), max_new_tokens=10, past_key_values=cache, **OPTIONS)
-    assert "prepare_inputs_for_generation" not in vars(long_rope)
+def test_a_cache_that_would_be_dropped_reads_the_text_anew(long_rope: Any) -> None:
+    """As a greedy loop without a cache does for every token, where all are kept; else compressed anew."""
+    ids_ = ids(ORIGINAL - 4)
+    text = ids_
+    with torch.inference_mode():
+        for _ in range(10):
+            text = torch.cat([text, long_rope(text, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    roomy = CacheConfig.for_method("origin", cache_size=100, window_size=8)
+    for config in (roomy, cache_of(long_rope).config):
+        cache = TriStateCache(long_rope, config)
+        with attach(long_rope):
+            found = long_rope.generate(
+                ids_, max_new_tokens=10, past_key_values=cache, return_dict_in_generate=True, **OPTIONS
+            )
+        assert found.past_key_values is cache
+        assert cache.get_seq_length() == ORIGINAL + 5
+        if config is roomy:
+            assert found.sequences.tolist() == text.tolist()
+        else:
+            counts = cache.token_counts()
+            assert counts["original"] + counts["quantized"] == pytest.approx(24)
+        assert "prepare_inputs_for_generation" not in vars(long_rope)
 
 
 @pytest.mark.parametrize(("length", "new"), [(ORIGINAL - 12, 10), (ORIGINAL + 8, 10)])
-def test_on_one_side_of_that_length_it_is_kept(long_rope: Any, length: int, new: int) -> None:
+def test_on_one_side_of_that_length(long_rope: Any, length: int, new: int) -> None:
     cache = cache_of(long_rope)
     with attach(long_rope), attach(long_rope):
         long_rope.generate(ids(length), max_new_tokens=new, past_key_values=cache, **OPTIONS)
