@@ -28,6 +28,9 @@ LIMITS = {
 }
 """What the methods of a library, or one of them, cannot meet."""
 
+FUSED = "full-fused"
+"""Everything at model precision, read by the suite's own decoding kernel: what of a factor over ``full`` is not owed to
+evicting or quantizing anything."""
 CEILING = "ceiling"
 """A stock cache that holds only C tokens: the fastest that any cache of that budget could be."""
 

@@ -10,8 +10,8 @@ from bench.settings.speed import SpeedConfig
 
 @takes(SpeedConfig)
 def speed(**typed: Any) -> None:
-    """Time prefill, compression and decoding over context lengths, beside the stock full cache and a stock cache that
-    holds only C tokens (ceiling).
+    """Time prefill, compression and decoding over context lengths, beside the stock full cache, a full cache read by
+    the suite's own kernel, and a stock cache that holds only C tokens (ceiling).
 
     [bold]arkv-bench speed --context-lengths 2048,7900 --cache-size 1024[/bold]
     """
@@ -66,6 +66,8 @@ def speed(**typed: Any) -> None:
                 progress.advance(f"context {length}")
     title = f"{loaded.name}, {loaded.dtype}, {loaded.device}: medians of {config.repetitions} repetitions"
     console.print(speed_table(summarize(timings), title, console.width))
+    if bench.refused:
+        console.print(f"No fused full cache: {bench.refused}", markup=False, highlight=False)
     for line in LEGEND:
         console.print(line, markup=False, highlight=False)
     if outdir is not None:

@@ -1,8 +1,10 @@
-"""What a cache costs in time: prefill, compression and decoding over context lengths, beside two stock caches.
+"""What a cache costs in time: prefill, compression and decoding over context lengths, beside three others.
 
-``full`` is the stock cache with everything; ``ceiling`` is a stock cache that holds only C tokens, the fastest that any
-cache of that budget could be with the model's own attention. Every cell is measured once per repetition, all cells in
-turn, so that a machine whose speed drifts slows all of them alike; medians and ratios within the run are what counts.
+``full`` is the stock cache with everything; ``full-fused`` holds the same, and is read by the kernel that reads the
+tri-state methods: what is faster than the first and not than the second owes nothing to compression. ``ceiling`` is a
+stock cache that holds only C tokens, the fastest that any cache of that budget could be with the model's own attention.
+Every cell is measured once per repetition, all cells in turn, so that a machine whose speed drifts slows all of them
+alike; medians and ratios within the run are what counts.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
-from arkv import storage_bytes
+from arkv import CacheConfig, ConfigError, storage_bytes
 from bench.errors import UserError
 from bench.methods.cell import Cell
-from bench.methods.grid import full_cell
+from bench.methods.grid import full_cell, tristate_cell
 from bench.methods.prompt import Prompt
 from bench.methods.reading import record
-from bench.names import CEILING, FULL
+from bench.names import CEILING, FULL, FUSED
 from bench.records.timing import Timing
 from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
 
@@ -30,7 +32,7 @@ class SpeedBench:
 
     Args:
         model: a transformers causal language model in eval mode.
-        cells: the grid; ``full`` and the ceilings are added.
+        cells: the grid; both full caches and the ceilings are added.
         prompt_ids: at least as many tokens as the longest context.
         new_tokens: decoding steps per cell.
     """
@@ -43,8 +45,19 @@ class SpeedBench:
         compressing = [cell for cell in cells if cell.method != FULL]
         sizes = dict.fromkeys(cell.cache_size for cell in compressing if cell.cache_size is not None)
         self.cells: list[tuple[str, int | None, Cell]] = [(FULL, None, full_cell())]
+        self.refused = ""
+        """Why the model has no fused full cache; empty where it has."""
+        try:
+            self._fused(len(prompt_ids)).impl.empty(model)
+            self.cells.append((FUSED, None, self._fused(len(prompt_ids))))
+        except ConfigError as error:
+            self.refused = str(error)
         self.cells += [(CEILING, size, full_cell()) for size in sizes]
         self.cells += [(cell.method, cell.cache_size, cell) for cell in compressing]
+
+    def _fused(self, tokens: int) -> Cell:
+        """Room for ``tokens`` tokens and all that follow, each at model precision."""
+        return tristate_cell("origin", CacheConfig.for_method("origin", cache_size=tokens + self.new_tokens + 1))
 
     @torch.inference_mode()
     def measure(self, context_length: int, repetition: int) -> Iterator[Timing]:
@@ -60,12 +73,14 @@ class SpeedBench:
         for name, size, cell in self.cells:
             if size is not None and name == CEILING and size > context_length:
                 continue
+            if name == FUSED:
+                cell = self._fused(context_length)
             yield self._measure(name, size, cell, prompt, repetition)
 
     def _measure(self, name: str, size: int | None, cell: Cell, prompt: Prompt, repetition: int) -> Timing:
         reset_peak_memory(self.device)
         # Of a press, which compresses during its prefill, there is no such time.
-        compress_s = None if cell.method == FULL else cell.compress(self.model, prompt).compress_s
+        compress_s = None if name in (FULL, FUSED, CEILING) else cell.compress(self.model, prompt).compress_s
         prefill = Stopwatch(self.device)
         with prefill:
             cache, logits = cell.prefill(self.model, prompt.ids)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from bench.errors import UserError
-from bench.names import CEILING, FULL, RECORD, SPEED
+from bench.names import CEILING, FULL, FUSED, RECORD, SPEED
 from bench.records.files.csv_ import csv_text, read_models
 from bench.records.files.json_ import json_text, read_json
 from bench.records.version import FORMAT_VERSION, Versioned
@@ -114,6 +114,8 @@ class SpeedRow(BaseModel):
     decode_tokens_per_s: float
     vs_full: float | None
     """How many times faster it decodes than the stock full cache."""
+    vs_fused: float | None
+    """The same of the full cache that the suite's own kernel reads; None in files written before it was timed."""
     vs_ceiling: float | None
     kv_bytes: float
 
@@ -127,6 +129,7 @@ def summarize(timings: Sequence[Timing]) -> list[SpeedRow]:
     rows = []
     for (length, size, method, quant_format), mine in by_cell.items():
         full = by_cell.get((length, None, FULL, None), [])
+        fused = by_cell.get((length, None, FUSED, None), [])
         ceiling = by_cell.get((length, size, CEILING, None), [])
         tpot = [item.tpot_ms for item in mine]
         compress = [item.compress_s for item in mine if item.compress_s is not None]
@@ -145,6 +148,7 @@ def summarize(timings: Sequence[Timing]) -> list[SpeedRow]:
                 tpot_max=max(tpot),
                 decode_tokens_per_s=median(item.decode_tokens_per_s for item in mine),
                 vs_full=_ratio(mine, full, "decode_tokens_per_s"),
+                vs_fused=_ratio(mine, fused, "decode_tokens_per_s"),
                 vs_ceiling=_ratio(mine, ceiling, "decode_tokens_per_s"),
                 kv_bytes=median(item.kv_bytes for item in mine),
             )

@@ -23,6 +23,7 @@ COLUMNS: tuple[tuple[str, Callable[[SpeedRow], str]], ...] = (
     ("format", lambda row: row.quant_format or ""),
     ("TPOT ms", _number(lambda row: row.tpot_ms, 1)),
     ("vs full", _number(lambda row: row.vs_full, 2)),
+    ("vs fused", _number(lambda row: row.vs_fused, 2)),
     ("vs ceil.", _number(lambda row: row.vs_ceiling, 2)),
     ("KV MB", _number(lambda row: row.kv_bytes, 2, 1e-6)),
     ("prefill s", _number(lambda row: row.prefill_s, 2)),
@@ -34,8 +35,9 @@ COLUMNS: tuple[tuple[str, Callable[[SpeedRow], str]], ...] = (
 
 LEGEND = (
     "tokens: context; C: tokens per layer that the cache may hold. TPOT: time per output token, and its min-max.",
-    "vs full, vs ceil.: how many times faster than the stock full cache, and than a stock cache of only C tokens. "
-    "Columns without room are in speed.csv (--outdir).",
+    "vs full, vs fused, vs ceil.: how many times faster than the stock full cache, than a full cache that the suite's "
+    "own kernel reads (full-fused: nothing evicted or quantized), and than a stock cache of only C tokens. Columns "
+    "without room are in speed.csv (--outdir).",
 )
 """What the columns mean."""
 

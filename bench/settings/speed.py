@@ -25,7 +25,7 @@ class SpeedConfig(RunConfig):
         RunConfig,
         "methods",
         ("origin", "quant", "mix"),
-        help="Methods beside the stock full cache and the ceiling.",
+        help="Methods beside the two full caches and the ceiling.",
         unset=None,
     )
     cache_size: tuple[Annotated[int, Field(ge=2)], ...] = again(RunConfig, "cache_size", (1024,))

@@ -25,7 +25,7 @@ from bench.methods.kvpress import Press
 from bench.methods.names import BACKENDS, PRESSES, usable_presses
 from bench.methods.prompt import Prompt
 from bench.methods.reading import forward, record
-from bench.names import DESCRIPTIONS, FULL, HF, KVPRESS
+from bench.names import DESCRIPTIONS, FULL, FUSED, HF, KVPRESS
 from tasks.base import Document, Generate
 
 LENGTH, STEPS = 203, 3
@@ -230,7 +230,9 @@ def test_a_question_behind_a_context_that_the_budget_holds_is_answered_as_by_the
 def test_it_is_timed_and_planned(tiny: Any, cell: Cell) -> None:
     bench = SpeedBench(tiny.model, [cell], prompt_ids(), new_tokens=2)
     timings = list(bench.measure(LENGTH, 0))
-    assert [timing.method for timing in timings] == ([FULL] if cell.method == FULL else [FULL, cell.method])
+    assert [timing.method for timing in timings] == [FULL, FUSED, *([] if cell.method == FULL else [cell.method])]
+    # All tokens at model precision, with a score and a position each and a table of rows.
+    assert timings[0].kv_bytes < timings[1].kv_bytes < 1.1 * timings[0].kv_bytes
     mine = timings[-1]
     assert mine.kv_bytes <= timings[0].kv_bytes * 1.3
     planned = cell.planned_bytes(model_size(tiny, "float32"), LENGTH)
