@@ -194,10 +194,12 @@ class Press(Method):
 
     def reads_blocks(self, cache: Cache) -> bool:
         """As kvpress' pipeline reads a question. Not what compresses, or quantizes, what it reads on its way; nor where
-        layers hold unequally many tokens, since a block has one mask for all."""
-        if self.plan.decodes or self.backend is not None:
+        layers hold unequally many tokens, since a block has one mask for all; nor where tokens of single heads are
+        masked: kvpress hides them by one key that no query of the block may see, and of many there need be none."""
+        layers = [layer for layer in cache.layers if isinstance(layer, Pressed)]
+        if self.plan.decodes or self.backend is not None or any(layer.masked is not None for layer in layers):
             return False
-        return len({layer.stored for layer in cache.layers if isinstance(layer, Pressed)}) == 1
+        return len({layer.stored for layer in layers}) == 1
 
     def batches(self, caches: Sequence[Cache]) -> bool:
         """One by one."""
