@@ -5,9 +5,17 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import time
 from pathlib import Path
 
 from tasks.base import TaskError, missing_rows
+
+AGAIN_S = 60.0
+"""For so long what could not be downloaded is not asked for again: many tasks may want the same file, and each attempt
+waits for a connection."""
+
+_failed: dict[tuple[str, str, str], tuple[float, str]] = {}
+"""When and why, by repository, file and revision."""
 
 
 @functools.cache
@@ -24,14 +32,19 @@ def fetch(task: str, repository: str, file: str, revision: str, instead: str) ->
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HTTPError
 
-    try:
-        path = Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
-    except (OSError, HTTPError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    when, reason = _failed.get((repository, file, revision), (-AGAIN_S, ""))
+    if time.monotonic() - when >= AGAIN_S:
+        try:
+            path = Path(hf_hub_download(repository, file, repo_type="dataset", revision=revision))
+            reason = ""
+        except (OSError, HTTPError) as error:
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            _failed[repository, file, revision] = time.monotonic(), reason
+    if reason:
         raise TaskError(
-            f"{task}: cannot fetch {file} of {repository} from the hub ({type(error).__name__}: {reason}); {instead}",
+            f"{task}: cannot fetch {file} of {repository} from the hub ({reason}); {instead}",
             reason=missing_rows(None),
-        ) from error
+        )
     # The hub's cache calls a large file by the SHA-256 that the hub gives for it.
     expected = path.resolve().name
     if re.fullmatch(r"[0-9a-f]{64}", expected) and hashlib.sha256(path.read_bytes()).hexdigest() != expected:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.errors import UserError
+from bench.names import SAMPLES
 from bench.records.files.csv_ import csv_text
 from bench.records.files.json_ import json_text
 from bench.records.files.markdown import markdown_table
@@ -63,7 +64,8 @@ def score_folder(folder: Path, *, extended: bool = False) -> tuple[list[FolderSc
         else:
             ignored.append(path)
     if not files:
-        hint = f"; {ignored[0].name}: {nearest(dataset_of(ignored[0]), known)}" if ignored else ""
+        others = [path for path in ignored if path.name != SAMPLES]
+        hint = f"; {others[0].name}: {nearest(dataset_of(others[0]), known)}" if others else ""
         raise UserError(
             f"{top} holds no predictions: they lie in files called after a dataset, such as trec.jsonl{hint}"
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tasks import hub
 from tasks.base import TaskError
 from tasks.hub import fetch
 from tasks.longbench.data import ARCHIVE, REVISION, load_rows
@@ -170,8 +171,22 @@ def from_hub(monkeypatch: pytest.MonkeyPatch, found: Path | Exception) -> list[d
         return str(found)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(hub, "_failed", {})
     fetch.cache_clear()
     return asked
+
+
+def test_a_hub_out_of_reach_is_not_asked_again_for_each_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every attempt waits for a connection; a while later there may be one."""
+    asked = from_hub(monkeypatch, ConnectionError("no connection"))
+    for dataset in DATASETS.values():
+        with pytest.raises(TaskError, match=r"ConnectionError: no connection.*give --data-dir"):
+            load_rows(dataset, None)
+    assert len(asked) == 1
+    monkeypatch.setattr(hub, "AGAIN_S", 0.0)
+    with pytest.raises(TaskError, match="no connection"):
+        load_rows(TREC, None)
+    assert len(asked) == 2
 
 
 def test_the_hub_is_asked_for_a_pinned_archive_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

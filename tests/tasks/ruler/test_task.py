@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tasks.base import Generated, TaskError
-from tasks.hub import fetch
+from tasks.hub import _failed, fetch
 from tasks.registry import get_task
 from tasks.ruler import questions as data
 from tasks.ruler.definitions import OFFLINE
@@ -223,8 +223,10 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tokenizer: 
 @pytest.fixture(autouse=True)
 def _forget_downloads() -> Any:
     fetch.cache_clear()
+    _failed.clear()
     yield
     fetch.cache_clear()
+    _failed.clear()
 
 
 def test_questions_as_published(questions: Path) -> None:
