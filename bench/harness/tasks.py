@@ -15,6 +15,7 @@ from bench.harness.quiet import quiet
 from bench.harness.replay import to_evaluation, to_results
 from bench.harness.task import HarnessTask
 from tasks.base import Evaluation, Metric, TaskError, TaskGroup
+from tasks.ruler.definitions import DEFINITIONS
 
 DESCRIPTIONS = {
     "gsm8k": "grade-school mathematics, 5 examples in the prompt, free-form answers",
@@ -23,12 +24,20 @@ DESCRIPTIONS = {
 }
 """Tasks of lm-eval that a list of tasks shows, since all 13,000 are too many."""
 
+RULER = {
+    **{name: name for name in DEFINITIONS if name.startswith("niah")},
+    **{f"ruler_{name}": name for name in ("vt", "cwe", "fwe")},
+    "ruler_qa_squad": "qa_1",
+    "ruler_qa_hotpot": "qa_2",
+}
+"""lm-eval's names of RULER's tasks, which it makes with a tokenizer that it loads itself, remote code allowed."""
+
 
 class HarnessTasks:
     """lm-eval's tasks and groups by name: a fallback for :func:`tasks.registry.get_task`.
 
     Raises:
-        TaskError: a folder of ``include_path`` is none.
+        TaskError: a folder of ``include_path`` is none, or a task is one of RULER's, which the suite has itself.
     """
 
     def __init__(self, *, include_path: Sequence[Path] = (), num_fewshot: int | None = None) -> None:
@@ -42,6 +51,12 @@ class HarnessTasks:
         found = find_all(self._include_path).get(name)
         if found is None:
             return None
+        if name in RULER and not self._include_path:
+            raise TaskError(
+                f"{name}: lm-eval's RULER loads a tokenizer of its own, with remote code: ruler:{RULER[name]} is the "
+                "same task by the official definition",
+                usage=True,
+            )
         kind = HarnessGroup if found.is_group else HarnessTask
         return kind(name, include_path=self._include_path, num_fewshot=self._num_fewshot)
 

@@ -75,7 +75,7 @@ class RulerTask(Task):
                     f"{self.name}: {length} tokens of prompt and answer exceed the maximum of {settings.max_length}: "
                     "choose shorter lengths"
                 )
-        source = _Source(self.definition, options, settings)
+        source = Source(self.definition, options, settings)
         self._data_hash = source.data_hash
         self.lengths = tuple(sorted({*self.lengths, *options.lengths}))
         self.stands_in = self.definition.needs_essay and options.haystack is None
@@ -118,7 +118,7 @@ class RulerTask(Task):
         return self._data_hash
 
 
-class _Source:
+class Source:
     """What the documents of a task are made of, whatever their length.
 
     Raises:
@@ -183,7 +183,7 @@ class _Source:
 class _Series:
     """The documents of one length."""
 
-    def __init__(self, source: _Source, length: int) -> None:
+    def __init__(self, source: Source, length: int) -> None:
         self._source, self._length = source, length
         self._maker: Maker | None = None
         self._size = 0

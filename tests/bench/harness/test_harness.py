@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bench.harness.parts import has_parts, question_at, source_of
 from bench.harness.task import HarnessTask
-from bench.harness.tasks import DESCRIPTIONS, HarnessGroup, HarnessTasks
+from bench.harness.tasks import DESCRIPTIONS, RULER, HarnessGroup, HarnessTasks
 from tasks.base import (
     Document,
     Generate,
@@ -31,6 +31,7 @@ from tasks.base import (
     TaskSettings,
 )
 from tasks.registry import get_task
+from tasks.ruler.definitions import DEFINITIONS
 from tests.bench.conftest import define_toys, save_tiny_model
 
 STRICT, FLEXIBLE = "exact_match,strict-match", "exact_match,flexible-extract"
@@ -300,6 +301,16 @@ def test_data_hash_follows_the_rows(tokenizer: Any, data: Path) -> None:
 
 
 # --- Finding tasks ---
+
+
+def test_rulers_tasks_are_those_of_the_suite() -> None:
+    with pytest.raises(
+        TaskError, match=r"ruler_qa_hotpot: lm-eval's RULER loads a tokenizer .*: ruler:qa_2 is"
+    ) as caught:
+        get_task("ruler_qa_hotpot", fallback=HarnessTasks())
+    assert caught.value.usage
+    assert RULER.keys() <= set(HarnessTasks().names())
+    assert set(RULER.values()) == set(DEFINITIONS)
 
 
 def test_tasks_are_found_as_a_fallback_of_the_registry() -> None:
