@@ -43,9 +43,8 @@ def split_by(run: Run, fact: str) -> Run:
         if isinstance(value, str | int | float):
             values[sample.model, sample.task, sample.document] = value
     if not values:
-        raise UserError(
-            f"{run.name}: no document says its {fact}: {nearest(fact, known) if known else 'nor anything'}", 2
-        )
+        hint = nearest(fact, known) if known else "nor anything else"
+        raise UserError(f"{run.name}: no document says its {fact}: {hint}", exit_code=2)
     rows: list[Row] = []
     shown = headline(run.rows)
     for model, task in dict.fromkeys((row.model, row.task) for row in shown):
