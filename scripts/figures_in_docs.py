@@ -308,8 +308,22 @@ def coverage() -> str:
     )
 
 
+def snapkv() -> str:
+    """What SnapKV finds, in the suite and in kvpress' own pipeline."""
+    found: dict[str, list[tuple[float, str]]] = {}
+    file = RESULTS / "snapkv" / "snapkv.csv"
+    for _, cells in read_cells(file, ["variant", "right", "heads_with_number"], "scripts/snapkv.py writes it anew"):
+        found.setdefault(cells["variant"], []).append((float(cells["right"]), cells["heads_with_number"]))
+    lines = []
+    for variant, answers in found.items():
+        heads = [float(text) for _, text in answers if text]
+        right = f"{sum(score for score, _ in answers):.0f} of {len(answers)}"
+        lines.append([variant, right, _percent(fmean(heads), 0) if heads else ""])
+    return "\n".join(markdown_table(["", "passkeys", "heads that hold the whole number"], lines, right=[1, 2]))
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"figure": figure, "demo": demo, "fidelity": fidelity, "tuning": tuning, "more": more},
-    "docs/reading.md": {"coverage": coverage},
+    "docs/reading.md": {"coverage": coverage, "snapkv": snapkv},
 }
 """By page what stands between the marks of each name."""
