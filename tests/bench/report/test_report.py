@@ -351,7 +351,7 @@ def test_nonsense_names_line_and_column(tmp_path: Path, column: str, value: str,
         (b"", "no column 'model'"),
         (b"\xff\xfe\x00", "not a CSV file in UTF-8"),
         ((",".join(COLUMNS) + "\n").encode(), "no rows"),
-        ((",".join(COLUMNS) + "\n" + "1," * 60 + "\n").encode(), "line 2: more cells than columns"),
+        ((",".join(COLUMNS) + "\n" + "1," * (len(COLUMNS) + 1) + "\n").encode(), "line 2: more cells than columns"),
         ((",".join(COLUMNS) + "\nonly\n").encode(), "line 2, column 'task': empty"),
     ],
 )
