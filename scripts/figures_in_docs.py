@@ -300,8 +300,8 @@ def coverage() -> str:
             "",
             _paragraph(
                 """Percent of simulated runs in which the smallest difference that a table states is found, of scores
-                that are not two-valued; asked are 80. The documents are typical of their shape: of single random samples
-                it is found less often. None is stated of fewer than 30 documents with skewed scores:"""
+                that are not two-valued; asked are 80. The documents are typical of their shape: of single random
+                samples it is found less often. None is stated of fewer than 30 documents with skewed scores:"""
             ),
             "",
             *markdown_table(["scores", "true", *headers[2:]], powers, right=range(2, len(headers))),
