@@ -9,7 +9,6 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from bench.settings.fields import Settings, choices_of, offered, setting_of, shape_of, to_json
 
@@ -70,13 +69,11 @@ _METAVARS = {int: "INT", float: "FLOAT", Path: "PATH"}
 def help_of(field: FieldInfo) -> str:
     """What a setting does, and its default."""
     own = setting_of(field)
-    default = own.unset if own.unset is not None else _shown(field.default)
+    default = own.unset if own.unset is not None or field.is_required() else _shown(field.default)
     return own.help if not default or "Default:" in own.help else f"{own.help} Default: {default}."
 
 
 def _shown(default: Any) -> str | None:
-    if default is PydanticUndefined:
-        return None
     if isinstance(default, bool):
         return "yes" if default else "no"
     value = to_json(default)
