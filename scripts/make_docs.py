@@ -1,5 +1,5 @@
 """Writes what the code says of itself: docs/commands, a page per command; docs/layout.md, a line per file; the table of
-generation settings in docs/tasks.md; the numbers of README.md and docs/reading.md, out of results/."""
+generation settings in docs/tasks.md; the numbers of README.md and of pages under docs/, out of results/."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ sys.path.insert(0, str(ROOT))
 FOLDER = ROOT / "docs" / "commands"
 LAYOUT = ROOT / "docs" / "layout.md"
 TASKS = ROOT / "docs" / "tasks.md"
+WITHOUT_MODULE = {
+    "bench/presets": "Settings by name.",
+    "scripts": "The environment, and what belongs to no command.",
+    "tasks": "What is asked and how it is scored; knows nothing of caches.",
+}
+"""Folders that have no docstring."""
+RULES_OF_IMPORTS = """\
+Imports run one way: `bench` uses `tasks` and `arkv`; `tasks` knows nothing of caches, and `arkv` needs torch and
+transformers only. Within `bench` each folder uses only what stands below it, on seven floors
+(`tests/test_architecture.py`). Tests mirror the tree under `tests/`."""
 PACKAGES = ("arkv", "bench", "tasks", "scripts")
 
 
@@ -46,8 +56,12 @@ def _plain(text: str) -> str:
 
 def layout() -> str:
     """The tree, folder by folder: a line per module, which is the first one of its docstring."""
-    lines = ["<!-- Written by make docs. -->", "", "# The files", ""]
     modules = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    lines = ["<!-- Written by make docs. -->", "", "# The files", "", RULES_OF_IMPORTS, "", "| folder | |", "|---|---|"]
+    for folder in sorted({path.parent for path in modules} | {ROOT / name for name in WITHOUT_MODULE}):
+        name, module = folder.relative_to(ROOT).as_posix(), folder / "__init__.py"
+        lines.append(f"| {name}/ | {WITHOUT_MODULE.get(name) or _first_line(module)} |")
+    lines.append("")
     for folder in sorted({path.parent for path in modules}):
         mine = sorted(path for path in modules if path.parent == folder)
         about = {path.name: _first_line(path) for path in mine}

@@ -12,6 +12,7 @@ from tests.bench.conftest import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+LIBRARY = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -47,9 +48,11 @@ def test_the_example_runs_and_leaves_the_model_alone(loaded: Any) -> None:
     assert loaded.model.config._attn_implementation == before
 
 
-def test_the_byte_example_is_a_config() -> None:
+def test_the_examples_of_the_library_are_those_of_its_page() -> None:
+    whole, in_bytes = re.findall(r"```python\n(.*?)```", LIBRARY, re.DOTALL)
+    assert whole == EXAMPLES[0]
     names: dict[str, Any] = {}
-    exec("from arkv import CacheConfig\n" + EXAMPLES[1], names)
+    exec("from arkv import CacheConfig\n" + in_bytes, names)
     assert (names["config"].budget_unit, names["config"].cache_ratio) == ("bytes", 0.25)
 
 
@@ -71,9 +74,8 @@ def test_the_example_runs_on_the_default_model() -> None:
 
 
 def test_the_layout_is_the_tree() -> None:
-    block = re.search(r"```text\n(.*?)```", README, re.DOTALL)
-    assert block is not None
-    lines = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in block[1].splitlines())
+    layout = (ROOT / "docs" / "layout.md").read_text(encoding="utf-8").split("| file |")[0]
+    lines = dict(re.findall(r"^\| (\S+/) \| (.*) \|$", layout, re.MULTILINE))
     assert all(lines.values())
     folders = {
         f"{path.parent.relative_to(ROOT).as_posix()}/"
@@ -87,9 +89,7 @@ def test_the_layout_is_the_tree() -> None:
 def test_every_method_stands_in_the_table() -> None:
     from bench.names import DESCRIPTIONS
 
-    assert re.findall(
-        r"^\| `(\w+)` \|", README.split("## The methods")[1].split("## The tasks")[0], re.MULTILINE
-    ) == list(DESCRIPTIONS)
+    assert re.findall(r"^\| `(\w+)` \|", README.split("## The methods")[1], re.MULTILINE) == list(DESCRIPTIONS)
 
 
 def test_commands_and_options_named_here_exist() -> None:
@@ -109,6 +109,10 @@ def test_commands_and_options_named_here_exist() -> None:
     }
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README):
         assert option in options, option
+
+
+def test_it_is_of_a_page() -> None:
+    assert len(README.splitlines()) <= 130
 
 
 def test_files_linked_here_exist() -> None:
