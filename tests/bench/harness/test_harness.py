@@ -400,6 +400,8 @@ def test_the_quick_index_agrees_with_lm_evals() -> None:
     from lm_eval.tasks import TaskManager
 
     index = TaskManager().task_index
+    # Those have a task of the suite in their place, which the error of each names.
+    index = {name: entry for name, entry in index.items() if name not in RULER}
     quick = {name: HarnessTasks().get(name) for name in index}
     missing = [name for name, entry in index.items() if entry.kind.name != "TAG" and quick[name] is None]
     assert missing == []
