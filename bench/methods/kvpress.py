@@ -140,10 +140,9 @@ class Press(Method):
         if self.backend is None or asked.unit != "bytes":
             return kept
         config = model.config.get_text_config(decoder=True)
-        heads, dim = config.num_key_value_heads, getattr(config, "head_dim", None)
-        dim = dim or config.hidden_size // config.num_attention_heads
-        itemsize = model.dtype.itemsize
-        return self._affordable(heads, dim, itemsize, tokens, kept)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return self._affordable(heads, dim, model.dtype.itemsize, tokens, kept)
 
     def _affordable(self, heads: int, dim: int, itemsize: int, tokens: int, kept: int) -> int:
         """The most quantized tokens that take no more than ``kept`` ones do at model precision, in one layer."""

@@ -5,6 +5,7 @@ Letters: ``H`` KV heads, ``n`` tokens stored, ``N`` tokens seen, ``D`` head dim.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from bench.methods.kept import KeptLayer
 from bench.methods.states import EVICTED, ORIGINAL, QUANTIZED
 
 
-class Pressed:
+class Pressed(ABC):
     """What all layers that a press has compressed know of themselves; the layer itself is the other base class."""
 
     turned: int = 0
@@ -27,14 +28,14 @@ class Pressed:
     """H."""
 
     @property
+    @abstractmethod
     def tokens_seen(self) -> int:
         """N."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def stored(self) -> int:
         """n."""
-        raise NotImplementedError
 
     @property
     def quantized(self) -> int:
