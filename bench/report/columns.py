@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.judge.verdict import ALPHA, p_text, verdict
+from bench.names import FULL
 from bench.records.files.numbers import bytes_text, interval_text, number_text, percent_text, score_text
 from bench.records.row import Row
 
@@ -112,10 +113,36 @@ def _difference(row: Row) -> str:
     return _two_lines(score_text(row.difference, sign="+"), _difference_interval(row))
 
 
+def _kept(row: Row) -> str:
+    is_own = row.method == FULL or row.not_exercised
+    return "" if is_own or row.retention is None else f"{100 * row.retention:.0f} %"
+
+
+def _retention(row: Row) -> str:
+    kept = _kept(row)
+    if not kept or row.retention_low is None or row.retention_high is None:
+        return kept
+    return f"{kept} [{100 * row.retention_low:.0f}, {100 * row.retention_high:.0f}]"
+
+
+def no_retention(rows: Sequence[Row]) -> str:
+    """Why no row has a share of ``full``'s score; empty where one has, and where nobody would look for it."""
+    full = next((row for row in rows if row.method == FULL), None)
+    if full is None or full.of_full is not None or not full.higher_is_better or full.retention is not None:
+        return ""
+    if full.metric_low:
+        return f"no retention: the score begins at {score_text(full.metric_low)}, so that shares of it say nothing"
+    if full.chance is None:
+        return f"no retention: full itself scores {score_text(full.score)}, next to nothing that could be kept"
+    return f"no retention: full itself scores {score_text(full.score)}, next to what guessing does"
+
+
 RUN = Column("run", lambda row: row.run or "", left=True, needed=True)
 """Stands where rows of several runs do."""
 BUDGET = Column("budget", budget_cell, needed=True)
 AGAINST_FULL = Column("against full", _against_full, left=True)
+RETENTION = Column("score kept", _retention)
+"""Stands where a row has one, see :func:`for_rows`; likewise the next two."""
 STATES = Column("O/Q/E %", _states)
 TTFT = Column("TTFT s", lambda row: "" if row.ttft_ms is None else number_text(row.ttft_ms / 1000, 2))
 TPOT = Column("TPOT ms", lambda row: number_text(row.tpot_ms, 1))
@@ -129,6 +156,7 @@ EVERYTHING = (
     Column("minus full", lambda row: score_text(row.difference, sign="+")),
     Column("95 % interval", _difference_interval),
     AGAINST_FULL,
+    RETENTION,
     Column("KV bytes", lambda row: bytes_text(row.kv_bytes_mean)),
     Column("KV of full", _share),
     STATES,
@@ -137,8 +165,15 @@ EVERYTHING = (
 )
 """One line per row, for Markdown and wide terminals."""
 
+KEPT = Column("score kept", _kept)
+NARROWER = tuple(KEPT if column is RETENTION else column for column in EVERYTHING)
+"""One line per row, without the interval of retention."""
+
 METHOD = Column("method", _method, left=True, needed=True)
 SCORE = Column("score", _score, needed=True)
+P = Column("p", lambda row: "" if (p := adjusted(row)) is None else p_text(p))
+P_RETENTION = Column("p\nkept", lambda row: _two_lines(P.cell(row), _kept(row)))
+"""In the place of the p alone: 80 columns have no room for the interval of retention."""
 DIFFERENCE = Column("minus full", _difference, needed=True)
 SHARE = Column("KV\nof full", lambda row: _two_lines(_share(row), bytes_text(row.kv_bytes_mean)), needed=True)
 
@@ -147,7 +182,7 @@ STACKED = (
     METHOD,
     SCORE,
     DIFFERENCE,
-    Column("p", lambda row: "" if (p := adjusted(row)) is None else p_text(p)),
+    P_RETENTION,
     SHARE,
     STATES,
     Column("TTFT s\nTPOT ms", lambda row: _two_lines(TTFT.cell(row), TPOT.cell(row))),
@@ -158,6 +193,8 @@ LEGEND = (
     "[ , ]: 95 % interval over documents. minus full: paired difference to the full cache on the same documents; its "
     f"interval and p hold for all rows together, and with 0 in the one, or from {ALPHA:.2f} on in the other, the two "
     "are not distinguishable.",
+    "score kept (retention): score over that of full on the same documents, with a 95 % interval of each row alone; "
+    "empty where that says nothing of what was kept.",
     "KV of full: all bytes that the cache stores, scales, positions and scores of tokens included, over the keys and "
     "values of a full one; in brackets what it would be if a method that only masks tokens of single heads stored each "
     "head by itself. O/Q/E: tokens that ended Original, Quantized, Evicted.",
@@ -166,6 +203,9 @@ LEGEND = (
 """What the columns mean."""
 
 
-def with_run(columns: Sequence[Column], rows: Iterable[Row]) -> list[Column]:
-    """The columns, first of all the run where the rows are of several."""
-    return [RUN, *columns] if any(row.run for row in rows) else list(columns)
+def for_rows(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    """The columns that these rows fill: the run where they are of several, retention where any has one."""
+    shown = list(columns)
+    if not any(map(_kept, rows)):
+        shown = [P if column is P_RETENTION else column for column in columns if column not in (RETENTION, KEPT)]
+    return [RUN, *shown] if any(row.run for row in rows) else shown

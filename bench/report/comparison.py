@@ -13,7 +13,7 @@ from bench.records.files.numbers import percent_text, score_text
 from bench.records.finished import Run, comparable
 from bench.records.row import Row
 from bench.records.shown import headline
-from bench.report.columns import TOLERANCE, budget_cell, is_older, off_budget, untold
+from bench.report.columns import TOLERANCE, budget_cell, is_older, no_retention, off_budget, untold
 
 WITHIN = "differences, p-values and bold are within each run; what changed from run to run stands in a table of its own"
 
@@ -91,6 +91,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     if any(row.leading for row in rows):
         notes.append("bold: the best of a budget, and what cannot be told from it")
     notes += dict.fromkeys(filter(None, map(untold, rows)))
+    notes += filter(None, [no_retention(rows)])
     notes += detectable(rows)
     if any(row.p_to_best is not None and row.difference is None for row in rows):
         notes.append(

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.records.row import Row
-from bench.report.columns import EVERYTHING, LEGEND, STACKED, Column, with_run
+from bench.report.columns import EVERYTHING, LEGEND, NARROWER, STACKED, Column, for_rows
 from bench.report.comparison import Comparison, compare
 
 
@@ -45,11 +45,11 @@ def _fitting(comparison: Comparison, console: Console) -> tuple[Table, list[str]
         return width <= console.width
 
     rows = list(itertools.chain.from_iterable(comparison.groups))
-    columns = with_run(EVERYTHING, rows)
-    table = _table(comparison, columns)
-    if not fits(table):
-        columns = with_run(STACKED, rows)
+    for layout in (EVERYTHING, NARROWER, STACKED):
+        columns = for_rows(layout, rows)
         table = _table(comparison, columns)
+        if fits(table):
+            return table, []
     left_out: list[str] = []
     while not fits(table) and (spare := [column for column in columns if not column.needed]):
         columns.remove(spare[-1])

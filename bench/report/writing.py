@@ -11,10 +11,10 @@ from bench.records.files.markdown import in_markdown, markdown_table
 from bench.records.row import COLUMNS, RUN, Row
 from bench.report.between import Pair
 from bench.report.between_written import AGAINST, csv_cells
-from bench.report.columns import EVERYTHING, LEGEND, with_run
+from bench.report.columns import EVERYTHING, LEGEND, for_rows
 from bench.report.comparison import compare
 
-LATEX_LEFT_OUT = ("against full", "KV bytes")
+LATEX_LEFT_OUT = ("against full", "score kept", "KV bytes")
 """Columns of :data:`EVERYTHING` that a page has no room for."""
 
 
@@ -23,7 +23,7 @@ def to_markdown(tables: Sequence[Sequence[Row]]) -> str:
     lines: list[str] = []
     for comparison in itertools.chain.from_iterable(map(compare, tables)):
         rows = list(itertools.chain.from_iterable(comparison.groups))
-        columns = with_run(EVERYTHING, rows)
+        columns = for_rows(EVERYTHING, rows)
         headers = [column.header for column in columns]
         right = [place for place, column in enumerate(columns) if not column.left]
         cells = [[column.cell(row) for column in columns] for row in rows]
@@ -39,7 +39,7 @@ def to_latex(tables: Sequence[Sequence[Row]]) -> str:
     fitting = [column for column in EVERYTHING if column.header not in LATEX_LEFT_OUT]
     lines = ["% Needs \\usepackage{booktabs}. Written by arkv-bench report."]
     for comparison in itertools.chain.from_iterable(map(compare, tables)):
-        columns = with_run(fitting, itertools.chain.from_iterable(comparison.groups))
+        columns = for_rows(fitting, list(itertools.chain.from_iterable(comparison.groups)))
         left = [place for place, column in enumerate(columns) if column.left]
         groups = [
             [([column.cell(row) for column in columns], bool(row.leading)) for row in group]

@@ -214,7 +214,7 @@ def test_long_names_leave_the_numbers_their_room() -> None:
 def test_columns_without_room_are_named() -> None:
     text = printed(ROWS, 60)
     assert all(len(line) <= 60 for line in text.splitlines())
-    assert "no room for p, O/Q/E %, TTFT s, TPOT ms" in " ".join(text.split())
+    assert "no room for p, kept, O/Q/E %, TTFT s, TPOT ms" in " ".join(text.split())
     assert "0.875" in text
 
 
@@ -399,3 +399,24 @@ def test_latex_is_written_to_a_file(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert ended.value.code == code
     assert (tmp_path / "table.tex").read_text() == absent.read_text() == to_latex([read_results(tmp_path)])
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_share_of_the_score_that_is_kept_stands_in_every_table_or_a_note_says_why_not() -> None:
+    ends = {"retention_low": 0.71, "retention_high": 1.02}
+    rows = [row("full", 1.0), row("mix", 0.875, **ends), row("origin", 1.0, compressed_documents=0)]
+    assert "| 88 % [71, 102] |" in to_markdown([rows])
+    assert "88 % [71, 102]" in printed(rows, 180)
+    for width in (80, 140):
+        assert "88 %" in printed(rows, width)
+    # Nothing was compressed there, and full keeps all of its own score whatever it is.
+    assert "100 %" not in to_markdown([rows])
+    for more, why in (
+        ({"score_full": 0.1}, "full itself scores 0.100, next to nothing"),
+        ({"chance": 0.25}, "full itself scores 0.100, next to what guessing does"),
+        ({"metric_low": 1.0, "metric_high": 5.0}, "the score begins at 1.000"),
+    ):
+        without = [row(method, 0.1, retention=None, **more) for method in ("full", "mix")]
+        assert f"- no retention: {why}" in to_markdown([without])
+        assert "score kept |" not in to_markdown([without])
+    distance = [row(method, 0.1, retention=None, higher_is_better=False) for method in ("full", "mix")]
+    assert "no retention" not in to_markdown([distance])
