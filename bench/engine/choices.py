@@ -13,7 +13,7 @@ from bench.engine.jobs import Job, cells_of, noting
 from bench.engine.measurement import Measurement, Reading
 from bench.engine.scored import score, total
 from bench.engine.shared import Source
-from bench.engine.steps import AUTO_BYTES, BLOCK, Steps, block_of
+from bench.engine.steps import AUTO_BYTES, BLOCK, Steps, block_of, count
 from bench.methods.cell import Cell, Held
 from bench.methods.prompt import Prompt
 from bench.methods.reading import read, read_on
@@ -130,6 +130,7 @@ def _begin(
 
 
 def _read_group(steps: Steps, cell: Cell, begun: Sequence[_Begun], readings: Mapping[tuple[Job, str], Reading]) -> None:
+    steps.watch(f"{cell.label}: choices of {count(len(begun), 'context')}")
     taken = [item.source.take() for item in begun]
     caches = [compressed.cache for compressed in taken]
     clock = Stopwatch(steps.device)

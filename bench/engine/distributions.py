@@ -72,6 +72,7 @@ def _compared(steps: Steps, cell: Cell, request: Compare, prompt: Prompt | None,
     factors = factors_for(steps.model, _length(request))
     with steps.attention(cell, [compressed.cache]), watching as outputs, factors, clock:
         for place, (log_probabilities,) in read(steps.model, [compressed.cache], [inputs], chunk=1):
+            steps.watch(f"{cell.label}: {place + 1} of {len(inputs)} tokens")
             mine = _Step(log_probabilities[0], tuple(outputs))
             outputs.clear()
             if cell.method == FULL:

@@ -17,7 +17,7 @@ from bench.engine.decoding import Decoder, check, choose_all
 from bench.engine.jobs import Job, cells_of, noting
 from bench.engine.measurement import Measurement
 from bench.engine.shared import Source, context_of
-from bench.engine.steps import Steps, block_of
+from bench.engine.steps import Steps, block_of, count
 from bench.errors import UserError
 from bench.methods.cell import Cell
 from bench.methods.prompt import Compressed, Prompt
@@ -220,18 +220,20 @@ def decode(steps: Steps, cell: Cell, rows: Sequence[Answering]) -> None:
                 row.tokens.append(row.decoder.choose(row.compressed.logits, first=True))
             if not row.answers:
                 row.first_s = clock.seconds
-        _go_on(steps, rows)
+        _go_on(steps, cell, rows)
     while rows := [row for row in rows if not _ended(steps, row)]:
         for row in rows:
             _read_anew(steps, cell, row)
         with steps.attention(cell, [row.compressed.cache for row in rows]):
-            _go_on(steps, rows)
+            _go_on(steps, cell, rows)
 
 
-def _go_on(steps: Steps, rows: Sequence[Answering]) -> None:
+def _go_on(steps: Steps, cell: Cell, rows: Sequence[Answering]) -> None:
     """Token by token, until each row has ended or is to be read anew."""
     side_by_side = SideBySide([row for row in rows if _goes_on(steps, row)])
     while rows := side_by_side.rows:
+        written = max(len(row.tokens) for row in rows)
+        steps.watch(f"{cell.label}: {count(written, 'token')} of {count(len(rows), 'answer')}")
         clock = Stopwatch(steps.device)
         with clock:
             logits = step(steps, side_by_side)

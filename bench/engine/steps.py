@@ -8,7 +8,7 @@ for all.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from transformers.cache_utils import Cache
@@ -30,6 +30,15 @@ AUTO_BYTES = 1 << 30
 
 _PREFILL_TOKENS = 512
 """Most tokens, with padding, of prompts that are computed in one forward: longer ones keep a device busy alone."""
+
+
+def count(number: int, noun: str) -> str:
+    """``1 prompt`` or ``2 prompts``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _unwatched(doing: str) -> None:
+    """Nobody looks."""
 
 
 def block_of(cell: Cell, caches: Sequence[Cache]) -> int:
@@ -59,6 +68,8 @@ class Steps:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.watch: Callable[[str], None] = _unwatched
+        """Told what is being done, in a few words, on the way to the next answer."""
         self.cells = list(cells)
         self.batch_size = batch_size
         self.one_by_one: str | None = None
@@ -84,6 +95,8 @@ class Steps:
         prefills: dict[int, Prompt | None] = {}
         for places in self._prefill_batches([ids for _, ids in wanted]):
             jobs = [job for place in places for job in wanted[place][0]]
+            longest = max(len(wanted[place][1]) for place in places)
+            self.watch(f"reading {count(len(places), 'prompt')} of up to {longest} tokens")
             with noting(jobs, cells_of(jobs)):
                 done = self.prefill([wanted[place][1] for place in places])
                 prefills.update(zip(places, done, strict=True))

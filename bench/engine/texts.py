@@ -48,6 +48,7 @@ def _window(steps: Steps, job: Job, readings: Mapping[str, Reading], place: int,
     length = min(max(1, int(request.prefill_share * len(inputs))), len(inputs) - 1)
     prompt, parts = _scored_prefill(steps, window, inputs[:length])
     for cell in filter(job.waits_for, job.cells):
+        steps.watch(f"{cell.label}: text {place + 1} of {len(request.windows)}")
         reset_peak_memory(steps.device)
         with noting([job], [cell]):
             compressed = steps.compress(cell, prompt)

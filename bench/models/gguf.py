@@ -92,6 +92,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
     library = load_transformers()
     say(f"Converting {gguf.name} to safetensors, once, in {folder.parent.parent}")
+    say(f"Reading the vocabulary of {gguf.name}, which takes up to half a minute")
     reader, metadata = _read_gguf(gguf)
     with transformers_errors(f"{gguf.name} cannot be converted"):
         config = gguf_config(gguf.name, metadata, tied=all(tensor.name != OUTPUT for tensor in reader.tensors))

@@ -19,7 +19,7 @@ from bench.methods.grid import Cell
 from bench.models.kernels import prepare_kernels
 from bench.models.loading import DescribedModel, LoadedModel, describe, find_device
 from bench.names import SAMPLES
-from bench.progress import ProgressReporter, progress_bars
+from bench.progress import Ending, ProgressReporter, progress_bars
 from bench.records.curve import CurveRow
 from bench.records.row import Row
 from bench.records.sample import Measured
@@ -29,7 +29,7 @@ from bench.runs import folder as records
 from bench.runs.asked import asked_for, documents_of, doubts, plugins_of, tasks_of
 from bench.runs.documents import prompt_hash
 from bench.runs.executors import Answered, Executor, Unit, make_executor
-from bench.runs.executors.base import batches
+from bench.runs.executors.base import batches, cost_of
 from bench.runs.failures import failure_lines
 from bench.runs.kept import AnyCell, all_cells, earlier_documents, kept_curve, kept_rows
 from bench.runs.kinds import RUN, claim
@@ -139,7 +139,7 @@ def execute(
         if fresh:
             clear_predictions(path)
         run = _Run(config, models, asked, tasks, cells, outcome, folder, executor, console, bars, started, origin or {})
-        for answered in executor.run(run.units()):
+        for answered in executor.run(run.units(), run.watch):
             run.take(answered)
         run.close()
     return outcome
@@ -157,6 +157,8 @@ class _TaskRun:
     """Those of earlier starts that are not asked for now."""
     left: int
     """Answers that are still to come."""
+    costs: Mapping[str, float]
+    """Of an answer to a document, by its id, as :func:`~bench.runs.executors.base.cost_of` has it."""
     progress: ProgressReporter
     failures: list[dict[str, str]] = field(default_factory=list)
 
@@ -193,6 +195,7 @@ class _Run:
         self._results: dict[str, dict[str, TaskResults]] = {name: {} for name in models}
         """By model and task, as long as tasks of the model are to be measured."""
         self._open = {name: {task.name for task, _ in tasks} for name in models}
+        self._ending = Ending()
         self._claim_loaded()
         start = new_start(config, started)
         begun: Mapping[str, Any] = folder.previous or {}
@@ -290,12 +293,15 @@ class _Run:
         if done := total - answers_left:
             found = f"{task.name}: {done} of {total} answers are in {folder.path} already"
             self.console.print(found, markup=False, highlight=False, soft_wrap=True)
-        progress = ProgressReporter(self.console, f"{name} {task.name}", total, done, bars=self.bars)
-        under_way = _TaskRun(name, task, part_of, documents, earlier, answers_left, progress)
+        costs = {document.id: cost_of(document, left) for document, left in work}
+        cost = sum(len(left) * costs[document.id] for document, left in work)
+        progress = ProgressReporter(self.console, f"{name} {task.name}", total, done, cost=cost, bars=self.bars)
+        under_way = _TaskRun(name, task, part_of, documents, earlier, answers_left, costs, progress)
         if not work:
             self._finish(under_way)
             return
         self._under_way[name, task.name] = under_way
+        self._ending.begin()
         progress.__enter__()
         for together in batches(work, self.config.documents_at_once or AUTO_DOCUMENTS):
             if (name, task.name) not in self._under_way:
@@ -318,13 +324,27 @@ class _Run:
                 where = {"model": unit.model, "task": unit.task, "cell": result.cell.key, "document": document.id}
                 under_way.failures.append({**where, "error": error})
             under_way.left -= 1
-            under_way.progress.advance(self.executor.status(), failed=error is not None)
+            cost = under_way.costs[document.id]
+            under_way.progress.advance(self._how_it_goes(), failed=error is not None, cost=cost)
             if not under_way.left:
                 self._end(under_way)
                 self._finish(under_way)
         except (TaskError, UserError) as error:
             self._end(under_way)
             self._fail(unit.model, under_way.task, error)
+
+    def watch(self, unit: Unit, doing: str) -> None:
+        """Show what is being done on the way to the next answer."""
+        if (under_way := self._under_way.get((unit.model, unit.task))) is not None:
+            under_way.progress.tell(self._how_it_goes(doing))
+
+    def _how_it_goes(self, doing: str = "") -> str:
+        """For a line of progress: what is being done, how the executor does, and when the run will have ended."""
+        left = [under_way.progress.left_s for under_way in self._under_way.values()]
+        known = [seconds for seconds in left if seconds is not None]
+        waiting = sum(map(len, self._open.values())) - len(left)
+        ends = self._ending.said(max(known) if known else None, waiting)
+        return "; ".join(filter(None, (doing, self.executor.status(), ends)))
 
     def _end(self, under_way: _TaskRun) -> None:
         """No more answers of a task are taken."""

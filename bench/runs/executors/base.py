@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
@@ -24,6 +25,9 @@ from tasks.base import Compare, Document, Generate, LogLikelihood
 Work = tuple[Document, tuple[Cell, ...]]
 """A document, and the cells that are to answer it."""
 
+Watch = Callable[["Unit", str], None]
+"""Told what is being done with a unit before its next answer comes, in a few words."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
@@ -36,9 +40,7 @@ class Unit:
     @property
     def cost(self) -> int:
         """A rough measure of the time that it takes, to begin with what takes longest."""
-        return sum(
-            document.request.prompt_tokens + len(cells) * _read_tokens(document) for document, cells in self.work
-        )
+        return round(sum(len(cells) * cost_of(document, cells) for document, cells in self.work))
 
     def split(self) -> list[Unit]:
         """A unit for each document."""
@@ -63,6 +65,11 @@ def batches(work: Sequence[Work], size: int) -> Iterator[list[Work]]:
             batch += same
     if batch:
         yield batch
+
+
+def cost_of(document: Document, cells: Sequence[Cell]) -> float:
+    """A rough measure of the time that one of ``cells`` takes for a document, with its part of the prefill: tokens."""
+    return document.request.prompt_tokens / max(len(cells), 1) + _read_tokens(document)
 
 
 def _read_tokens(document: Document) -> int:
@@ -183,7 +190,7 @@ class Answerer:
                 self._problems[name] = str(error)
         return self._problems.get(name)
 
-    def answer(self, unit: Unit) -> Iterator[Answered]:
+    def answer(self, unit: Unit, watch: Watch | None = None) -> Iterator[Answered]:
         """Every cell's answer, as it comes. One of several models that cannot be loaded fails alone.
 
         Raises:
@@ -193,6 +200,8 @@ class Answerer:
             yield from unit.failures(problem)
             return
         engine = self.engine(unit.model)
+        if watch is not None:
+            engine.watch = partial(watch, unit)
         for document, result in engine.answer_batch(unit.work):
             yield Answered(unit, document, result)
 
@@ -200,10 +209,11 @@ class Answerer:
 class Executor(AbstractContextManager["Executor"], Protocol):
     """Has units answered; a context manager."""
 
-    def run(self, units: Iterable[Unit]) -> Iterator[Answered]:
+    def run(self, units: Iterable[Unit], watch: Watch) -> Iterator[Answered]:
         """Everything that the units ask for, each answer once, in any order.
 
-        ``units`` is read as far as there is something to do them with.
+        ``units`` is read as far as there is something to do them with. ``watch`` is told what is done on the way, where
+        that is known.
         """
 
     def status(self) -> str:

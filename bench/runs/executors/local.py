@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.methods.grid import Cell
 from bench.records.states import StatesMap
-from bench.runs.executors.base import Answered, Answerer, Executor, Setup, Unit
+from bench.runs.executors.base import Answered, Answerer, Executor, Setup, Unit, Watch
 from tasks.base import Document
 
 
@@ -31,10 +31,10 @@ class LocalExecutor(Executor):
     def __exit__(self, *_: object) -> None:
         """Nothing to put away."""
 
-    def run(self, units: Iterable[Unit]) -> Iterator[Answered]:
+    def run(self, units: Iterable[Unit], watch: Watch) -> Iterator[Answered]:
         """See :meth:`Executor.run`."""
         for unit in units:
-            yield from self._answerer.answer(unit)
+            yield from self._answerer.answer(unit, watch)
 
     def status(self) -> str:
         return ""

@@ -24,7 +24,7 @@ from bench.errors import UserError
 from bench.methods.grid import Cell
 from bench.progress import LOG_INTERVAL_S
 from bench.records.states import StatesMap
-from bench.runs.executors.base import Answered, Executor, Setup, Unit
+from bench.runs.executors.base import Answered, Executor, Setup, Unit, Watch
 from bench.runs.executors.cluster import capacity, join_cluster, ray_library, start_cluster, temporary_folder
 from bench.runs.executors.scheduler import Scheduler, Ticket
 from bench.runs.executors.worker import VERSIONS, Introduction, Worker, versions
@@ -226,8 +226,8 @@ class RayExecutor(Executor):
 
     # --- Work ---
 
-    def run(self, units: Iterable[Unit]) -> Iterator[Answered]:
-        """See :meth:`Executor.run`.
+    def run(self, units: Iterable[Unit], watch: Watch) -> Iterator[Answered]:
+        """See :meth:`Executor.run`; what a worker does with a unit is not known before its answers come.
 
         Raises:
             UserError: no worker is left, and none came for :data:`PATIENCE_S`.

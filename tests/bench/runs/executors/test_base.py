@@ -57,10 +57,18 @@ def test_a_further_model_that_cannot_be_loaded_fails_alone(tiny_folder: Path, tm
     damaged = shutil.copytree(tiny_folder, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"nothing")
     both = dataclasses.replace(setup(tiny_folder), models={"tiny": str(tiny_folder), "damaged": str(damaged)})
+    told: list[tuple[Unit, str]] = []
     with LocalExecutor(both) as executor:
-        found = list(executor.run([unit("tiny"), unit("damaged"), unit("tiny")]))
+        found = list(executor.run([unit("tiny"), unit("damaged"), unit("tiny")], lambda *said: told.append(said)))
     assert [isinstance(answered.result, Failure) for answered in found] == [False, False, True, True, False, False]
     assert "damaged cannot be loaded" in found[2].result.error  # type: ignore[union-attr]
+    # Whoever waits hears which prompts are read, and how far each method is.
+    begun = [
+        "reading 1 prompt of up to 100 tokens",
+        *(f"full: {n} token{'s' * (n > 1)} of 1 answer" for n in range(1, 6)),
+    ]
+    assert {unit.model for unit, _ in told} == {"tiny"}
+    assert [doing for _, doing in told][:6] == begun
     first = dataclasses.replace(both, models={"damaged": str(damaged)})
     with pytest.raises(UserError, match="damaged cannot be loaded"), LocalExecutor(first):
         pass
