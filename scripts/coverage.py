@@ -5,8 +5,8 @@ detectable is found.
     scripts/coverage.py --outdir results/statistics
 
 A table has so many rows beside the full cache, on the same ``n`` documents. Its intervals *held* if every one of them
-holds the true difference of its row, which 95 % of the tables should. Writes ``coverage.csv``, ``power.csv`` and
-``record.json``.
+holds the true difference of its row, which 95 % of the tables should. Writes ``coverage.csv``, ``attainable.csv`` (of
+right and wrong, by what is true and how far the ends of an interval are away), ``power.csv`` and ``record.json``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from bench.judge.family import at_level, compare, compare_all
-from bench.judge.stats import UNBOUNDED, means
+from bench.judge.family import at_level, binary_joint, compare, compare_all, proportions
+from bench.judge.stats import UNBOUNDED, means, normal
 from bench.judge.verdict import ALPHA
 from bench.records.files.csv_ import csv_text
 from bench.records.files.json_ import json_text
@@ -43,11 +43,16 @@ DOCUMENTS = (8, 20, 50, 200)
 ROWS = (1, 6, 13)
 
 
+def _hardness(rng: np.random.Generator, repetitions: int, rows: int, n: int) -> Array:
+    """How hard each document is for each method [repetitions, rows + 1, n], in part the same for all of them."""
+    shared = rng.normal(size=(repetitions, 1, n))
+    return math.sqrt(0.6) * shared + math.sqrt(0.4) * rng.normal(size=(repetitions, rows + 1, n))
+
+
 def tables(kind: str, repetitions: int, rows: int, n: int, seed: int = 0) -> tuple[Array, Array, float]:
     """Scores of methods [repetitions, rows, n] and of full [repetitions, n], and the true difference of every row."""
     rng = np.random.default_rng([seed, n, rows])
-    shared = rng.normal(size=(repetitions, 1, n))
-    own = math.sqrt(0.6) * shared + math.sqrt(0.4) * rng.normal(size=(repetitions, rows + 1, n))
+    own = _hardness(rng, repetitions, rows, n)
     if kind == "binary":
         right = own < stats.norm.ppf([0.9] + [0.6] * rows)[:, None]
         return right[:, 1:].astype(float), right[:, 0].astype(float), -0.3
@@ -73,6 +78,33 @@ def coverage(kind: str, repetitions: int, rows: int, n: int) -> tuple[float, flo
         held += all(item.interval is None or item.interval.low <= truth <= item.interval.high for item in compared)
         unknown += sum(item.interval is None for item in compared)
     return held / repetitions, unknown / repetitions / rows
+
+
+TRUTHS = ((0.95, 0.95), (0.9, 0.9), (0.9, 0.6), (0.9, 0.3), (0.5, 0.1), None)
+"""Shares of right answers of full and of every method; None draws them for each table: of full between a half and all,
+of each method between a fifth and all of these."""
+PARTS = (1.0, 0.9, 0.8)
+"""Of the standard errors that the ends of an interval are away."""
+
+
+def attained(truth: tuple[float, float] | None, repetitions: int, rows: int, n: int, seed: int = 0) -> list[float]:
+    """Share of tables of right and wrong answers whose intervals all hold, were they so many times as long as they are
+    (:data:`PARTS`)."""
+    rng = np.random.default_rng([seed, n, rows, 2])
+    if truth is None:
+        full = rng.uniform(0.5, 1.0, size=(repetitions, 1))
+        shares = np.concatenate([full, full * rng.uniform(0.2, 1.0, size=(repetitions, rows))], axis=1)
+    else:
+        shares = np.tile([truth[0], *[truth[1]] * rows], (repetitions, 1))
+    right = (_hardness(rng, repetitions, rows, n) < stats.norm.ppf(shares)[..., None]).astype(float)
+    held = np.zeros(len(PARTS))
+    for answers, share in zip(right, shares, strict=True):
+        changes, difference = answers[1:] - answers[0], share[1:] - share[0]
+        critical = normal(n, n, binary_joint(changes).level)
+        for place, part in enumerate(PARTS):
+            found = proportions(changes, None, part * critical)
+            held[place] += np.all((found.low <= difference) & (difference <= found.high))
+    return [float(count) / repetitions for count in held]
 
 
 SHAPES = {"normal": stats.norm(), "skewed": stats.expon(loc=-1)}
@@ -112,6 +144,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 held, unknown = coverage(kind, options.tables, rows, n)
                 covered.append({"scores": kind, "documents": n, "rows": rows, "held": held, "unknown": unknown})
                 print(covered[-1], flush=True)
+    attainable: list[dict[str, Any]] = []
+    for truth in TRUTHS:
+        full, method = truth or ("", "")
+        for n in DOCUMENTS[:2]:
+            for rows in ROWS:
+                for part, share in zip(PARTS, attained(truth, options.tables, rows, n), strict=True):
+                    known = {"full": full, "method": method, "documents": n, "rows": rows}
+                    attainable.append({**known, "part": part, "held": share})
+                    print(attainable[-1], flush=True)
     powers: list[dict[str, Any]] = []
     for shape in SHAPES:
         for n in DOCUMENTS:
@@ -122,6 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(powers[-1], flush=True)
     options.outdir.mkdir(parents=True, exist_ok=True)
     write_atomic(options.outdir / "coverage.csv", csv_text(list(covered[0]), covered))
+    write_atomic(options.outdir / "attainable.csv", csv_text(list(attainable[0]), attainable))
     write_atomic(options.outdir / "power.csv", csv_text(list(powers[0]), powers))
     record = {"settings": {"tables": options.tables}, "finished": records.now(), **records.environment()}
     write_atomic(options.outdir / "record.json", json_text(record))
