@@ -70,8 +70,22 @@ class TaskSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Tokens are drawn, not the most likely ones taken: as ``generate(do_sample=True)`` of transformers does."""
+
+    temperature: float
+    """What logits are divided by."""
+    top_p: float | None = None
+    """Drawn from the fewest tokens that have so much probability together; None is as the model's own settings have it.
+    """
+    seed: int
+    """Of the draws of this answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Greedy continuation of ``prompt_ids`` until a stop string, an end-of-sequence token or ``max_new_tokens``.
+    """Continuation of ``prompt_ids``, greedy or sampled, until a stop string, an end-of-sequence token or
+    ``max_new_tokens``.
 
     With ``question_ids``, ``prompt_ids`` are a context: it alone is prefilled and compressed, the question is read
     through what is left of it, and the answer follows. Documents with equal contexts share prefill and compression.
@@ -92,6 +106,8 @@ class Generate:
     """What ends the model's thinking: the answer, and the search for stop strings, begin behind it."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Generation settings of transformers, laid over the model's own: see :mod:`tasks.generation`."""
+    sampling: Sampling | None = None
+    """None is greedy."""
 
     @property
     def input_ids(self) -> tuple[int, ...]:
@@ -197,6 +213,8 @@ class Document:
     """The prompt was cut to fit the model."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """Facts worth keeping beside the answer (depth of a needle, subject of a question); must be JSON."""
+    repeat: int | None = None
+    """Which one of a question's sampled answers this asks for, from 1; None where answers are not sampled."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Generation settings of transformers (``GenerationConfig``): which of them greedy decoding through a compressed cache
+"""Generation settings of transformers (``GenerationConfig``): which of them decoding through a compressed cache
 applies, which make no difference to it, and which it refuses."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _rules(fate: Fate, why: str, **neutral: tuple[Any, ...]) -> dict[str, Rule]:
     return {name: Rule(fate, why, values) for name, values in neutral.items()}
 
 
-_SAMPLING = "answers are decoded greedily"
+_SAMPLING = "answers are decoded greedily; with `--temperature` they are sampled, and the model's own ones applied"
 _BEAMS = "of beam search only"
 _ASSISTANTS = "of assisted generation only"
 _OUTPUT = "what else `generate` returns"
@@ -136,6 +136,9 @@ RULES: dict[str, Rule] = {
 }
 """Every field of ``GenerationConfig``, of all versions of transformers that can be used."""
 
+SAMPLING = frozenset(name for name, rule in RULES.items() if rule.why == _SAMPLING)
+"""Settings of sampling: the model's own count where answers are sampled."""
+
 
 def asked(settings: Mapping[str, Any], fate: Fate) -> dict[str, Any]:
     """The settings with this fate that ask for anything. One that is not known is refused."""
@@ -158,7 +161,9 @@ def counting(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What of settings that somebody gives changes an answer. Raises ValueError for what cannot be done."""
     samples, temperature = settings.get("do_sample"), settings.get("temperature")
     if samples or (samples is None and temperature):
-        raise ValueError("samples its answers; only greedy decoding is supported: set do_sample=False in gen_kwargs")
+        raise ValueError(
+            "samples its answers: for that give --temperature, or for greedy ones do_sample=False in gen_kwargs"
+        )
     if said := refusal(settings):
         raise ValueError(f"generation setting {said}")
     return {name: value for name, value in settings.items() if RULES[name].fate is not Fate.IGNORED}

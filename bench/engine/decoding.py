@@ -1,8 +1,11 @@
-"""How the tokens of an answer are chosen: the most likely one, after what generation settings make of the logits.
+"""How the tokens of an answer are chosen: the most likely one, or one that is drawn, after what generation settings
+make of the logits.
 
 The settings are those of ``generation_config.json``, with those of the request laid over them;
 :mod:`tasks.generation` says what becomes of each. transformers itself makes its processors and stopping criteria of
-them, one list for each answer, and these see the tokens of that answer's document alone, without padding.
+them, one list for each answer, and these see the tokens of that answer's document alone, without padding. What is drawn
+comes from a generator of that answer's own, on the CPU: it depends neither on the device nor on who is answered beside
+it, and all methods get the same draws.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from bench.errors import OthersCode, UserError
 from tasks.base import Generate
-from tasks.generation import RULES, Fate, asked, listed, refusal
+from tasks.generation import RULES, SAMPLING, Fate, asked, listed, refusal
 
 _WHOSE = "the generation settings"
 """How errors of transformers over them begin."""
@@ -58,14 +61,10 @@ def about(model: Any) -> str | None:
     """What becomes of the model's own settings, for a person; None where they ask for nothing but greedy decoding."""
     settings = settings_of(model)
     applied = {name: value for name, value in asked(settings, Fate.APPLIED).items() if name != "eos_token_id"}
-    sampling = {
-        name: value
-        for name, value in asked(settings, Fate.IGNORED).items()
-        if RULES[name].why == RULES["do_sample"].why
-    }
+    sampling = {name: value for name, value in asked(settings, Fate.IGNORED).items() if name in SAMPLING}
     said = [
         *([f"{listed(applied)} {_verb(applied)} applied"] if applied else []),
-        *([f"{listed(sampling)} {_verb(sampling)} not: answers are decoded greedily"] if sampling else []),
+        *([f"{listed(sampling)} {_verb(sampling)} not where answers are decoded greedily"] if sampling else []),
     ]
     return f"of its generation_config.json, {' and '.join(said)}" if said else None
 
@@ -81,12 +80,13 @@ class Decoder:
         model: a transformers causal language model.
         tokenizer: its tokenizer.
         request: the prompt and the settings that are laid over the model's own.
+        draws: what a sampled answer goes on drawing from, where it is not the first one of its document.
 
     Raises:
         UserError: a setting cannot be done, or has a value that transformers cannot use.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, request: Generate) -> None:
+    def __init__(self, model: Any, tokenizer: Any, request: Generate, draws: torch.Generator | None = None) -> None:
         check(model, request)
         settings = settings_of(model, request)
         self.end_ids = end_ids(tokenizer, settings) | set(request.end_ids)
@@ -94,7 +94,11 @@ class Decoder:
         self._first = sorted(self.end_ids) if request.end_ids else []
         self._processors: LogitsProcessorList | None = None
         self._criteria: StoppingCriteriaList | None = None
-        if asked(settings, Fate.APPLIED).keys() - {"eos_token_id"}:
+        self.draws = draws
+        """None where the most likely token is taken."""
+        if request.sampling is not None and draws is None:
+            self.draws = torch.Generator().manual_seed(request.sampling.seed)
+        if request.sampling is not None or asked(settings, Fate.APPLIED).keys() - {"eos_token_id"}:
             self._ids = torch.tensor([request.input_ids], device=model.device)
             with OthersCode(_WHOSE):
                 self._processors, self._criteria = self._prepare(model, tokenizer, request, settings)
@@ -107,12 +111,16 @@ class Decoder:
         given = {name: value for name, value in request.generation.items() if RULES[name].fate is Fate.APPLIED}
         # Some are objects, made of what a file says.
         given |= {name: getattr(GenerationConfig(**{name: value}), name) for name, value in given.items()}
+        if request.sampling is not None:
+            # How the model itself samples, but for what was asked for.
+            top_p = {} if request.sampling.top_p is None else {"top_p": request.sampling.top_p}
+            given |= {"do_sample": True, "temperature": request.sampling.temperature, **top_p}
+            without = {name: value for name, value in without.items() if name not in SAMPLING}
         if request.end_ids:
             given["eos_token_id"] = sorted(self.end_ids)
         loop = {
             "custom_generate": _hand_over,
             "max_new_tokens": request.max_new_tokens,
-            "do_sample": False,
             "use_cache": False,
             # Nothing is padded; without one, generate() says that it takes another.
             "pad_token_id": 0,
@@ -120,7 +128,7 @@ class Decoder:
             "stop_strings": None,
         }
         processors, criteria = model.generate(
-            self._ids, attention_mask=torch.ones_like(self._ids), **{**without, **given, **loop}
+            self._ids, attention_mask=torch.ones_like(self._ids), **{"do_sample": False, **without, **given, **loop}
         )
         if stop := settings.get("stop_strings"):
             criteria.append(StopStringCriteria(tokenizer=tokenizer, stop_strings=stop))
@@ -141,7 +149,11 @@ class Decoder:
             # In float32, as generate() does: half precision would make ties of different numbers.
             process: Any = self._processors
             scores: torch.Tensor = process(self._ids, logits.to(self._ids.device, torch.float32, copy=True))
-        token = scores.argmax(dim=-1)
+            if self.draws is None:
+                token = scores.argmax(dim=-1)
+            else:
+                chances = scores.softmax(dim=-1).cpu()
+                token = torch.multinomial(chances, 1, generator=self.draws)[:, 0].to(self._ids.device)
         self._ids = torch.cat([self._ids, token[:, None]], dim=-1)
         return int(token)
 

@@ -1,4 +1,4 @@
-"""Generation: greedy decoding, token by token, of one document or of several side by side.
+"""Generation: decoding, token by token, of one document or of several side by side.
 
 A question that stands behind its context is read through what a cell has kept of that, before the answer.
 """
@@ -179,7 +179,7 @@ def _next_turn(steps: Steps, row: Answering) -> None:
     # The newest token is the only one that has not been read.
     row.reading = (() if ended else (tokens[-1],)) + turn
     request = dataclasses.replace(row.request, prompt_ids=row.said, question_ids=(), turns=())
-    row.decoder = Decoder(steps.model, steps.tokenizer, request)
+    row.decoder = Decoder(steps.model, steps.tokenizer, request, row.decoder.draws)
     row.tokens, row.begin = [], None
 
 
@@ -210,7 +210,7 @@ def _measured(steps: Steps, cell: Cell, row: Answering) -> Measurement:
 
 
 def decode(steps: Steps, cell: Cell, rows: Sequence[Answering]) -> None:
-    """Greedy decoding, side by side; a row that has ended takes no further part."""
+    """Decoding, side by side; a row that has ended takes no further part."""
     with steps.attention(cell, [row.compressed.cache for row in rows]):
         _ask(steps, cell, rows)
         for row in rows:

@@ -48,9 +48,12 @@ class Source:
 
 
 def context_of(document: Document) -> tuple[int, ...] | None:
-    """The context that a document shares with others which ask about it; None where its question is inside."""
+    """The context that a document shares with others which ask about it; None where its question is inside.
+
+    The prompt of a sampled answer is shared by all its repeats.
+    """
     request = document.request
-    if isinstance(request, Generate) and request.question_ids:
+    if isinstance(request, Generate) and (request.question_ids or request.sampling is not None):
         return request.prompt_ids
     if isinstance(request, LogLikelihood) and request.continuations[0].question_ids:
         return request.continuations[0].context_ids

@@ -7,7 +7,7 @@ than an interval needs, every single one must be worse.
 
 Answers that are right or wrong are counted beside that: one that was right and is wrong now is a change, not noise,
 since the same prompt is decoded greedily. Only where sums are rounded in another way, on other hardware or with other
-versions, may a few be lost (:data:`bench.gate.findings.LOST_ELSEWHERE`).
+versions, may a few be lost (:data:`bench.gate.findings.LOST_ELSEWHERE`). Sampled answers are not counted so.
 
 Speed is never compared in seconds. Each document was decoded by ``full`` and by the method, one right after the other;
 the ratio of the two belongs to the document, and what is compared is that ratio, on a logarithmic scale. Times are now
@@ -103,6 +103,11 @@ def check(run: Run, baseline: Run, tolerances: Tolerances, *, partial: bool = Fa
         findings += found
         notes += lost
     notes += [_said(term) for term in differing(baseline.of_run, run.of_run)]
+    if any(sample.repeat is not None for sample in baseline.samples.values()):
+        notes.append(
+            "answers are sampled: a right one that is lost is no change by itself, and is not counted; scores are "
+            "compared by their means over the repeats of each document"
+        )
     if elsewhere:
         notes.append(_explained(elsewhere, tolerances))
     if tolerances.judge_speed:
@@ -226,6 +231,10 @@ def _of_row(
     share = tolerances.score if row.higher_is_better else tolerances.divergence
     scores = [(now[item].scores.get(metric), before[item].scores.get(metric)) for item in documents]
     values = [(new, old) for new, old in scores if new is not None and old is not None]
+    sampled = any(before[item].repeat is not None for item in documents)
+    if sampled and len(values) < len(scores):
+        # pass@k is of the same answers as the mean over them.
+        return findings, lines
     if len(values) < len(scores):
         # No mean over documents, such as a corpus' perplexity: one number against another.
         found = mine.rows.get((model, task, metric, same[cell]))
@@ -234,6 +243,12 @@ def _of_row(
             values = []
         else:
             values = [(found.score, row.score)]
+    if sampled and len(values) == len(documents):
+        # The answers to one document rise and fall together.
+        means: dict[Document, list[tuple[float, float]]] = {}
+        for item, pair in zip(documents, values, strict=True):
+            means.setdefault((item[0], before[item].own_id), []).append(pair)
+        values = [(fmean(new for new, _ in pairs), fmean(old for _, old in pairs)) for pairs in means.values()]
     if values:
         level = fmean(old for _, old in values)
         tolerance = max(share * abs(level), LEAST_TOLERANCE)
@@ -243,7 +258,7 @@ def _of_row(
         for document, (new, old) in zip(documents, scores, strict=True)
         if new is not None and old is not None
     }
-    if row.higher_is_better and answers and _right_or_wrong(row, tasks, mine, other):
+    if row.higher_is_better and answers and not sampled and _right_or_wrong(row, tasks, mine, other):
         finding, lost = lost_finding(f"{what}, right answers", named, answers, tolerances.lost or 0.0)
         findings.append(finding)
         if lost:

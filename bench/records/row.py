@@ -51,6 +51,8 @@ class Row(BaseModel):
     cache_ratio: Amount | None = None
     n: Annotated[int, Field(ge=1)]
     """Documents."""
+    repeats: Count | None = None
+    """Sampled answers of each, which scores are means over. None where answers are greedy, and in older files."""
     sources: Count | None = None
     """What the documents are made of; fewer than these where some share a text. Unknown in older files."""
     score: float
@@ -153,6 +155,7 @@ NEWER = {
     *("timed_documents", "p_adjusted", "best", "to_best", "to_best_low", "to_best_high", "p_to_best"),
     *(
         "sources",
+        "repeats",
         "question",
         "ragged_share",
         "metric_low",

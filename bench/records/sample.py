@@ -31,6 +31,16 @@ REMEDY = "remove the line to have it measured again"
 _CONFIG = ConfigDict(allow_inf_nan=False)
 
 
+def repeated_as(document: str, repeat: int) -> str:
+    """The id of a document's sampled answer: its own for the first one."""
+    return document if repeat == 1 else f"{document}~{repeat}"
+
+
+def own_id(document: str, repeat: int | None) -> str:
+    """The id that a document of one repeat has within its task."""
+    return document if repeat is None or repeat == 1 else document.removesuffix(f"~{repeat}")
+
+
 class NotFinite(ValueError):
     """A sample with NaN or infinity in it, which JSON does not know, or with a value that makes no sense."""
 
@@ -86,6 +96,8 @@ class Measured:
     """
     ragged_kv_bytes: Count | None = None
     """Of methods that mask tokens of single heads; None of all others, and in files written before it was known."""
+    repeat: Annotated[int, Field(ge=1)] | None = None
+    """Which of a document's sampled answers it is; None of one that is not sampled."""
     start: int | None = None
     """Which of the record's starts it was measured in; None before format 2."""
     kind: Kind = field(init=False, default="none")
@@ -100,6 +112,11 @@ class Measured:
     def key(self) -> Key:
         """What it answers."""
         return self.model, self.task, self.document, self.prompt_sha256, self.cell
+
+    @property
+    def own_id(self) -> str:
+        """The document's id within its task, the same for all its repeats."""
+        return own_id(self.document, self.repeat)
 
 
 @dataclass(kw_only=True, slots=True, config=_CONFIG)

@@ -88,6 +88,9 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     if units:
         notes.append("budget: " + "; ".join(BUDGET_UNITS[unit] for unit in sorted(units)) + window)
     notes += [said for place, said in _QUESTIONS.items() if any(row.question == place for row in rows)]
+    if repeats := sorted({row.repeats for row in rows if row.repeats is not None}):
+        times = "-".join(map(str, repeats))
+        notes.append(f"answers are sampled, {times} of each document: scores are avg@{times}, intervals over documents")
     if any(row.leading for row in rows):
         notes.append("bold: the best of a budget, and what cannot be told from it")
     notes += dict.fromkeys(filter(None, map(untold, rows)))

@@ -17,6 +17,7 @@ from bench.models.loading import DescribedModel
 from bench.names import FULL, LEAST_DOCUMENTS
 from bench.runs.documents import load_documents
 from bench.runs.failures import failure_lines
+from bench.runs.repeats import repeated
 from bench.settings.mappings import read_mapping
 from bench.settings.run import RunConfig
 from tasks.base import Document, Generate, Task, TaskError, TaskGroup, TaskSettings
@@ -165,6 +166,11 @@ def documents_of(config: RunConfig, model: DescribedModel, task: Task) -> list[D
     """The documents of a task for a model. Raises :class:`TaskError`, :class:`UserError`."""
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     documents = load_documents(task, task_settings(config, model, task), vocabulary)
+    return repeated(config, task, _with_given(config, task, documents))
+
+
+def _with_given(config: RunConfig, task: Task, documents: list[Document]) -> list[Document]:
+    """The documents with what ``--gen-kwargs`` gives. Raises :class:`TaskError`."""
     if config.gen_kwargs is None or "gen_kwargs" in task.option_names:
         return documents
     given = read_mapping("--gen-kwargs", config.gen_kwargs)

@@ -16,6 +16,7 @@ from typing import Any
 
 from bench.errors import OthersCode, place
 from bench.methods.own_tasks import file_of, own_task
+from bench.records.sample import own_id
 from tasks.base import (
     Answer,
     Compare,
@@ -71,8 +72,9 @@ def prompt_hash(document: Document) -> str:
     if not asked.get("generation"):
         # Of prompts without settings of their own it is what it was before there were any.
         asked.pop("generation", None)
-    if not asked.get("turns"):
-        asked.pop("turns", None)
+    for name in ("turns", "sampling"):
+        if not asked.get(name):
+            asked.pop(name, None)
     for part in (asked, *asked.get("continuations", ()), *asked.get("windows", ())):
         if not part.get("question_ids"):
             # Likewise of prompts with their questions inside.
@@ -131,7 +133,7 @@ def _question(part: Generate | Continuation) -> list[tuple[str, Sequence[int]]]:
 def scores_of(task: Task, document: Document, answer: Answer) -> dict[str, float]:
     """Every metric of one answer. Raises :class:`TaskError`, :class:`UserError`."""
     with _code_of(task):
-        scores = task.score(document, answer)
+        scores = task.score(_own(document), answer)
     if not isinstance(scores, Mapping):
         raise _fault(task, "score", f"its score of {document.id!r} is {scores!r}, no mapping of metrics to numbers")
     own = own_task(task)
@@ -144,9 +146,34 @@ def scores_of(task: Task, document: Document, answer: Answer) -> dict[str, float
 
 
 def evaluation_of(task: Task, documents: Sequence[Document], answers: Mapping[str, Answer]) -> Evaluation:
-    """The task's own figures over answered documents. Raises :class:`TaskError`, :class:`UserError`."""
+    """The task's own figures over answered documents: of repeats, the mean of each one's, by the documents that it has.
+
+    Raises :class:`TaskError`, :class:`UserError`.
+    """
+    by_repeat: dict[int | None, list[Document]] = {}
+    for document in documents:
+        if document.id in answers:
+            by_repeat.setdefault(document.repeat, []).append(document)
+    if len(by_repeat) < 2:
+        return _evaluation_of(task, documents, answers)
+    found = [(len(mine), _evaluation_of(task, mine, answers).values) for mine in by_repeat.values()]
+    total = sum(count for count, _ in found)
+    names = [name for name in found[0][1] if all(name in values for _, values in found)]
+    return Evaluation(values={name: sum(count * values[name] for count, values in found) / total for name in names})
+
+
+def _own(document: Document) -> Document:
+    """The document as its task knows it."""
+    name = own_id(document.id, document.repeat)
+    return document if name == document.id else dataclasses.replace(document, id=name)
+
+
+def _evaluation_of(task: Task, documents: Sequence[Document], answers: Mapping[str, Answer]) -> Evaluation:
+    own = {document.id: _own(document) for document in documents}
     with _code_of(task):
-        found = task.evaluate(documents, answers)
+        found = task.evaluate(
+            list(own.values()), {own[name].id: answer for name, answer in answers.items() if name in own}
+        )
     if not isinstance(found, Evaluation):
         raise _fault(task, "evaluate", f"its evaluation is {type(found).__name__} where an Evaluation is asked for")
     return Evaluation(values=_numbers(task, "evaluate", "its evaluation", found.values), stderr=found.stderr)

@@ -24,7 +24,7 @@ from bench.settings.run import RunConfig
 from tasks.base import Document, TaskError
 
 REMEDY = "remove the file to do without what it holds of tasks that are not asked for now"
-ASKED = ("lengths", "limit", "sampling_ratio", "skip_cut")
+ASKED = ("lengths", "limit", "sampling_ratio", "skip_cut", "repeats")
 """Settings that choose documents and change none."""
 
 

@@ -4,7 +4,8 @@ pred/<cell>/<dataset>.jsonl            with the lines' fields pred, answers, all
 pred_e/<cell>/<dataset>.jsonl          those of LongBench-E
 pred/<model>/<cell>/<dataset>.jsonl    in a run over several models
 
-Of answers to questions behind their contexts, <cell> ends in -question-after.
+Of answers to questions behind their contexts, <cell> ends in -question-after. Of sampled answers, these are the first
+ones.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def write_predictions(
     task = own_task(task)
     if not isinstance(task, LongBenchTask):
         return
+    documents = [document for document in documents if document.repeat in (None, 1)]
     folder = run / (FOLDER_E if task.extended else FOLDER) / (model or "").replace("/", "_")
     for cell in cells:
         asked = ((document.id, cell.key) for document in documents)

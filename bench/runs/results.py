@@ -15,6 +15,7 @@ from bench.records.row import Row
 from bench.records.sample import Measured, Place, Sample, Samples, make_sample
 from bench.records.starts import timed
 from bench.runs.documents import evaluation_of, group_evaluation, group_metrics, scores_of
+from bench.runs.repeats import best_of_repeats, complete, pass_metric
 from tasks.base import (
     Compared,
     Document,
@@ -100,6 +101,7 @@ def to_sample(
         decode_tokens_per_s=measured.decode_tokens_per_s,
         peak_memory_bytes=measured.peak_memory_bytes,
         oq_ratios=measured.oq_ratios,
+        repeat=document.repeat,
         start=start,
     )
 
@@ -236,7 +238,34 @@ def rows(
             chances = [results.chances.get(sample.document) for sample in taken]
             table += _cell_rows(model, task.name, part_of, task.metrics, cell, taken, chances, starts, mine, full)
     add_statistics(table, results.all_samples(), task.metrics)
+    return table + _pass_rows(model, results, cells, part_of, starts)
+
+
+def _pass_rows(
+    model: str, results: TaskResults, cells: Sequence[AnyCell], part_of: str | None, starts: Container[int]
+) -> list[Row]:
+    """Rows of pass@k, of the metrics that know right and wrong, where each document was answered several times."""
+    taken = {cell.key: complete(results.samples[cell.key].values()) for cell in cells}
+    repeats = max((sample.repeat or 1 for samples in taken.values() for sample in samples), default=1)
+    metrics = [pass_metric(metric, repeats) for metric in results.task.metrics if metric.binary]
+    if repeats == 1 or not metrics:
+        return []
+    best = {key: best_of_repeats(samples, results.task.metrics, repeats) for key, samples in taken.items()}
+    table: list[Row] = []
+    for cell in cells:
+        if not (mine := best[cell.key]):
+            continue
+        whole = {sample.own_id: sample for sample in best.get(FULL, ())}
+        full = [whole[sample.own_id] for sample in mine if sample.own_id in whole]
+        scored = (_mean_of(mine, metrics), _mean_of(full, metrics) if len(full) == len(mine) else None)
+        table += _cell_rows(model, results.task.name, part_of, metrics, cell, taken[cell.key], [None], starts, *scored)
+    add_statistics(table, [sample for samples in best.values() for sample in samples], metrics)
     return table
+
+
+def _mean_of(samples: Sequence[Measured], metrics: Iterable[Metric]) -> Evaluation:
+    values = {metric.name: [sample.scores[metric.name] or 0.0 for sample in samples] for metric in metrics}
+    return Evaluation(values={name: fmean(found) for name, found in values.items()})
 
 
 def group_rows(
@@ -320,7 +349,8 @@ def _cell_rows(
                 cache_size=cell.cache_size,
                 cache_ratio=cell.cache_ratio,
                 window_size=cell.window_size,
-                n=len(taken),
+                n=len({(sample.task, sample.own_id) for sample in taken}),
+                repeats=max((sample.repeat for sample in taken if sample.repeat is not None), default=None),
                 score=score,
                 chance=guessed if metric.name.startswith(CHOSEN) else None,
                 score_full=full,

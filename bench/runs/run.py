@@ -35,6 +35,7 @@ from bench.runs.kept import AnyCell, all_cells, earlier_documents, kept_curve, k
 from bench.runs.kinds import RUN, claim
 from bench.runs.order import turned
 from bench.runs.predictions import clear_predictions, write_predictions
+from bench.runs.repeats import not_sampled, questions
 from bench.runs.results import TaskResults, group_rows, rows, to_sample
 from bench.runs.starts import ENVIRONMENT, VERSIONS, earlier_starts, loaded_as, made_by, new_start
 from bench.settings.run import RunConfig
@@ -262,7 +263,7 @@ class _Run:
         folder.claim(records.DATA, task.name, task.data_hash(), "over other data")
         folder.claim(records.DEFINITIONS, task.name, task.definition_hash(), "by another definition of the task")
         self._record["tasks"][task.name] = {
-            "documents": len(documents),
+            "documents": questions(documents),
             "truncated": sum(document.truncated for document in documents),
             "data_sha256": task.data_hash() or None,
         }
@@ -277,9 +278,9 @@ class _Run:
         if asked != "before" and not task.has_parts and self._record["origin"].get("question", "default") != "default":
             as_it_is = f"--question {asked}: the task tells no question from its context, and is asked as it is"
         kept = f"{len(earlier)} documents of earlier starts stay in its results" if earlier else ""
-        for said in filter(None, (*task.notes, as_it_is, kept, missing)):
+        for said in filter(None, (*task.notes, as_it_is, not_sampled(self.config, documents), kept, missing)):
             self.console.print(f"{task.name}: {said}", markup=False, highlight=False, soft_wrap=True)
-        if doubt := doubts(task, len(documents) + len(earlier), [cell.method for cell in self._all_cells]):
+        if doubt := doubts(task, questions([*documents, *earlier]), [cell.method for cell in self._all_cells]):
             self.console.print(f"{task.name}: {doubt}", style="yellow", markup=False, highlight=False, soft_wrap=True)
         work = []
         for place, document in enumerate(documents):

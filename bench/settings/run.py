@@ -164,6 +164,26 @@ class RunConfig(Settings):
         "answer",
         unset="the model's and the task's own",
     )
+    temperature: Annotated[float, Field(gt=0)] | None = setting(
+        None,
+        "Generated answers are drawn at this temperature, by a seed for each document and repeat that is the same for "
+        "every method; else they are greedy.",
+        DATA,
+        "answer",
+        unset="greedy",
+        sparse=True,
+    )
+    top_p: Share | None = setting(
+        None,
+        "With --temperature: drawn from the fewest tokens that have this probability together.",
+        DATA,
+        "answer",
+        unset="the model's own",
+        sparse=True,
+    )
+    repeats: Count = setting(
+        1, "With --temperature: answers of each document; a score is the mean over all, pass@k of any.", DATA, "grid"
+    )
     confirm_run_unsafe_code: bool = setting(
         False,
         "lm-eval tasks whose metric runs code that the model writes, such as humaneval: run it, on this machine.",
@@ -275,6 +295,7 @@ class RunConfig(Settings):
     def _check(self) -> RunConfig:
         check_unique(self.methods)
         self._check_executor()
+        self._check_sampling()
         if self.gpus_per_worker is not None and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
             raise SettingError(
                 "gpus_per_worker",
@@ -291,6 +312,17 @@ class RunConfig(Settings):
             if getattr(self, name) != FIELDS[name].default:
                 said = f"{self.option(name)}={getattr(self, name)}: it needs --executor ray"
                 raise SettingError(name, said)
+
+    def _check_sampling(self) -> None:
+        if self.temperature is not None:
+            return
+        if self.repeats > 1:
+            said = f"--repeats={self.repeats}: without sampling all would be equal: give --temperature 0.6 too"
+            raise SettingError("repeats", said)
+        if self.top_p is not None:
+            raise SettingError(
+                "top_p", f"--top-p={self.top_p:g}: greedy answers draw nothing: give --temperature 0.6 too"
+            )
 
     @property
     def measured_methods(self) -> tuple[str | Variant, ...]:

@@ -15,7 +15,7 @@ from bench.engine.engine import Engine, Failure, Measurement
 from bench.engine.inspect import inspect_prompt
 from bench.methods.cell import Cell
 from bench.methods.grid import grid
-from tasks.base import Document, Generate
+from tasks.base import Document, Generate, Sampling
 from tasks.generation import RULES, Fate, Rule
 
 NEW = 12
@@ -179,8 +179,8 @@ def test_what_becomes_of_the_models_settings_is_said(tiny: Any, ships: Any) -> N
     assert decoding.about(tiny.model) is None
     ships(repetition_penalty=1.1, do_sample=True, top_k=20)
     assert decoding.about(tiny.model) == (
-        "of its generation_config.json, repetition_penalty=1.1 is applied and do_sample=True, top_k=20 are not: "
-        "answers are decoded greedily"
+        "of its generation_config.json, repetition_penalty=1.1 is applied and do_sample=True, top_k=20 are not "
+        "where answers are decoded greedily"
     )
 
 
@@ -221,3 +221,32 @@ def test_defaults_of_generate_ask_for_nothing(tiny: Any, monkeypatch: pytest.Mon
     own = {name: value for name, value in vars(prepared[0]).items() if name in RULES and name != "max_length"}
     assert {name: value for name, value in own.items() if RULES[name].asks(value)}.keys() <= {"transformers_version"}
     assert all(isinstance(rule, Rule) and rule.fate in Fate for rule in RULES.values())
+
+
+def sampled(document: Document, **more: Any) -> Document:
+    settings = {"temperature": 0.8, "seed": 5, **more}
+    return replace(document, request=replace(document.request, sampling=Sampling(**settings)))
+
+
+@pytest.mark.parametrize("shipped", [{}, {"top_k": 7, "repetition_penalty": 1.3, "temperature": 0.1}])
+@pytest.mark.parametrize("top_p", [None, 0.7])
+def test_what_full_draws_is_what_generate_draws(tiny: Any, ships: Any, shipped: Any, top_p: float | None) -> None:
+    ships(**shipped)
+    document = question()
+    (_, found), *_ = answers(tiny, [sampled(document, top_p=top_p)], full())
+    assert isinstance(found, Measurement), found
+    torch.manual_seed(5)
+    given = {} if top_p is None else {"top_p": top_p}
+    expected = stock(tiny, document, do_sample=True, temperature=0.8, **given)
+    assert found.answer.token_ids == expected
+    assert expected != stock(tiny, document)
+
+
+def test_draws_depend_on_the_answer_alone(tiny: Any) -> None:
+    cells = grid(["full", "window", "mix"], [{"cache_size": 256}], [8], ["int8"], {})
+    documents = [sampled(question(length), seed=length) for length in LENGTHS]
+    alone = {(item.id, found.cell.key): found.answer for item, found in answers(tiny, documents, cells)}
+    beside = {(item.id, found.cell.key): found.answer for item, found in answers(tiny, documents, cells, batch_size=3)}
+    assert alone == beside
+    # Nothing is compressed: with the same draws all methods say the same.
+    assert len({(name, answer.token_ids) for (name, _), answer in alone.items()}) == len(LENGTHS)

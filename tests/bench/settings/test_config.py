@@ -287,6 +287,9 @@ def example(name: str, tmp_path: Path) -> object:
 @pytest.mark.parametrize("name", FIELDS)
 def test_the_fingerprint_has_whatever_changes_an_answer(name: str, tmp_path: Path) -> None:
     plain = RunConfig(executor="ray") if setting_of(FIELDS[name]).panel == "Where it runs" else RunConfig()
+    if name in ("top_p", "repeats"):
+        # They say how answers are sampled, and none is without a temperature.
+        plain = RunConfig(temperature=0.6)
     other = plain.changed(**{name: example(name, tmp_path)}) if name != "executor" else RunConfig(executor="ray")
     assert other != RunConfig()
     changed = other.fingerprint() != plain.fingerprint()
