@@ -377,7 +377,7 @@ def test_a_demo_in_an_empty_environment(built: Built, tmp_path: Path) -> None:
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "models").symlink_to(cache_root() / "models")
 
-    few = ["--lengths", "600", "--samples", "2", "--continuation", "4", "--cache-ratio", "0.25"]
+    few = ["--lengths", "600", "--samples", "2", "--cache-ratio", "0.25"]
     arguments = ["run", "--preset", "demo", *few, "--outdir", "runs/first"]
     environment = {"ARKV_CACHE": str(tmp_path / "own"), "TQDM_DISABLE": "1"}
     first = installed.run("arkv-bench", *arguments, environment=environment, errors=True)

@@ -65,7 +65,7 @@ def test_importing_the_suite_loads_nothing_heavy() -> None:
     code = """
 import sys, bench
 results = bench.load_run("results/demo")
-assert len(list(results.samples())) == 90 and "mix" in results._repr_html_()
+assert len(list(results.samples())) == 180 and "mix" in results._repr_html_()
 print([name for name in ("torch", "transformers", "pandas") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

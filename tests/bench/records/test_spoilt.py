@@ -38,11 +38,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a few documents with all the files that a folder may have."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     folder.mkdir()
-    source = ROOT / "results" / "demo"
+    source = ROOT / "results" / "ci"
     for name in (RECORD, RESULTS):
         shutil.copy(source / name, folder / name)
     with open(source / SAMPLES, encoding="utf-8") as file:
-        kept = [item for item in file if json.loads(item)["document"] in ("2000-d0.10-0", "0")]
+        kept = [item for item in file if json.loads(item)["document"] in ("1000-d0.10-0", "0")]
     (folder / SAMPLES).write_text("".join(kept))
     shares = [[0.5, 1.0], [0.0, 0.5]]
     states = StatesMap(tokens=10, heads=2, layers=[0, 1], original=shares, quantized=shares)
@@ -53,7 +53,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def go_on(folder: Path) -> None:
     """As the run's own command would."""
-    fingerprint = json.loads((ROOT / "results" / "demo" / RECORD).read_text())["fingerprint"]
+    fingerprint = json.loads((ROOT / "results" / "ci" / RECORD).read_text())["fingerprint"]
     with RunFolder(folder, fingerprint) as opened:
         list(opened.samples.whole(opened.samples.values()))
 
@@ -67,7 +67,7 @@ def report(folder: Path) -> None:
 
 
 def gate(folder: Path) -> None:
-    for run, baseline in ((folder, ROOT / "results" / "demo"), (ROOT / "results" / "demo", folder)):
+    for run, baseline in ((folder, ROOT / "results" / "ci"), (ROOT / "results" / "ci", folder)):
         found = check(read(run), read(baseline), Tolerances())
         lines(found)
         to_markdown(found)

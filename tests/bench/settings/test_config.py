@@ -78,15 +78,24 @@ def test_every_preset_loads_and_says_what_it_is(name: str) -> None:
     assert preset_description(name)
 
 
-def test_the_demo_asks_long_prompts_of_all_five_methods() -> None:
+def test_the_demo_asks_all_five_methods_after_compression() -> None:
     config, _ = resolve({}, "demo")
+    assert min(config.lengths) >= 1000
+    assert config.question == "after"
+    assert config.methods == ("full", "window", "origin", "quant", "mix")
+
+
+@pytest.mark.parametrize("name", ["pareto", "published"])
+def test_presets_that_need_not_be_done_in_minutes_ask_long_prompts_of_all_five_methods(name: str) -> None:
+    config, _ = resolve({}, name)
     assert min(config.lengths) >= 2000
     assert config.methods == ("full", "window", "origin", "quant", "mix")
 
 
-def test_pareto_asks_enough_to_tell_its_rows_apart() -> None:
-    config, _ = resolve({}, "pareto")
-    rows = (len(config.methods) - 1) * len(config.cache_ratio)
+@pytest.mark.parametrize("name", ["demo", "pareto", "published", "exam-small", "exam"])
+def test_presets_ask_enough_to_tell_their_rows_apart(name: str) -> None:
+    config, _ = resolve({}, name)
+    rows = (len(config.methods) - 1) * len(config.cache_ratio or config.cache_size)
     needed = documents_needed(rows)
     assert needed is not None
     assert config.samples * len(config.lengths) >= needed
@@ -295,6 +304,21 @@ def test_the_fingerprint_has_whatever_changes_an_answer(name: str, tmp_path: Pat
     changed = other.fingerprint() != plain.fingerprint()
     assert changed == (setting_of(FIELDS[name]).affects == "answer")
     json.dumps(other.to_json())
+
+
+FIRST_DEMO = {"tasks": "needle,fidelity", "question": "before", "samples": 5, "continuation": 12}
+"""What the preset demo asked at first, and what its folders are known by."""
+FIRST_FINGERPRINT = {
+    **{"device": "auto", "dtype": "auto", "model_kwargs": None, "seed": 0, "max_length": None, "samples": 5},
+    **{"num_fewshot": None, "apply_chat_template": False, "system_instruction": None, "enable_thinking": None},
+    **{"gen_kwargs": None, "rolling_prefill": 0.5, "rolling_chunk": 32, "prefill_chunk": None, "haystack": None},
+    **{"text": None, "continuation": 12, "plugins": {}},
+}
+
+
+def test_folders_of_the_first_demo_have_the_same_fingerprint() -> None:
+    mine = resolve(FIRST_DEMO, "demo")[0].fingerprint()
+    assert {name: FIRST_FINGERPRINT.get(name) for name in mine} == mine
 
 
 @pytest.mark.parametrize(("preset", "folder"), [("ci", "results/ci"), ("demo", "results/demo")])
