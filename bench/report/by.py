@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from bench.errors import UserError
-from bench.names import FULL
+from bench.names import FULL, RESULTS
 from bench.records.finished import Run, members
 from bench.records.measured import columns_of
 from bench.records.row import Row
@@ -33,7 +33,7 @@ def split_by(run: Run, fact: str) -> Run:
         fact: what ``info`` of the samples calls it, such as ``length`` or ``depth``.
 
     Raises:
-        UserError: no document says it; the nearest fact is named.
+        UserError: no document says it, and the nearest fact is named; or ``results.csv`` is of an older suite.
     """
     values: dict[tuple[str, str, str], Any] = {}
     known: set[str] = set()
@@ -45,6 +45,10 @@ def split_by(run: Run, fact: str) -> Run:
     if not values:
         hint = nearest(fact, known) if known else "nor anything else"
         raise UserError(f"{run.name}: no document says its {fact}: {hint}", exit_code=2)
+    # The statistics of parts need what the rows of older files do not say.
+    if run.rows and all(row.sources is None for row in run.rows):
+        message = f"{run.name}: {RESULTS} is of an older suite and does not say between which ends its scores lie"
+        raise UserError(f"{message}: the run's own command writes the file anew", exit_code=2)
     rows: list[Row] = []
     shown = headline(run.rows)
     for model, task in dict.fromkeys((row.model, row.task) for row in shown):

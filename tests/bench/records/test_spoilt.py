@@ -42,7 +42,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (RECORD, RESULTS):
         shutil.copy(source / name, folder / name)
     with open(source / SAMPLES, encoding="utf-8") as file:
-        kept = [item for item in file if json.loads(item)["document"] in ("1000-d0.10-0", "0")]
+        kept = [item for item in file if json.loads(item)["document"] in ("1000-d0.06-0", "fidelity-1000-0")]
     (folder / SAMPLES).write_text("".join(kept))
     shares = [[0.5, 1.0], [0.0, 0.5]]
     states = StatesMap(tokens=10, heads=2, layers=[0, 1], original=shares, quantized=shares)

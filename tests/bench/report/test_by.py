@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
                 )
             )
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines))
-    known = {"metric_low": 0.0, "metric_high": 1.0, "binary": True}
+    known = {"metric_low": 0.0, "metric_high": 1.0, "binary": True, "sources": 20}
     write(tmp_path, [row("full", 1.0, None, n=20, cell="full", **known), row("mix", 0.65, n=20, **known)])
     return tmp_path
 
@@ -79,6 +79,13 @@ def test_a_fact_that_no_document_says(folder: Path) -> None:
     (run,) = read_runs([folder])
     with pytest.raises(UserError, match=r"no document says its lenght: did you mean length\?"):
         split_by(run, "lenght")
+
+
+def test_rows_of_an_older_file_are_not_split(folder: Path) -> None:
+    write(folder, [row("full", 1.0, None, n=20, cell="full"), row("mix", 0.65, n=20)])
+    (run,) = read_runs([folder])
+    with pytest.raises(UserError, match=r"is of an older suite .* lie: the run's own command writes the file anew"):
+        split_by(run, "length")
 
 
 def test_figures_over_what_documents_differ_in(folder: Path) -> None:

@@ -309,10 +309,24 @@ def test_the_fingerprint_has_whatever_changes_an_answer(name: str, tmp_path: Pat
 FIRST_DEMO = {"tasks": "needle,fidelity", "question": "before", "samples": 5, "continuation": 12}
 """What the preset demo asked at first, and what its folders are known by."""
 FIRST_FINGERPRINT = {
-    **{"device": "auto", "dtype": "auto", "model_kwargs": None, "seed": 0, "max_length": None, "samples": 5},
-    **{"num_fewshot": None, "apply_chat_template": False, "system_instruction": None, "enable_thinking": None},
-    **{"gen_kwargs": None, "rolling_prefill": 0.5, "rolling_chunk": 32, "prefill_chunk": None, "haystack": None},
-    **{"text": None, "continuation": 12, "plugins": {}},
+    "device": "auto",
+    "dtype": "auto",
+    "model_kwargs": None,
+    "seed": 0,
+    "max_length": None,
+    "samples": 5,
+    "num_fewshot": None,
+    "apply_chat_template": False,
+    "system_instruction": None,
+    "enable_thinking": None,
+    "gen_kwargs": None,
+    "rolling_prefill": 0.5,
+    "rolling_chunk": 32,
+    "prefill_chunk": None,
+    "haystack": None,
+    "text": None,
+    "continuation": 12,
+    "plugins": {},
 }
 
 
