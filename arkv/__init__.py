@@ -7,6 +7,7 @@ from arkv.config import METHODS, CacheConfig, ConfigError
 from arkv.formats import FORMATS
 from arkv.memory import storage_bytes
 from arkv.prefill import PrefillCache
+from arkv.rereading import replay
 
 __all__ = [
     "FORMATS",
@@ -18,5 +19,6 @@ __all__ = [
     "TriStateCache",
     "attach",
     "compress",
+    "replay",
     "storage_bytes",
 ]

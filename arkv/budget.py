@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -62,7 +63,7 @@ def token_limit(config: CacheConfig, tokens: int) -> int:
     """C in token units for a prompt of ``tokens`` tokens; a ratio gives at least the window, the sinks and one."""
     if config.cache_ratio is None:
         return config.tokens_worth(tokens)
-    return max(config.tokens_worth(tokens), config.window_size + config.n_sink + 1)
+    return max(config.tokens_worth(tokens), config.recent + config.n_sink + 1)
 
 
 def token_slots(config: CacheConfig, limit: int, ratio: float) -> Slots:
@@ -72,7 +73,7 @@ def token_slots(config: CacheConfig, limit: int, ratio: float) -> Slots:
         limit: C of the sample, from :func:`token_limit`.
         ratio: OQ ratio of the layer, which counts where ``original_share`` is None.
     """
-    past = limit - config.window_size
+    past = limit - config.recent
     original = round((ratio if config.original_share is None else config.original_share) * past)
     original = min(max(original, config.n_sink), past)
     return Slots(original, past - original)
@@ -84,7 +85,7 @@ def minimal_bytes(config: CacheConfig, geometry: Geometry) -> int:
     if config.quantizes:
         per_token = math.ceil(geometry.quantized_bytes(config.number_format))
         quantized = per_token + config.number_format.bytes_per_head(geometry.key_dim)
-    return geometry.row_bytes + (config.window_size + config.n_sink + 1) * geometry.original_bytes + quantized
+    return geometry.row_bytes + (config.recent + config.n_sink + 1) * geometry.original_bytes + quantized
 
 
 class ByteBudget:
@@ -112,7 +113,7 @@ class ByteBudget:
         if each < self.minimum:
             if config.cache_size is not None:
                 raise ConfigError(
-                    f"cache_size={config.cache_size} in bytes is too small for window_size={config.window_size}, "
+                    f"cache_size={config.cache_size} in bytes is too small for {config.recent_setting}, "
                     f"n_sink={config.n_sink} and one token more: "
                     f"use cache_size >= {-(-self.minimum // geometry.full_bytes)}"
                 )
@@ -144,7 +145,7 @@ def byte_slots(config: CacheConfig, geometry: Geometry, budget: int, tokens: int
     Args:
         tokens: how many the split is for: those of the prompt, or those soon to have been seen.
     """
-    past_bytes = budget - geometry.row_bytes - config.window_size * geometry.original_bytes
+    past_bytes = budget - geometry.row_bytes - config.recent * geometry.original_bytes
     most_original = past_bytes // geometry.original_bytes
     if not config.quantizes:
         return Slots(most_original, 0)
@@ -155,7 +156,7 @@ def byte_slots(config: CacheConfig, geometry: Geometry, budget: int, tokens: int
     quantized = int((past_bytes - original * geometry.original_bytes) / per_token)
     if config.original_share > 0:
         # Beyond the tokens there are, Quantized slots would stay empty for long.
-        quantized = min(quantized, max(tokens - config.window_size - original, 0))
+        quantized = min(quantized, max(tokens - config.recent - original, 0))
         original = int((past_bytes - quantized * per_token) // geometry.original_bytes)
     return Slots(original, quantized)
 
@@ -185,20 +186,20 @@ class Grant:
     original: Counts
     """Original slots beside the window from then on."""
     quantized: Counts
-    nbytes: Sequence[int] = ()
-    """Bytes of one KV head of every sample, in byte units: then the split follows the tokens seen."""
+    nbytes: Counts = field(default_factory=list)
+    """Bytes of every KV head, in byte units: then the split follows the tokens seen."""
     geometry: Geometry | None = None
     outgrown: list[list[bool]] = field(init=False)
     """The row has seen more tokens than its limit."""
 
     def __post_init__(self) -> None:
         self.outgrown = [[False] * len(row) for row in self.limit]
-        self.final = [not self.nbytes] * len(self.limit)
-        """No later split of the sample would hold more."""
+        self.final = [[not self.nbytes] * len(row) for row in self.limit]
+        """No later split of the row would hold more."""
 
     def now(self) -> tuple[Counts, Counts]:
         """Original and Quantized slots beside the window, as long as nothing changes."""
-        window = self.config.window_size
+        window = self.config.recent
         original = [
             [slots if outgrown else limit - window for slots, outgrown, limit in zip(*rows, strict=True)]
             for rows in zip(self.original, self.outgrown, self.limit, strict=True)
@@ -212,10 +213,10 @@ class Grant:
     def holds(self) -> list[int]:
         """Tokens that every sample may have seen until :meth:`follow` changes anything."""
         found = []
-        for sample, rows in enumerate(zip(self.outgrown, self.limit, self.original, self.quantized, strict=True)):
+        for rows in zip(self.outgrown, self.limit, self.final, self.original, self.quantized, strict=True):
             total = [
-                (NEVER if self.final[sample] else self.config.window_size + original + quantized) if outgrown else limit
-                for outgrown, limit, original, quantized in zip(*rows, strict=True)
+                (NEVER if final else self.config.recent + original + quantized) if outgrown else limit
+                for outgrown, limit, final, original, quantized in zip(*rows, strict=True)
             ]
             found.append(min(total))
         return found
@@ -229,19 +230,18 @@ class Grant:
             ]
             changed |= outgrown != self.outgrown[sample]
             self.outgrown[sample] = outgrown
-            slots = map(sum, zip(self.original[sample], self.quantized[sample], strict=True))
-            held = self.config.window_size + min(slots)
-            if self.final[sample] or not any(outgrown) or seen <= held:
-                continue
-            assert self.geometry is not None
-            soon = max(int(seen * GROWTH), seen + LEAST_GROWTH)
-            better = byte_slots(self.config, self.geometry, self.nbytes[sample], soon)
-            if self.config.window_size + sum(better) > held:
-                heads = len(outgrown)
-                self.original[sample], self.quantized[sample] = [better.original] * heads, [better.quantized] * heads
-                changed = True
-            else:
-                self.final[sample] = True
+            for head, has_outgrown in enumerate(outgrown):
+                slots = Slots(self.original[sample][head], self.quantized[sample][head])
+                if self.final[sample][head] or not has_outgrown or seen <= self.config.recent + sum(slots):
+                    continue
+                assert self.geometry is not None
+                soon = max(int(seen * GROWTH), seen + LEAST_GROWTH)
+                better = byte_slots(self.config, self.geometry, self.nbytes[sample][head], soon)
+                if sum(better) > sum(slots):
+                    self.original[sample][head], self.quantized[sample][head] = better
+                    changed = True
+                else:
+                    self.final[sample][head] = True
         return changed
 
     def capacities(self, tokens: Sequence[int]) -> list[list[int]]:
@@ -253,7 +253,7 @@ class Grant:
             tokens: how many samples have seen.
         """
         original, quantized = self.now()
-        window = self.config.window_size
+        window = self.config.recent
         found = [
             min(slots + window, max(2 * seen, seen + RESERVE))
             for row, seen in zip(original, tokens, strict=True)
@@ -267,7 +267,7 @@ class Grant:
         rows, found = iter(capacity), []
         for slots, holds in zip(original, self.holds(), strict=True):
             # Below what the budget has, rows hold all tokens, and are full when so many have been seen.
-            free = [have for want, have in zip(slots, rows, strict=False) if have < want + self.config.window_size]
+            free = [have for want, have in zip(slots, rows, strict=False) if have < want + self.config.recent]
             found.append(min([holds, *free]))
         return found
 
@@ -278,10 +278,10 @@ class Grant:
             limit=[list(self.limit[i]) for i in samples],
             original=[list(self.original[i]) for i in samples],
             quantized=[list(self.quantized[i]) for i in samples],
-            nbytes=[self.nbytes[i] for i in samples] if self.nbytes else (),
+            nbytes=[list(self.nbytes[i]) for i in samples] if self.nbytes else [],
         )
         twin.outgrown = [list(self.outgrown[i]) for i in samples]
-        twin.final = [self.final[i] for i in samples]
+        twin.final = [list(self.final[i]) for i in samples]
         return twin
 
     @staticmethod
@@ -290,9 +290,8 @@ class Grant:
         whole = grants[0].select(range(len(grants[0].limit)))
         for grant in grants[1:]:
             more = grant.select(range(len(grant.limit)))
-            for name in ("limit", "original", "quantized", "outgrown", "final"):
+            for name in ("limit", "original", "quantized", "nbytes", "outgrown", "final"):
                 getattr(whole, name).extend(getattr(more, name))
-            whole.nbytes = [*whole.nbytes, *more.nbytes]
         return whole
 
 
@@ -314,6 +313,28 @@ class Allocator(Protocol):
         whether any has been changed."""
 
 
+class LayerScores(NamedTuple):
+    """What an allocator sees of a layer that has been computed."""
+
+    importance: torch.Tensor
+    """Of every prompt token, padding included, [B, H, N] float32."""
+    oq: Sequence[float]
+    """OQ score, for every sample."""
+    lengths: Sequence[int]
+    """Prompt tokens of every sample, without padding."""
+    heads: int
+    geometry: Geometry
+
+
+class JointAllocator(ABC):
+    """An allocator that must have seen all layers before it can grant one of them anything: until then the cache holds
+    the whole prompt, as a full cache does."""
+
+    @abstractmethod
+    def grants(self, layers: Sequence[LayerScores]) -> list[Grant]:
+        """Of all layers, once the prompt has been computed."""
+
+
 class TokenAllocator:
     """``C`` tokens in every layer, all Original until the OQ score of every layer is known."""
 
@@ -324,7 +345,7 @@ class TokenAllocator:
         """See :class:`Allocator`."""
         limits = [token_limit(self.config, length) for length in lengths]
         if self.config.original_share is None:
-            slots = [Slots(limit - self.config.window_size, 0) for limit in limits]
+            slots = [Slots(limit - self.config.recent, 0) for limit in limits]
         else:
             slots = [token_slots(self.config, limit, 1.0) for limit in limits]
         return Grant(self.config, _per_head(limits, heads), *_per_head_slots(slots, heads))
@@ -358,7 +379,8 @@ class ByteAllocator:
             once += config.number_format.bytes_per_head(geometry.key_dim)
         limits = [(budget - once) // geometry.original_bytes for budget in granted]
         slots = [byte_slots(config, geometry, *pair) for pair in zip(granted, lengths, strict=True)]
-        return Grant(config, _per_head(limits, heads), *_per_head_slots(slots, heads), granted, geometry)
+        counts = (_per_head(limits, heads), *_per_head_slots(slots, heads), _per_head(granted, heads))
+        return Grant(config, *counts, geometry)
 
     def settle(self, oq: Sequence[Sequence[float]], grants: Sequence[Grant]) -> bool:
         """See :class:`Allocator`."""
@@ -395,7 +417,7 @@ class GivenCounts:
             )
         original, quantized = self.left.pop(0)
         limit = [
-            [self.config.window_size + high + low for high, low in zip(*rows, strict=True)]
+            [self.config.recent + high + low for high, low in zip(*rows, strict=True)]
             for rows in zip(original, quantized, strict=True)
         ]
         grant = Grant(self.config, limit, original, quantized)

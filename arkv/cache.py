@@ -16,15 +16,17 @@ from transformers.cache_utils import Cache
 
 from arkv.attention import Handle, attach, dense_of, padding_of, refuse_gradients
 from arkv.blocks import attend_block
-from arkv.budget import Allocator, ByteAllocator, Geometry, TokenAllocator
+from arkv.budget import Allocator, Geometry, JointAllocator, LayerScores
 from arkv.config import CacheConfig, ConfigError
 from arkv.layer import TriStateLayer
 from arkv.memory import storage_bytes
 from arkv.models import keeps_state, text_config
+from arkv.parts import Block
 from arkv.prefill import PrefillCache, PrefillLayer
 from arkv.scores import PromptScores, oq_ratios
 from arkv.steps import Group, join_stores
 from arkv.store import Store, row_table_bytes
+from arkv.threshold import allocator_of
 from arkv.watched import WatchedCache, copy_stock
 
 
@@ -66,7 +68,7 @@ class TriStateCache(WatchedCache):
         self,
         model: PreTrainedModel | PreTrainedConfig,
         config: CacheConfig,
-        allocator: Allocator | None = None,
+        allocator: Allocator | JointAllocator | None = None,
     ) -> None:
         self.config = config
         context = getattr(text_config(model), "max_position_embeddings", None)
@@ -79,12 +81,13 @@ class TriStateCache(WatchedCache):
     def _start_over(self) -> None:
         self.allocator = self._given
         if self.allocator is None:
-            in_bytes = self.config.budget_unit == "bytes"
-            self.allocator = ByteAllocator(self.config, len(self._own)) if in_bytes else TokenAllocator(self.config)
+            self.allocator = allocator_of(self.config, len(self._own))
         self._groups: list[Group] = []
         self._group_of: dict[int, tuple[Group, int]] = {}
         self._incoming: tuple[torch.Tensor, torch.Tensor] | None = None
         """Keys and values that wait for their queries."""
+        self._blocks: list[tuple[TriStateLayer, Block, LayerScores]] = []
+        """Layers of a prompt that wait for others to be computed."""
 
     @property
     def own_layers(self) -> list[TriStateLayer]:
@@ -200,16 +203,31 @@ class TriStateCache(WatchedCache):
         """Compress layer ``layer_idx`` as soon as it has been computed."""
         layer = self._own_layer(layer_idx)
         assert self.allocator is not None
-        first = layer.is_empty
+        first, last = layer.is_empty, layer_idx == self._own[-1]
         if not first:
             layer.take_out()
         block = layer.measure(key, value, query, scaling, padding, stored, scores)
         if first:
+            if layer_idx == self._own[0]:
+                self._blocks = []
             lengths = [key.shape[2] - padded for padded in layer.padded]
-            layer.grant = self.allocator.layer(layer.oq, lengths, layer.heads, self._geometry(layer, key, value))
-            layer.begin(block)
-        layer.absorb(block)
-        if layer_idx == self._own[-1]:
+            importance = block.tokens.score.view(key.shape[:3])
+            known = LayerScores(importance, layer.oq, lengths, layer.heads, self._geometry(layer, key, value))
+            self._blocks.append((layer, block, known))
+            if not isinstance(self.allocator, JointAllocator):
+                grants = [self.allocator.layer(known.oq, lengths, known.heads, known.geometry)]
+            elif last:
+                grants = self.allocator.grants([known for _, _, known in self._blocks])
+            else:
+                return
+            for (each, whole, _), grant in zip(self._blocks, grants, strict=True):
+                each.grant = grant
+                each.begin(whole)
+                each.absorb(whole)
+            self._blocks = []
+        else:
+            layer.absorb(block)
+        if last:
             self._pack(first)
 
     def _geometry(self, layer: TriStateLayer, key: torch.Tensor, value: torch.Tensor) -> Geometry:
@@ -227,8 +245,12 @@ class TriStateCache(WatchedCache):
         """All layers have been computed: bring what they hold together."""
         layers = self.own_layers
         assert self.allocator is not None
-        if first and self.allocator.settle(
-            [layer.oq for layer in layers], [layer.grant for layer in layers if layer.grant is not None]
+        if (
+            first
+            and not isinstance(self.allocator, JointAllocator)
+            and self.allocator.settle(
+                [layer.oq for layer in layers], [layer.grant for layer in layers if layer.grant is not None]
+            )
         ):
             for layer in layers:
                 if layer.grant is not None and any(map(any, layer.grant.outgrown)):
@@ -326,7 +348,7 @@ class TriStateCache(WatchedCache):
 
     @classmethod
     def from_prefill(
-        cls, prefill: PrefillCache, config: CacheConfig, allocator: Allocator | None = None
+        cls, prefill: PrefillCache, config: CacheConfig, allocator: Allocator | JointAllocator | None = None
     ) -> TriStateCache:
         """Compress what ``prefill`` holds, which stays as it is: one prefill serves any number of caches.
 

@@ -26,6 +26,10 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
 
 
+SPARSE = {"sparse": True}
+"""Metadata of a setting that is not written down where it has its default, so that records of before it still hold."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
     """The settings that a scorer sees; :class:`CacheConfig` says what each is. Of those that do not count for a scorer
@@ -73,8 +77,18 @@ class CacheConfig:
     """Byte units: every layer has the same bytes, or more bytes the higher its OQ score is
     among those of the layers before it."""
 
+    head_budgets: Literal["equal", "layer", "all"] = dataclasses.field(default="equal", metadata=SPARSE)
+    """Byte units: every KV head of a layer has the same bytes; or the tokens of all heads of a layer compete for the
+    layer's (AdaKV, arXiv 2407.11550); or those of all layers and heads compete (KVzip, arXiv 2505.23416)."""
+
+    sure_share: float = dataclasses.field(default=0.1, metadata=SPARSE)
+    """Share of the past budget that every KV head is sure of where heads compete."""
+
     window_size: int = 32
     """W: the newest tokens, always Original; also the queries that the prefill statistics are taken from."""
+
+    n_recent: int | None = dataclasses.field(default=None, metadata=SPARSE)
+    """Newest tokens that are always Original, where it is not W; the statistics are of W queries all the same."""
 
     n_sink: int = 0
     """The first tokens of a sequence that always stay Original (attention sinks, StreamingLLM, arXiv 2309.17453)."""
@@ -101,7 +115,7 @@ class CacheConfig:
     importance: str = "mean_var"
     """Heavy-hitter score of a token at prefill, one of :data:`arkv.scores.SCORERS`: mean plus ``gamma`` times variance
     of the attention that it gets from the window's queries (published), or mean plus largest attention, both brought to
-    the same size."""
+    the same size, or the largest that it gets while the prompt is read a second time (:func:`arkv.replay`)."""
 
     gamma: float = 263.8108280337562
     """``mean_var``: weight of the variance over the window's queries."""
@@ -149,20 +163,23 @@ class CacheConfig:
             raise ConfigError(f"cache_ratio={self.cache_ratio}: use a share above 0 and up to 1, for example 0.25")
         if not isinstance(self.window_size, int) or self.window_size < 1:
             raise ConfigError(f"window_size={self.window_size!r}: give at least 1 token, for example 32")
+        if self.n_recent is not None and self.n_recent < 1:
+            raise ConfigError(f"n_recent={self.n_recent}: give at least 1 token, for example 8")
         if self.n_sink < 0:
             raise ConfigError(f"n_sink={self.n_sink}: give 0 tokens or more, for example 4")
         if self.cache_size is not None:
             if not isinstance(self.cache_size, int) or self.cache_size < 2:
                 raise ConfigError(f"cache_size={self.cache_size!r}: give at least 2 tokens, for example 512")
-            if self.window_size >= self.cache_size:
+            if self.recent >= self.cache_size:
+                name = "window_size" if self.n_recent is None else "n_recent"
                 raise ConfigError(
-                    f"window_size={self.window_size} is not smaller than cache_size={self.cache_size}: "
-                    f"use window_size <= {self.cache_size - 1} or cache_size >= {self.window_size + 1}"
+                    f"{self.recent_setting} is not smaller than cache_size={self.cache_size}: "
+                    f"use {name} <= {self.cache_size - 1} or cache_size >= {self.recent + 1}"
                 )
-            if self.n_sink > self.cache_size - self.window_size:
+            if self.n_sink > self.cache_size - self.recent:
                 raise ConfigError(
-                    f"n_sink={self.n_sink}: a cache of {self.cache_size} tokens with a window of {self.window_size} "
-                    f"has room for at most {self.cache_size - self.window_size}"
+                    f"n_sink={self.n_sink}: a cache of {self.cache_size} tokens with a window of {self.recent} "
+                    f"has room for at most {self.cache_size - self.recent}"
                 )
         if self.original_share is not None and not 0.0 <= self.original_share <= 1.0:
             raise ConfigError(f"original_share={self.original_share}: use a number from 0 to 1, or None for OQ ratios")
@@ -179,6 +196,14 @@ class CacheConfig:
                 "original_share=None: OQ ratios split tokens; in byte units give the share of the bytes that stays "
                 "Original, for example 0.05"
             )
+        if self.head_budgets != "equal":
+            if self.budget_unit != "bytes" or self.ranking != "heavy_hitter":
+                raise ConfigError(
+                    f"head_budgets={self.head_budgets!r} is for budget_unit='bytes' and ranking='heavy_hitter': "
+                    "use head_budgets='equal'"
+                )
+            if not 0.0 <= self.sure_share <= 1.0:
+                raise ConfigError(f"sure_share={self.sure_share}: use a number from 0 to 1, for example 0.1")
         for name in ("tau1", "tau2", "tau3"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: use a number above 0, for example 5.0")
@@ -222,6 +247,16 @@ class CacheConfig:
         return int(self.cache_ratio * tokens + 1e-9)
 
     @property
+    def recent(self) -> int:
+        """Newest tokens that are always Original."""
+        return self.window_size if self.n_recent is None else self.n_recent
+
+    @property
+    def recent_setting(self) -> str:
+        """The setting that says so, with its value."""
+        return f"window_size={self.window_size}" if self.n_recent is None else f"n_recent={self.n_recent}"
+
+    @property
     def quantizes(self) -> bool:
         """Whether any token can become Quantized."""
         return self.original_share != 1.0
@@ -258,7 +293,7 @@ class CacheConfig:
     @property
     def uses_oq(self) -> bool:
         """Whether the layers' OQ ratios decide anything."""
-        by_layer = self.budget_unit == "bytes" and self.layer_budgets == "oq"
+        by_layer = self.budget_unit == "bytes" and self.layer_budgets == "oq" and self.head_budgets != "all"
         return self.original_share is None or by_layer
 
     @classmethod
@@ -282,6 +317,7 @@ class CacheConfig:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "budget_unit": ("tokens", "bytes"),
     "layer_budgets": ("equal", "oq"),
+    "head_budgets": ("equal", "layer", "all"),
     "ranking": ("heavy_hitter", "recency"),
     "decode_importance": ("latest", "mean"),
     "attention": ("fused", "reconstruct"),

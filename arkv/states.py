@@ -65,7 +65,7 @@ def assign(
         first: how many of them are padding, [n].
         original, quantized: slots of every row beside the window, [n].
     """
-    n_sink, window = config.n_sink, config.window_size
+    n_sink, window = config.n_sink, config.recent
     relative = tokens.position - first[:, None]
     fixed = tokens.taken & ((relative < n_sink) | (tokens.position >= (seen - window)[:, None]))
     past = tokens.taken & ~fixed

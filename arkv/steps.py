@@ -46,9 +46,9 @@ class Group:
         rows, pools, tensors = self.store.rows, self.store.pools, self.store.tensors()
         recency = self.config.ranking == "recency"
         if self.fused:
-            kernels.make_room(rows, tensors, self.formats, self.config.n_sink, self.config.window_size, recency)
+            kernels.make_room(rows, tensors, self.formats, self.config.n_sink, self.config.recent, recency)
         else:
-            twin.make_room(rows, pools, self.config.n_sink, self.config.window_size, recency)
+            twin.make_room(rows, pools, self.config.n_sink, self.config.recent, recency)
         self.importance = [] if recency else [torch.empty_like(pool.score) for pool in pools]
 
     def attend(
@@ -64,7 +64,7 @@ class Group:
         """Attention output [B, 1, Hq, D] of the new token of layer ``index`` of the group."""
         rows, pools, layer = self.store.rows, self.store.pools, self.layers[index]
         first = index * self.store.layer_rows
-        sizes = (self.config.n_sink, self.config.window_size)
+        sizes = (self.config.n_sink, self.config.recent)
         if self.fused:
             output: torch.Tensor = kernels.attend(
                 *(query, key, value, rows, first, self.store.tensors(), self.formats),
@@ -82,7 +82,7 @@ class Group:
     def _remember(self) -> None:
         """Turn the attention of the step into scores."""
         rate = self.config.decode_rate if self.config.decode_importance == "mean" else 0.0
-        sizes = (self.config.window_size, rate, self.config.pool_width)
+        sizes = (self.config.recent, rate, self.config.pool_width)
         if self.fused:
             kernels.remember(self.store.rows, self.store.tensors(), self.formats, self.importance, *sizes)
         else:

@@ -48,12 +48,15 @@ def test_the_example_runs_and_leaves_the_model_alone(loaded: Any) -> None:
     assert loaded.model.config._attn_implementation == before
 
 
-def test_the_examples_of_the_library_are_those_of_its_page() -> None:
-    whole, in_bytes = re.findall(r"```python\n(.*?)```", LIBRARY, re.DOTALL)
+def test_the_examples_of_the_library_are_those_of_its_page(loaded: Any) -> None:
+    whole, in_bytes, twice = re.findall(r"```python\n(.*?)```", LIBRARY, re.DOTALL)
     assert whole == EXAMPLES[0]
     names: dict[str, Any] = {}
     exec("from arkv import CacheConfig\n" + in_bytes, names)
     assert (names["config"].budget_unit, names["config"].cache_ratio) == ("bytes", 0.25)
+    inputs = loaded.tokenizer("The old farmer bought a basket of apples. " * 60, return_tensors="pt")
+    names = run_example("from arkv import CacheConfig\n" + twice, loaded.model, inputs)
+    assert names["cache"].nbytes() < 0.13 * names["prefill"].nbytes()
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from arkv.scores.mean_max import MeanMax
 from arkv.scores.mean_var import MeanVar
 from arkv.scores.oq import oq_ratios, oq_score
 from arkv.scores.prompt import Prompt
+from arkv.scores.replay import Replay
 
 
 class Scorer(Protocol):
@@ -32,7 +33,7 @@ class Scorer(Protocol):
         """Importance [B, H, N], not negative; higher stays longer."""
 
 
-SCORERS: dict[str, Scorer] = {"mean_var": MeanVar(), "mean_max": MeanMax()}
+SCORERS: dict[str, Scorer] = {"mean_var": MeanVar(), "mean_max": MeanMax(), "replay": Replay()}
 
 
 class PromptScores(NamedTuple):

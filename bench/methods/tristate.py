@@ -9,11 +9,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from arkv import CacheConfig, ConfigError, TriStateCache, attach, storage_bytes
+from arkv import CacheConfig, ConfigError, TriStateCache, attach, replay, storage_bytes
 from arkv.budget import Geometry, minimal_bytes, token_limit
 from arkv.store import row_table_bytes
+from bench.errors import UserError
 from bench.methods.base import Method, Sizes
 from bench.methods.prompt import Asked, Budget, Compressed, Prompt
+from bench.methods.rope import factors_for
 from bench.names import DESCRIPTIONS
 from bench.telemetry import Stopwatch
 
@@ -40,13 +42,14 @@ class TriState(Method):
 
     def compress(self, model: PreTrainedModel, prompt: Prompt, budget: Budget) -> Cache:
         """Of the prompt as it was recorded; ``budget`` is the one in the settings."""
+        self._score(model, prompt)
         return TriStateCache.from_prefill(prompt.cache, self.config)
 
     def make(self, model: PreTrainedModel, prompt: Prompt, asked: Asked) -> Compressed:
         """The scores of tokens, which methods with the same settings share, count for each: as if it were alone."""
         clock = Stopwatch(model.device)
         with clock:
-            prompt.cache.score(self.config)
+            self._score(model, prompt)
         scoring_s = prompt.shared_s.setdefault(self.config.scoring, clock.seconds)
         clock = Stopwatch(model.device)
         with clock:
@@ -59,12 +62,34 @@ class TriState(Method):
             kv_bytes=storage_bytes(cache),
         )
 
+    def _score(self, model: PreTrainedModel, prompt: Prompt) -> None:
+        """Give the prompt's tokens their scores, as far as they have none yet."""
+        if self.reads_twice:
+            with factors_for(model, prompt.tokens):
+                replay(model, prompt.ids, prompt.cache, self.config)
+        else:
+            prompt.cache.score(self.config)
+
+    @property
+    def reads_twice(self) -> bool:
+        """Whether a prompt is read again before it is compressed."""
+        return self.config.importance == "replay" and self.config.ranking == "heavy_hitter"
+
     def empty(self, model: PreTrainedModel) -> Cache:
-        """A cache that compresses whatever is read through it."""
+        """A cache that compresses whatever is read through it.
+
+        Raises:
+            UserError: the method reads prompts twice.
+        """
+        if self.reads_twice:
+            raise UserError(f"{self.name} reads a prompt twice, and here there is none before the tokens to be scored")
         return TriStateCache(model, self.config)
 
     def prefill(self, model: PreTrainedModel, ids: torch.Tensor, asked: Asked) -> tuple[Cache, torch.Tensor]:
-        """Read a prompt [1, N] straight into the cache, as the library does it."""
+        """Read a prompt [1, N] straight into the cache, as the library does it; one that is read twice comes first
+        into a full one."""
+        if self.reads_twice:
+            return super().prefill(model, ids, asked)
         cache = self.empty(model)
         with attach(model):
             return cache, model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
@@ -88,15 +113,19 @@ class TriState(Method):
         held = min(token_limit(config, tokens), tokens)
         if config.original_share is None:
             return held * geometry.original_bytes
-        past = max(held - config.window_size, 0)
+        past = max(held - config.recent, 0)
         original = max(round(config.original_share * past), min(config.n_sink, past))
         quantized = geometry.quantized_bytes(config.number_format)
         return round((held - past + original) * geometry.original_bytes + (past - original) * quantized)
 
     def settings(self) -> dict[str, Any] | None:
         """Those of the cache."""
-        fields = dataclasses.fields(self.config)
-        return {field.name: getattr(self.config, field.name) for field in fields if field.compare}
+        return {
+            field.name: value
+            for field in dataclasses.fields(self.config)
+            if field.compare
+            and ((value := getattr(self.config, field.name)) != field.default or "sparse" not in field.metadata)
+        }
 
     def named_settings(self) -> tuple[str, ...]:
         """Window and format."""

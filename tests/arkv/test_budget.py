@@ -247,7 +247,7 @@ def test_in_bytes_the_split_follows_the_tokens_seen(method: str, number_format: 
     config = in_bytes(method, quant_format=number_format)
     grant = ByteAllocator(config, 1).layer([1.0], [40], 2, geometry)
     budget = 256 * geometry.full_bytes
-    assert list(grant.nbytes) == [budget]
+    assert list(grant.nbytes) == [[budget] * 2]
     until, before, changes = 0, 0, 0
     for seen in range(40, 1500):
         changed = grant.follow([seen])

@@ -25,6 +25,7 @@ from bench.methods.kvpress import Press
 from bench.methods.names import BACKENDS, PRESSES, usable_presses
 from bench.methods.prompt import Prompt
 from bench.methods.reading import forward, record
+from bench.methods.variants import Variant
 from bench.names import DESCRIPTIONS, FULL, FUSED, HF, KVPRESS
 from tasks.base import Document, Generate
 
@@ -63,7 +64,14 @@ LIBRARIES += [
 ]
 NEEDS = {name: name.partition(":")[0] for name in LIBRARIES}
 NEEDS |= {name: "hqq" if "hqq" in name else "optimum.quanto" for name in LIBRARIES if name.startswith(HF)}
-OFFERED = [*DESCRIPTIONS, *OWN, *LIBRARIES]
+REREAD = Variant(name="reread", base="mix", budget_unit="bytes", importance="replay", head_budgets="all", n_recent=4)
+"""KV heads hold different numbers of tokens, by scores of a second reading."""
+OFFERED = [*DESCRIPTIONS, *OWN, REREAD.name, *LIBRARIES]
+
+
+def asked_for(name: str) -> str | Variant:
+    """The method of this name as the grid takes it."""
+    return REREAD if name == REREAD.name else name
 
 
 @pytest.fixture(params=OFFERED)
@@ -72,7 +80,7 @@ def cell(request: pytest.FixtureRequest) -> Cell:
     name = request.param
     if name in NEEDS and find_spec(NEEDS[name].partition(".")[0]) is None:
         pytest.skip(f"{NEEDS[name]} is not installed")
-    (cell,) = grid([name], [{"cache_ratio": 0.25}], [8], None, {"budget_unit": "bytes"}, OWN)
+    (cell,) = grid([asked_for(name)], [{"cache_ratio": 0.25}], [8], None, {"budget_unit": "bytes"}, OWN)
     return cell
 
 
@@ -214,7 +222,7 @@ def test_a_question_behind_a_context_that_the_budget_holds_is_answered_as_by_the
     whole = torch.tensor([context + question])
     expected = tiny.model.generate(whole, attention_mask=torch.ones_like(whole), max_new_tokens=6, do_sample=False)
     # Room for question and answer as well: a share of the context would be less than all that is read.
-    (roomy,) = grid([cell.method], [{"cache_size": 512}], [8], None, {}, OWN)
+    (roomy,) = grid([asked_for(cell.method)], [{"cache_size": 512}], [8], None, {}, OWN)
     request = Generate(prompt_ids=context, question_ids=question, max_new_tokens=6)
     questions = [Document(id=name, request=request) for name in "ab"]
     engine = Engine(tiny.model, tiny.tokenizer, [roomy])

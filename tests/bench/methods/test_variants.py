@@ -25,7 +25,10 @@ CHANGES: dict[str, Any] = {
     "cache_ratio": 0.3,
     "budget_unit": "bytes",
     "layer_budgets": "oq",
+    "head_budgets": "all",
+    "sure_share": 0.3,
     "window_size": 7,
+    "n_recent": 5,
     "n_sink": 3,
     "ranking": "recency",
     "original_share": 0.4,
@@ -64,12 +67,15 @@ def test_every_setting_of_a_cache_can_be_changed() -> None:
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_setting_reaches_the_cache_and_nothing_else_changes(name: str) -> None:
-    more = {"original_share": 0.1} if name == "budget_unit" else {}
+    in_bytes = {"budget_unit": "bytes", "original_share": 0.1}
+    more = (
+        {key: item for key, item in in_bytes.items() if key != name} if name in ("budget_unit", "head_budgets") else {}
+    )
     plain, variant = cells("mix", {"name": "other", "base": "mix", name: CHANGES[name], **more})
     assert (plain.method, variant.method) == ("mix", "other")
     assert getattr(config_of(variant), name) == CHANGES[name]
     assert plain.key != variant.key
-    if name not in ("cache_ratio", "budget_unit"):
+    if name not in ("cache_ratio", "budget_unit", "head_budgets"):
         assert dataclasses.replace(config_of(variant), **{name: getattr(config_of(plain), name)}) == config_of(plain)
 
 

@@ -1,0 +1,122 @@
+"""Budgets of KV heads by one threshold: the tokens of several KV heads compete for the same bytes.
+
+Letters: ``L`` layers, ``B`` batch, ``H`` KV heads, ``N`` prompt tokens, ``R`` KV heads that share a budget.
+
+A head whose tokens nobody looks at keeps few of them, so that another one can keep more: as in AdaKV (arXiv
+2407.11550), where the heads of a layer compete, and KVzip (arXiv 2505.23416), where all of them do. Every head is sure
+of an even share of a part of the bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from arkv.budget import Allocator, ByteAllocator, Grant, JointAllocator, LayerScores, TokenAllocator
+from arkv.config import CacheConfig, ConfigError
+
+
+class Won(NamedTuple):
+    """Tokens that KV heads keep, [R] int64 each."""
+
+    original: torch.Tensor
+    quantized: torch.Tensor
+
+
+def compete(scores: torch.Tensor, original: int, quantized: int, sure: int) -> Won:
+    """The best tokens of all heads together stay Original, and the next ones are Quantized.
+
+    Args:
+        scores: of the tokens that compete, [R, n].
+        original, quantized: how many there may be, of all heads together.
+        sure: tokens that every head keeps in any case.
+    """
+    heads, count = scores.shape
+    total = min(original + quantized, scores.numel())
+    sure = min(sure, count, total // heads)
+    raised = scores.clone()
+    raised.scatter_(1, scores.topk(sure, dim=1).indices, float("inf"))
+    kept = _per_head(raised, total)
+    # Of those that a head is sure of, only the best are among the best of all.
+    best = torch.minimum(_per_head(scores, min(original, total)), kept)
+    return Won(best, kept - best)
+
+
+def _per_head(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """How many of the ``count`` highest of ``scores`` [R, n] each head has, [R]."""
+    best = scores.flatten().topk(count).indices
+    return torch.bincount(best // scores.shape[1], minlength=scores.shape[0])
+
+
+class ThresholdAllocator(JointAllocator):
+    """KV heads get the tokens that are above one threshold, for all layers or for each one.
+
+    Where the budget would hold the whole prompt if heads had the same, they have.
+
+    Raises:
+        ConfigError: layers whose KV heads have other sizes cannot share one budget.
+    """
+
+    def __init__(self, config: CacheConfig, layers: int) -> None:
+        self.config, self.layers = config, layers
+
+    def grants(self, layers: Sequence[LayerScores]) -> list[Grant]:
+        """See :class:`JointAllocator`."""
+        even = ByteAllocator(self.config, self.layers)
+        grants = [even.layer(each.oq, each.lengths, each.heads, each.geometry) for each in layers]
+        for sample, tokens in enumerate(layers[0].lengths):
+            if not all(self._evicts(grant, sample, tokens) for grant in grants):
+                continue
+            for some in self._sharing(range(len(layers))):
+                self._share([layers[index] for index in some], [grants[index] for index in some], sample, tokens)
+        return grants
+
+    def _sharing(self, layers: Sequence[int]) -> list[list[int]]:
+        """Layers whose heads compete with one another."""
+        return [list(layers)] if self.config.head_budgets == "all" else [[index] for index in layers]
+
+    def _evicts(self, grant: Grant, sample: int, tokens: int) -> bool:
+        """Whether heads of the same size cannot hold the whole prompt."""
+        return self.config.recent + grant.original[sample][0] + grant.quantized[sample][0] < tokens
+
+    def _share(self, layers: Sequence[LayerScores], grants: Sequence[Grant], sample: int, tokens: int) -> None:
+        """Change what ``grants`` have for one sample."""
+        config, geometry = self.config, layers[0].geometry
+        if any(each.geometry != geometry for each in layers):
+            raise ConfigError(
+                "head_budgets='all': this model has layers whose KV heads have other sizes than those of others, which "
+                "cannot share one budget: use head_budgets='layer'"
+            )
+        past = slice(-tokens + config.n_sink, -config.recent)
+        scores = torch.cat([each.importance[sample, :, past] for each in layers])
+        once = geometry.row_bytes + (config.recent + config.n_sink) * geometry.original_bytes
+        per_token: float = geometry.original_bytes
+        if config.quantizes:
+            once += config.number_format.bytes_per_head(geometry.key_dim)
+            per_token = geometry.quantized_bytes(config.number_format)
+        left = sum(sum(grant.nbytes[sample]) for grant in grants) - len(scores) * once
+        assert config.original_share is not None
+        original = int(config.original_share * left) // geometry.original_bytes
+        quantized = int((left - original * geometry.original_bytes) / per_token) if config.quantizes else 0
+        sure = int(config.sure_share * (original + quantized) / len(scores))
+        won = compete(scores, original, quantized, sure)
+        counts = zip(*(item.split([each.heads for each in layers]) for item in won), strict=True)
+        for grant, (high, low) in zip(grants, counts, strict=True):
+            grant.original[sample] = [config.n_sink + count for count in high.tolist()]
+            grant.quantized[sample] = low.tolist()
+            grant.nbytes[sample] = [
+                int(once + more * geometry.original_bytes + few * per_token)
+                for more, few in zip(high.tolist(), low.tolist(), strict=True)
+            ]
+            grant.limit[sample] = [0] * len(high)
+            # What a head has won is of this prompt's tokens: no other split of its bytes would hold more of them.
+            grant.final[sample] = [True] * len(high)
+
+
+def allocator_of(config: CacheConfig, layers: int) -> Allocator | JointAllocator:
+    """What shares a budget as ``config`` says, among so many layers."""
+    if config.budget_unit == "tokens":
+        return TokenAllocator(config)
+    return ByteAllocator(config, layers) if config.head_budgets == "equal" else ThresholdAllocator(config, layers)
