@@ -110,7 +110,7 @@ def demo() -> str:
     """The table of the preset demo, and what follows from it."""
     rows = _rows("demo", "exact_match")
     headers = ["budget (bytes)", "method", "exact match", "95 % interval", "KV of full"]
-    headers += ["Original / Quantized / Evicted"]
+    headers += ["Original / Quantized / Evicted", "TTFT s", "ms per token"]
     lines = []
     for row in sorted(rows, key=lambda row: -(row.cache_ratio or 1.0)):
         full = row.method == FULL
@@ -123,6 +123,8 @@ def demo() -> str:
                 f"{row.score_low:.2f} to {row.score_high:.2f}",
                 f"{(row.kv_bytes_mean or 0.0) / 1e6:.1f} MB" if full else _percent(row.kv_share_of_prompt),
                 f"{' / '.join(f'{100 * (share or 0.0):.0f}' for share in shares)} %",
+                f"{(row.ttft_ms or 0.0) / 1000:.1f}",
+                f"{row.tpot_ms:.0f}",
             ]
         )
     n, more, ratio = rows[0].n, _rows("needle", "exact_match"), _least(rows)
@@ -137,7 +139,7 @@ def demo() -> str:
             _paragraph(
                 f"""SmolLM2-135M-Instruct (bfloat16, CPU, {_word(threads)} thread{"s" if threads > 1 else ""}; its
                 weights are those of a Q4_1 file, dequantized), {_word(n)} passkey prompts of {_length(rows):,} tokens,
-                asked for after the context was compressed, at equal true bytes; KV of full is of the context's
+                asked after compression, at equal true bytes; KV of full is of the context's
                 bytes:"""
             ),
             "",
@@ -149,7 +151,7 @@ def demo() -> str:
                 ({_count(newest)}). With {_percent(ratio, 0)}, spent on quantized tokens, `mix` finds {_count(least)}.
                 So many prompts tell {_listed(told)} from the full cache at {_percent(ratio, 0)}, and `origin`
                 {"from the best method at each budget" if apart else "from the best method at some budgets only"}
-                (`results/demo`, whose times are of a busy machine). Where methods have seen the question, as a part of
+                (`results/demo`). Where methods have seen the question, as a part of
                 the prompt, eviction loses less: of {mix.n} such prompts, `mix` answers {_count(mix)} with a quarter of
                 the bytes, `origin` {_count(origin)} (`results/needle`)."""
             ),
