@@ -334,6 +334,10 @@ class JointAllocator(ABC):
     def grants(self, layers: Sequence[LayerScores]) -> list[Grant]:
         """Of all layers, once the prompt has been computed."""
 
+    def settle(self, oq: Sequence[Sequence[float]], grants: Sequence[Grant]) -> bool:
+        """See :class:`Allocator`: nothing is left to be settled."""
+        return False
+
 
 class TokenAllocator:
     """``C`` tokens in every layer, all Original until the OQ score of every layer is known."""

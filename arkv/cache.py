@@ -207,28 +207,34 @@ class TriStateCache(WatchedCache):
         if not first:
             layer.take_out()
         block = layer.measure(key, value, query, scaling, padding, stored, scores)
+        ready = [(layer, block)]
         if first:
-            if layer_idx == self._own[0]:
-                self._blocks = []
-            lengths = [key.shape[2] - padded for padded in layer.padded]
-            importance = block.tokens.score.view(key.shape[:3])
-            known = LayerScores(importance, layer.oq, lengths, layer.heads, self._geometry(layer, key, value))
-            self._blocks.append((layer, block, known))
-            if not isinstance(self.allocator, JointAllocator):
-                grants = [self.allocator.layer(known.oq, lengths, known.heads, known.geometry)]
-            elif last:
-                grants = self.allocator.grants([known for _, _, known in self._blocks])
-            else:
-                return
-            for (each, whole, _), grant in zip(self._blocks, grants, strict=True):
-                each.grant = grant
-                each.begin(whole)
-                each.absorb(whole)
-            self._blocks = []
-        else:
-            layer.absorb(block)
+            ready = self._granted(layer, block, last)
+        for each, tokens in ready:
+            each.absorb(tokens)
         if last:
             self._pack(first)
+
+    def _granted(self, layer: TriStateLayer, block: Block, last: bool) -> list[tuple[TriStateLayer, Block]]:
+        """The layers whose budget is known now that ``layer`` has been computed, with their prompts."""
+        if layer is self.own_layers[0]:
+            self._blocks = []
+        lengths = [block.key.shape[2] - padded for padded in layer.padded]
+        importance = block.tokens.score.view(block.key.shape[:3])
+        geometry = self._geometry(layer, block.key, block.value)
+        self._blocks.append((layer, block, LayerScores(importance, layer.oq, lengths, layer.heads, geometry)))
+        if not isinstance(self.allocator, JointAllocator):
+            assert self.allocator is not None
+            grants = [self.allocator.layer(layer.oq, lengths, layer.heads, geometry)]
+        elif last:
+            grants = self.allocator.grants([known for _, _, known in self._blocks])
+        else:
+            return []
+        ready, self._blocks = self._blocks, []
+        for (each, tokens, _), grant in zip(ready, grants, strict=True):
+            each.grant = grant
+            each.begin(tokens)
+        return [(each, tokens) for each, tokens, _ in ready]
 
     def _geometry(self, layer: TriStateLayer, key: torch.Tensor, value: torch.Tensor) -> Geometry:
         """Sizes of one KV head, which the format must be able to store."""
@@ -245,12 +251,8 @@ class TriStateCache(WatchedCache):
         """All layers have been computed: bring what they hold together."""
         layers = self.own_layers
         assert self.allocator is not None
-        if (
-            first
-            and not isinstance(self.allocator, JointAllocator)
-            and self.allocator.settle(
-                [layer.oq for layer in layers], [layer.grant for layer in layers if layer.grant is not None]
-            )
+        if first and self.allocator.settle(
+            [layer.oq for layer in layers], [layer.grant for layer in layers if layer.grant is not None]
         ):
             for layer in layers:
                 if layer.grant is not None and any(map(any, layer.grant.outgrown)):

@@ -206,7 +206,7 @@ class TriStateLayer(CacheLayerMixin):
         batch, heads, length, _ = key.shape
         device = key.device
         if self.is_empty:
-            self.heads, self.seen, self.padded = heads, [0] * batch, [0] * batch
+            self.heads, self.seen, self.padded, self.oq = heads, [0] * batch, [0] * batch, []
         if padding is not None:
             more = (~padding).sum(dim=1).tolist()
             self.padded = [before + new for before, new in zip(self.padded, more, strict=True)]

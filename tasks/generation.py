@@ -32,7 +32,10 @@ def _rules(fate: Fate, why: str, **neutral: tuple[Any, ...]) -> dict[str, Rule]:
     return {name: Rule(fate, why, values) for name, values in neutral.items()}
 
 
-_SAMPLING = "answers are decoded greedily; with `--temperature` they are sampled, and the model's own ones applied"
+_SAMPLING = (
+    "answers are decoded greedily; with `--temperature` they are sampled, and the model's own ones and those of "
+    "`--gen-kwargs` applied"
+)
 _BEAMS = "of beam search only"
 _ASSISTANTS = "of assisted generation only"
 _OUTPUT = "what else `generate` returns"
@@ -137,7 +140,10 @@ RULES: dict[str, Rule] = {
 """Every field of ``GenerationConfig``, of all versions of transformers that can be used."""
 
 SAMPLING = frozenset(name for name, rule in RULES.items() if rule.why == _SAMPLING)
-"""Settings of sampling: the model's own count where answers are sampled."""
+"""Settings of sampling: they count where answers are sampled."""
+
+DRAWING = SAMPLING - {"do_sample", "temperature"}
+"""Those of them that do not say whether answers are sampled."""
 
 
 def asked(settings: Mapping[str, Any], fate: Fate) -> dict[str, Any]:
@@ -158,7 +164,8 @@ def refusal(settings: Mapping[str, Any]) -> str | None:
 
 
 def counting(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of settings that somebody gives changes an answer. Raises ValueError for what cannot be done."""
+    """What of settings that somebody gives changes an answer, be it a sampled one. Raises ValueError for what cannot be
+    done."""
     samples, temperature = settings.get("do_sample"), settings.get("temperature")
     if samples or (samples is None and temperature):
         raise ValueError(
@@ -166,7 +173,7 @@ def counting(settings: Mapping[str, Any]) -> dict[str, Any]:
         )
     if said := refusal(settings):
         raise ValueError(f"generation setting {said}")
-    return {name: value for name, value in settings.items() if RULES[name].fate is not Fate.IGNORED}
+    return {name: value for name, value in settings.items() if RULES[name].fate is not Fate.IGNORED or name in DRAWING}
 
 
 def listed(settings: Mapping[str, Any]) -> str:

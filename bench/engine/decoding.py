@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from bench.errors import OthersCode, UserError
 from tasks.base import Generate
-from tasks.generation import RULES, SAMPLING, Fate, asked, listed, refusal
+from tasks.generation import DRAWING, RULES, SAMPLING, Fate, asked, listed, refusal
 
 _WHOSE = "the generation settings"
 """How errors of transformers over them begin."""
@@ -108,11 +108,16 @@ class Decoder:
     ) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
         """What ``model.generate`` would choose and end with: it hands that to a decoding loop, which does nothing."""
         without = neutral(model, Fate.IGNORED, Fate.REFUSED)
-        given = {name: value for name, value in request.generation.items() if RULES[name].fate is Fate.APPLIED}
+        sampled = DRAWING if request.sampling is not None else frozenset()
+        given = {
+            name: value
+            for name, value in request.generation.items()
+            if RULES[name].fate is Fate.APPLIED or name in sampled
+        }
         # Some are objects, made of what a file says.
         given |= {name: getattr(GenerationConfig(**{name: value}), name) for name, value in given.items()}
         if request.sampling is not None:
-            # How the model itself samples, but for what was asked for.
+            # How the model itself samples, but for what was asked for; --top-p wins over other ways to say it.
             top_p = {} if request.sampling.top_p is None else {"top_p": request.sampling.top_p}
             given |= {"do_sample": True, "temperature": request.sampling.temperature, **top_p}
             without = {name: value for name, value in without.items() if name not in SAMPLING}

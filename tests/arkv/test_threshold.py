@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from arkv import CacheConfig, ConfigError, PrefillCache, TriStateCache, attach
 from arkv.threshold import compete
-from tests.arkv.conftest import compressed, feed, forward, held_sets, left_padded, prompt
+from tests.arkv.conftest import compressed, decode, feed, forward, held_sets, left_padded, prompt
 
 
 def config(head_budgets: Any = "all", **settings: Any) -> CacheConfig:
@@ -112,6 +112,18 @@ def test_a_prompt_that_fits_is_shared_evenly_and_grows_as_ever(llama: Any) -> No
     )
     assert torch.equal(one[0].tokens, other[0].tokens)
     assert one[1].token_counts() == other[1].token_counts()
+
+
+def test_a_prompt_that_was_interrupted_leaves_nothing(llama: Any) -> None:
+    settings, ids = config("layer", layer_budgets="oq"), prompt(200, seed=2)
+    expected = compressed(llama, ids, settings, 6)[0].tokens
+    cache = TriStateCache(llama, settings)
+    with attach(llama):
+        hook = llama.model.layers[-1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            forward(llama, cache, prompt(150, seed=1))
+        hook.remove()
+        assert torch.equal(decode(llama, ids, cache, 6).tokens, expected)
 
 
 def test_the_newest_tokens_are_original_whatever_the_window(llama: Any) -> None:

@@ -16,7 +16,7 @@ from bench.engine.inspect import inspect_prompt
 from bench.methods.cell import Cell
 from bench.methods.grid import grid
 from tasks.base import Document, Generate, Sampling
-from tasks.generation import RULES, Fate, Rule
+from tasks.generation import RULES, Fate, Rule, counting
 
 NEW = 12
 LENGTHS = (90, 40, 7)
@@ -240,6 +240,17 @@ def test_what_full_draws_is_what_generate_draws(tiny: Any, ships: Any, shipped: 
     expected = stock(tiny, document, do_sample=True, temperature=0.8, **given)
     assert found.answer.token_ids == expected
     assert expected != stock(tiny, document)
+
+
+def test_settings_that_are_given_draw_too(tiny: Any) -> None:
+    document = question()
+    request = replace(sampled(document).request, generation=counting({"top_k": 3, "do_sample": None}))
+    (_, found), *_ = answers(tiny, [replace(document, request=request)], full())
+    assert isinstance(found, Measurement), found
+    torch.manual_seed(5)
+    assert found.answer.token_ids == stock(tiny, document, do_sample=True, temperature=0.8, top_k=3)
+    torch.manual_seed(5)
+    assert found.answer.token_ids != stock(tiny, document, do_sample=True, temperature=0.8)
 
 
 def test_draws_depend_on_the_answer_alone(tiny: Any) -> None:
