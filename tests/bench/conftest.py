@@ -17,6 +17,19 @@ SENTENCES = [
 ]
 
 
+TIMES = (
+    "prefill_s",
+    "compress_s",
+    "ttft_ms",
+    "question_s",
+    "decode_s",
+    "tpot_ms",
+    "decode_tokens_per_s",
+    "peak_memory_bytes",
+)
+"""Fields of a sample that are measured anew in every run."""
+
+
 def save_tiny_model(folder: Path, *, context: int = 512, seed: int = 0, family: str = "Llama") -> Path:
     """A random Llama or Qwen3 of two layers and a byte-level tokenizer with a few words, as transformers saves them."""
     import torch

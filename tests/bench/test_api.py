@@ -18,20 +18,10 @@ from bench import Results, evaluate, load_run
 from bench.cli import main
 from bench.errors import UserError
 from tasks.base import Answer, Document, Generate, Generated, Metric, Task, TaskSettings
-from tests.bench.conftest import quiet_environment
+from tests.bench.conftest import TIMES, quiet_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = {"lengths": [250], "samples": 2, "quant_format": "int8", "device": "cpu", "dtype": "float32"}
-TIMES = (
-    "prefill_s",
-    "compress_s",
-    "ttft_ms",
-    "question_s",
-    "decode_s",
-    "tpot_ms",
-    "decode_tokens_per_s",
-    "peak_memory_bytes",
-)
 
 
 class Animals(Task):

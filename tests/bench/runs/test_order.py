@@ -13,19 +13,8 @@ import bench.runs.run as runs
 from bench.engine.engine import AUTO_DOCUMENTS
 from bench.names import RECORD, SAMPLES
 from bench.runs.order import turned
-from tests.bench.conftest import read_lines
+from tests.bench.conftest import TIMES, read_lines
 from tests.bench.runs.test_run import go
-
-TIMES = (
-    "prefill_s",
-    "compress_s",
-    "ttft_ms",
-    "question_s",
-    "decode_s",
-    "tpot_ms",
-    "decode_tokens_per_s",
-    "peak_memory_bytes",
-)
 
 
 def test_every_cell_stands_at_every_place_equally_often() -> None:
