@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from types import TracebackType
@@ -48,7 +49,7 @@ def _misused(config: Any, what: str) -> ConfigError:
     )
 
 
-class Handle:
+class Handle(ABC):
     """What a model receives in the place of keys and values, to pass it on to the attention function."""
 
     config: Any = None
@@ -60,11 +61,11 @@ class Handle:
     def __getattr__(self, name: str) -> Any:
         raise _misused(self.config, "the keys and values of its cache")
 
+    @abstractmethod
     def attend(
         self, module: torch.nn.Module, query: torch.Tensor, mask: Any, scaling: float, **kwargs: Any
     ) -> torch.Tensor:
         """Attention output [B, T, Hq, D] of ``query`` [B, Hq, T, D]."""
-        raise NotImplementedError
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,6 +1,7 @@
 """From a budget to slots: what every row may hold.
 
-Letters: ``L`` layers, ``B`` batch, ``H`` KV heads, ``N`` prompt tokens, ``C`` cache size, ``W`` window, ``D`` head dim.
+Letters: ``L`` layers, ``B`` batch, ``H`` KV heads, ``N`` prompt tokens, ``C`` cache size, ``W`` newest tokens that
+stay (``CacheConfig.recent``), ``D`` head dim.
 
 In token units every layer holds ``C`` tokens, and a Quantized one costs as much as an Original one (ARKV, arXiv
 2603.08727). In byte units a budget is what ``C`` tokens take at model precision; positions, scores and quantization

@@ -1,7 +1,7 @@
 """Who is Original, Quantized, Evicted: the state rule (ARKV, arXiv 2603.08727, section 3).
 
 Letters: ``n`` rows (samples times KV heads) of a layer, ``M`` Original candidates, ``Q`` Quantized tokens, ``T`` new
-tokens, ``W`` window, ``O`` Original slots beside the window.
+tokens, ``W`` newest tokens that stay (``CacheConfig.recent``), ``O`` Original slots beside these.
 
 After every forward, in every row:
 

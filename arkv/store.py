@@ -7,7 +7,7 @@ Original tokens, those behind it Quantized ones. The pools' tensors are flat ove
 slots, a batch is more rows, and nothing is padded.
 
 What a slot is follows from its place in its row and is stored nowhere else. In pool 0, with S attention sinks and a
-window of W tokens::
+window of the W newest tokens (``CacheConfig.recent``)::
 
     [ sinks: S | window: W, a ring | past: the other Original tokens, in no order | free ]
                                                               count ^      capacity ^

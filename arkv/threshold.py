@@ -39,6 +39,8 @@ def compete(scores: torch.Tensor, original: int, quantized: int, sure: int) -> W
     raised = scores.clone()
     raised.scatter_(1, scores.topk(sure, dim=1).indices, float("inf"))
     kept = _per_head(raised, total)
+    if not quantized:
+        return Won(kept, torch.zeros_like(kept))
     # Of those that a head is sure of, only the best are among the best of all.
     best = torch.minimum(_per_head(scores, min(original, total)), kept)
     return Won(best, kept - best)

@@ -20,8 +20,9 @@ from bench.records.files.csv_ import read_models
 from bench.records.row import NEEDED, Row
 from bench.records.sample import Measured
 from bench.runs.documents import prompt_hash
+from bench.runs.folder import RunFolder
 from bench.settings.run import RunConfig
-from tasks.base import Document, TaskError
+from tasks.base import Document, Task, TaskError
 
 REMEDY = "remove the file to do without what it holds of tasks that are not asked for now"
 ASKED = ("lengths", "limit", "sampling_ratio", "skip_cut", "repeats")
@@ -115,3 +116,17 @@ def kept_curve(folder: Path) -> list[CurveRow]:
     """The rows of its curve, likewise."""
     file = folder / CURVE
     return read_models(file, CurveRow, CURVE_COLUMNS, REMEDY) if file.is_file() else []
+
+
+def samples_of(
+    model: str, task: Task, documents: Sequence[Document], cells: Sequence[AnyCell], folder: RunFolder
+) -> dict[tuple[str, str], Measured]:
+    """The folder's samples of the documents as they are asked now, by document id and cell key."""
+    found = {}
+    for document in documents:
+        sha256 = prompt_hash(document)
+        for cell in cells:
+            sample = folder.samples.get((model, task.name, document.id, sha256, cell.key))
+            if sample is not None:
+                found[document.id, cell.key] = sample
+    return found

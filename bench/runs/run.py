@@ -22,7 +22,6 @@ from bench.names import SAMPLES
 from bench.progress import Ending, ProgressReporter, progress_bars
 from bench.records.curve import CurveRow
 from bench.records.row import Row
-from bench.records.sample import Measured
 from bench.records.starts import terms
 from bench.records.states import MapRecord, write_maps
 from bench.runs import folder as records
@@ -31,13 +30,13 @@ from bench.runs.documents import prompt_hash
 from bench.runs.executors import Answered, Executor, Unit, make_executor
 from bench.runs.executors.base import batches, cost_of
 from bench.runs.failures import failure_lines
-from bench.runs.kept import AnyCell, all_cells, earlier_documents, kept_curve, kept_rows
+from bench.runs.kept import all_cells, earlier_documents, kept_curve, kept_rows, samples_of
 from bench.runs.kinds import RUN, claim
 from bench.runs.order import turned
 from bench.runs.predictions import clear_predictions, write_predictions
 from bench.runs.repeats import not_sampled, questions
 from bench.runs.results import TaskResults, group_rows, rows, to_sample
-from bench.runs.starts import ENVIRONMENT, VERSIONS, earlier_starts, loaded_as, made_by, new_start
+from bench.runs.starts import ENVIRONMENT, VERSIONS, earlier_starts, loaded_as, loaded_before, made_by, new_start
 from bench.settings.run import RunConfig
 from tasks.base import Document, Task, TaskError, TaskGroup
 
@@ -227,7 +226,7 @@ class _Run:
                     "source": model.source,
                     "fingerprint": model.fingerprint,
                     "context_length": model.context_length,
-                    **_loaded_facts(name, folder.previous),
+                    **loaded_before(name, folder.previous),
                 }
                 for name, model in models.items()
             },
@@ -373,7 +372,7 @@ class _Run:
         """Everything of a task has been answered, as far as it can be."""
         name, task, cells, stored = under_way.model, under_way.task, self._all_cells, self.folder.samples
         documents = [*under_way.documents, *under_way.earlier]
-        found = _found(name, task, documents, cells, self.folder)
+        found = samples_of(name, task, documents, cells, self.folder)
         results = self._results[name][task.name] = TaskResults(task, documents, cells, found, stored)
         self.outcome.failures += [
             {"model": name, "task": task.name, "cell": key, "error": str(error)}
@@ -446,24 +445,3 @@ class _Run:
         self.folder.write_results(self.outcome.rows)
         self._starts[-1]["finished"] = finished = records.now()
         self._write_record(finished=finished)
-
-
-def _loaded_facts(name: str, previous: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What is known of a model once it is loaded, as the run that is continued had it."""
-    known = (previous or {}).get("models", {}).get(name, {})
-    facts = {"dtype": known.get("dtype"), "device": known.get("device")}
-    return facts | {key: known[key] for key in ("warm_up", "one_by_one") if key in known}
-
-
-def _found(
-    model: str, task: Task, documents: Sequence[Document], cells: Sequence[AnyCell], folder: records.RunFolder
-) -> dict[tuple[str, str], Measured]:
-    """The folder's samples of the documents as they are asked now, by document id and cell key."""
-    found = {}
-    for document in documents:
-        sha256 = prompt_hash(document)
-        for cell in cells:
-            sample = folder.samples.get((model, task.name, document.id, sha256, cell.key))
-            if sample is not None:
-                found[document.id, cell.key] = sample
-    return found

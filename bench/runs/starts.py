@@ -68,6 +68,13 @@ def loaded_as(facts: Mapping[str, str]) -> str:
     return f"{facts['dtype']} on {facts['device'].partition(':')[0]}"
 
 
+def loaded_before(name: str, previous: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is known of a model once it is loaded, as the run that is continued had it."""
+    known = (previous or {}).get("models", {}).get(name, {})
+    facts = {"dtype": known.get("dtype"), "device": known.get("device")}
+    return facts | {key: known[key] for key in ("warm_up", "one_by_one") if key in known}
+
+
 def new_start(config: RunConfig, started: str) -> dict[str, Any]:
     """What the record keeps of a start: when, how and on what."""
     return {
