@@ -43,7 +43,8 @@ BUDGET_UNITS = {
 LEAST_DOCUMENTS = 5
 """Of fewer documents no interval is given: resamples of equal documents alone would decide its ends."""
 
-SAMPLES, RECORD, RESULTS, CURVE, STATES = "samples.jsonl", "record.json", "results.csv", "curve.csv", "states.json"
+SAMPLES, DOCUMENTS, RECORD = "samples.jsonl", "documents.jsonl", "record.json"
+RESULTS, CURVE, STATES = "results.csv", "curve.csv", "states.json"
 """The files of a run's folder."""
 SPEED = "speed.csv"
 """The timings of a folder of ``arkv-bench speed``."""

@@ -144,7 +144,8 @@ def _write_page(runs: list[Path], html: Path | None, figures: Path | None) -> No
     from bench.records.finished import read_runs
     from bench.report.page import build
 
-    page = build(read_runs(runs))
+    # Samples that are too many for the page stand in a folder beside it.
+    page = build(read_runs(runs), html and html.with_suffix(".samples"))
     if html is not None:
         write(html, page.html)
     if figures is not None:

@@ -21,6 +21,7 @@ from bench.records.sample import Samples, sample_line
 ANSWER: dict[str, Any] = {
     "text": None,
     "token_ids": None,
+    "token_texts": None,
     "turns": None,
     "log_likelihoods": None,
     "compared": None,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.names import RECORD, RESULTS, SAMPLES, SPEED
+from bench.names import DOCUMENTS, RECORD, RESULTS, SAMPLES, SPEED
+from bench.records.document import Prompts
 from bench.records.record import Fingerprint, Record, read_record
 from bench.records.row import Row, read_results
 from bench.records.sample import Measured, Samples
@@ -25,6 +26,7 @@ class Run:
     rows: list[Row] = field(default_factory=list)
     record: Record | SpeedRecord | None = None
     samples: Samples = field(default_factory=Samples)
+    prompts: Prompts = field(default_factory=Prompts)
     timings: list[Timing] = field(default_factory=list)
     maps: list[MapRecord] = field(default_factory=list)
 
@@ -60,6 +62,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
                 rows=read_results(path) if has_results else [],
                 record=_record(path, is_speed=bool(timings)),
                 samples=samples,
+                prompts=Prompts(path / DOCUMENTS),
                 timings=timings,
                 maps=maps,
             )

@@ -77,6 +77,8 @@ class TaskRecord(BaseModel):
     documents: int = 0
     truncated: int = 0
     data_sha256: str | None = None
+    higher_is_better: bool | None = None
+    """Of its first metric; unknown in older records."""
 
 
 class FailureRecord(BaseModel):

@@ -126,6 +126,8 @@ class Sample(Measured):
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     """Of what was generated, as is ``text``."""
+    token_texts: tuple[str, ...] | None = None
+    """What each of these tokens adds to everything that was generated; None before format 3."""
     turns: tuple[str, ...] | None = None
     """Of ``text`` the answers one by one, where there were several questions in turn."""
     log_likelihoods: tuple[Scored, ...] | None = None
@@ -141,6 +143,8 @@ class Sample(Measured):
     def __post_init__(self) -> None:
         if (self.text is None) != (self.token_ids is None):
             raise ValueError("text and token_ids belong together")
+        if self.token_texts is not None and len(self.token_texts) != len(self.token_ids or ()):
+            raise ValueError("token_texts has a text for each of token_ids")
         if (source := self.info.get(SOURCE)) is not None:
             self.source = str(source)
         if self.text is not None:

@@ -6,11 +6,12 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """What is written now.
 
 1: the first. Folders of ``arkv-bench speed`` and files of states maps did not say so.
 2: the record lists the starts of its run, and each sample names the one that it was measured in.
+3: prompts are kept, in ``documents.jsonl``, and samples have their answers token by token (``token_texts``).
 """
 
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -21,7 +22,9 @@ from bench.report.figures.canvas import Figure, file_name
 from bench.report.figures.layers import states_figure
 from bench.report.paragraphs import answer, problems_of
 from bench.report.sections import FIGURED, pair_sections, run_sections, speed_sections
+from bench.report.viewer import viewer_of
 
+STYLES, SCRIPTS = ("page.css", "viewer.css"), ("page.js", "viewer.js")
 MAPS = 6
 """States maps that are drawn: each takes some 60 kB."""
 
@@ -46,8 +49,12 @@ class Page:
     figures: list[Figure]
 
 
-def render(template: str, title: str, **values: Any) -> str:
-    """A page of its own from one of the templates; every value passes through autoescape."""
+def render(template: str, title: str, sources: str = "", **values: Any) -> str:
+    """A page of its own from one of the templates; every value passes through autoescape.
+
+    Args:
+        sources: what else its policy lets scripts be loaded from, and data.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("bench.report"),
         autoescape=True,
@@ -56,9 +63,11 @@ def render(template: str, title: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     # The page's own files need no escaping.
-    style, script = (Markup(_source(environment, name)) for name in ("page.css", "page.js"))
+    style = Markup("".join(_source(environment, name) for name in STYLES))
+    script = Markup("".join(_source(environment, name) for name in SCRIPTS))
     return environment.get_template(template).render(
         title=title,
+        sources=Markup(sources),
         style=style,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -66,16 +75,26 @@ def render(template: str, title: str, **values: Any) -> str:
     )
 
 
-def build(runs: Sequence[Run]) -> Page:
-    """The page of one or more runs."""
+def build(runs: Sequence[Run], beside: Path | None = None) -> Page:
+    """The page of one or more runs.
+
+    Args:
+        beside: the folder for samples that are too many for the page; without one all of them stand in it.
+
+    Raises:
+        UserError: a file there cannot be written.
+    """
     sections, warnings = run_sections(runs)
     speed, reasons = speed_sections(runs)
     pairs = pair_sections(runs)
     maps, undrawn = _map_figures(runs)
+    samples = viewer_of(runs, beside)
     figures = [*(figure for section in [*sections, *speed] for figure in section.figures), *maps]
     html = render(
         "page.html.j2",
         ", ".join(run.name for run in runs),
+        # Of a page that is a file, its neighbours are no part of 'self' in every browser.
+        sources="" if samples is None or samples.chunks else " 'self' file:",
         runs=runs,
         answers={run.name: answer(run) for run in runs if run.is_run},
         warnings=[*warnings, *reasons],
@@ -90,6 +109,8 @@ def build(runs: Sequence[Run]) -> Page:
         records={run.name: json_text(run.record.model_dump(exclude_unset=True)).rstrip() for run in runs if run.record},
         left_out=sum(len(run.rows) - len(headline(run.rows)) for run in runs),
         legend=LEGEND,
+        samples=samples and {"index": Markup(samples.index), "chunks": [Markup(text) for text in samples.chunks]},
+        documents=samples.documents if samples else 0,
     )
     return Page(html=html, figures=figures)
 

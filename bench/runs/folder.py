@@ -1,13 +1,14 @@
 """The run folder: what a run leaves, readable years later.
 
 ``samples.jsonl``  one line per document and cell, appended as it is measured;
+``documents.jsonl``  what each document asked, once, unless the run was told not to keep it;
 ``record.json``    settings, versions, commit, hardware, hashes of model and data;
 ``curve.csv``      divergence over the position, where a task compares distributions;
 ``results.csv``    one row per model, task, metric and cell;
 ``states.json``    states maps of the first document of each task, where the run was asked for them.
 
-Samples are only appended; the other files are replaced whole, so that a run killed at any moment leaves a folder that
-the same command continues.
+Samples and documents are only appended; the other files are replaced whole, so that a run killed at any moment leaves a
+folder that the same command continues.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bench.errors import UserError
-from bench.names import CURVE, RECORD, RESULTS, SAMPLES, STATES
+from bench.names import CURVE, DOCUMENTS, RECORD, RESULTS, SAMPLES, STATES
 from bench.records.curve import CurveRow, curve_csv
+from bench.records.document import Prompt, Prompts, prompt_line
 from bench.records.files.text import write_atomic
 from bench.records.record import Record, read_record, record_text
 from bench.records.row import Row, rows_csv
@@ -74,6 +76,29 @@ def lock_folder(path: Path, what: str) -> FileLock:
     return lock
 
 
+class _Appended:
+    """A file that lines are appended to, each of which survives the process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        # Unbuffered: what cannot be written is an error now, not when it is closed.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+
+    def append(self, text: str) -> int:
+        """Write a line; returns the byte that it begins at. Raises :class:`OSError` where it cannot be written."""
+        if not os.fstat(self._file.fileno()).st_nlink:
+            # Of a file that is gone, what is written would be lost without a word.
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self._path))
+        place = self._file.seek(0, os.SEEK_END)
+        line = memoryview(f"{text}\n".encode())
+        while line:
+            line = line[self._file.write(line) :]
+        return place
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class RunFolder:
     """A run folder that is open for writing; a context manager that holds its lock.
 
@@ -92,8 +117,12 @@ class RunFolder:
         self.fingerprint = json.loads(json.dumps(fingerprint))
         self.samples = Samples()
         """What has been answered, by what it answers; answers themselves are read from the file."""
+        self.prompts = Prompts()
+        """What has been asked."""
         self.previous: dict[str, Any] | None = None
         """The record of the run that this one continues."""
+        self._asked: _Appended | None = None
+        """The file of prompts, once there is one to write."""
 
     def __enter__(self) -> RunFolder:
         self._lock = lock_folder(self.path, "run")
@@ -130,8 +159,11 @@ class RunFolder:
                 stale.unlink()
         self._cut_unfinished_line(path)
         self.samples = Samples(path, answered=True)
-        # Open as long as the folder is. Unbuffered: what cannot be written is an error now, not when it is closed.
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        asked = self.path / DOCUMENTS
+        self._cut_unfinished_line(asked)
+        self.prompts = Prompts(asked)
+        # Open as long as the folder is.
+        self._file = _Appended(path)
 
     @staticmethod
     def _cut_unfinished_line(path: Path) -> None:
@@ -156,6 +188,8 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        if self._asked is not None:
+            self._asked.close()
         self._lock.release()
 
     def append(self, sample: Sample) -> None:
@@ -169,14 +203,14 @@ class RunFolder:
             text = sample_line(sample)
         except ValueError:
             raise NotFinite("the answer holds numbers that are not finite") from None
-        if not os.fstat(self._file.fileno()).st_nlink:
-            # Of a file that is gone, what is written would be lost without a word.
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path / SAMPLES))
-        place = self._file.seek(0, os.SEEK_END)
-        line = memoryview(f"{text}\n".encode())
-        while line:
-            line = line[self._file.write(line) :]
-        self.samples.add(sample, place)
+        self.samples.add(sample, self._file.append(text))
+
+    def keep(self, prompt: Prompt) -> None:
+        """Write what a document asks, unless it is there. Raises :class:`OSError` where it cannot be written."""
+        if prompt.key not in self.prompts:
+            if self._asked is None:
+                self._asked = _Appended(self.path / DOCUMENTS)
+            self.prompts.add(prompt, self._asked.append(prompt_line(prompt)))
 
     def claim(self, part: str, name: str, value: str, said: str) -> None:
         """Note a fact that the folder's samples depend on; :meth:`write_record` keeps it.
@@ -243,7 +277,7 @@ def _shown(value: Any) -> str:
 
 def clear(path: Path) -> None:
     """Remove the files of an earlier run, and nothing else."""
-    for name in (SAMPLES, RECORD, RESULTS, CURVE, STATES):
+    for name in (SAMPLES, DOCUMENTS, RECORD, RESULTS, CURVE, STATES):
         (path / name).unlink(missing_ok=True)
 
 

@@ -41,12 +41,19 @@ CHOSEN = "acc"
 
 
 def to_sample(
-    model: str, task: Task, document: Document, prompt_hash: str, measured: Measurement, start: int | None = None
+    model: str,
+    task: Task,
+    document: Document,
+    prompt_hash: str,
+    measured: Measurement,
+    start: int | None = None,
+    token_texts: tuple[str, ...] | None = None,
 ) -> Sample:
     """One line of ``samples.jsonl``.
 
     Args:
         start: which of the record's starts it is measured in.
+        token_texts: of what was generated, token by token.
 
     Raises:
         NotFinite: the answer holds numbers that are not finite.
@@ -71,6 +78,7 @@ def to_sample(
         scores=scores,
         text=None if generated is None else generated.text,
         token_ids=None if generated is None else generated.token_ids,
+        token_texts=token_texts,
         turns=(generated and generated.turns) or None,
         answers=measured.answers,
         log_likelihoods=answer.scored if isinstance(answer, LogLikelihoods) else None,

@@ -22,6 +22,7 @@ from bench.names import SAMPLES
 from bench.progress import Ending, ProgressReporter, progress_bars
 from bench.records.curve import CurveRow
 from bench.records.row import Row
+from bench.records.sample import own_id
 from bench.records.starts import terms
 from bench.records.states import MapRecord, write_maps
 from bench.runs import folder as records
@@ -34,11 +35,12 @@ from bench.runs.kept import all_cells, earlier_documents, kept_curve, kept_rows,
 from bench.runs.kinds import RUN, claim
 from bench.runs.order import turned
 from bench.runs.predictions import clear_predictions, write_predictions
+from bench.runs.prompts import prompt_of, token_texts
 from bench.runs.repeats import not_sampled, questions
 from bench.runs.results import TaskResults, group_rows, rows, to_sample
 from bench.runs.starts import ENVIRONMENT, VERSIONS, earlier_starts, loaded_as, loaded_before, made_by, new_start
 from bench.settings.run import RunConfig
-from tasks.base import Document, Task, TaskError, TaskGroup
+from tasks.base import Document, Generated, Task, TaskError, TaskGroup
 
 
 @dataclass
@@ -161,6 +163,13 @@ class _TaskRun:
     """Of an answer to a document, by its id, as :func:`~bench.runs.executors.base.cost_of` has it."""
     progress: ProgressReporter
     failures: list[dict[str, str]] = field(default_factory=list)
+    kept: set[str] = field(default_factory=set)
+    """Documents whose prompts have been written down."""
+
+    @property
+    def all_documents(self) -> list[Document]:
+        """What results are over."""
+        return [*self.documents, *self.earlier]
 
 
 class _Run:
@@ -265,6 +274,7 @@ class _Run:
             "documents": questions(documents),
             "truncated": sum(document.truncated for document in documents),
             "data_sha256": task.data_hash() or None,
+            "higher_is_better": task.metrics[0].higher_is_better if task.metrics else None,
         }
         self._write_record()
         choices = [item["choice"] for item in self._starts[:-1] if "choice" in item]
@@ -317,6 +327,7 @@ class _Run:
             return
         self._claim_loaded()
         try:
+            self._keep_prompt(under_way, document)
             error = (
                 result.error if isinstance(result, Failure) else self._append(unit, under_way.task, document, result)
             )
@@ -355,11 +366,27 @@ class _Run:
             self.console.print(f"[red]{escape(line)}[/red]", highlight=False)
         self.outcome.failures += under_way.failures
 
+    def _keep_prompt(self, under_way: _TaskRun, document: Document) -> None:
+        """Write down what a document asks, once for all of its repeats and cells."""
+        name = own_id(document.id, document.repeat)
+        if not self.config.prompts or name in under_way.kept:
+            return
+        under_way.kept.add(name)
+        first = document
+        if document.id != name:
+            first = next(item for item in under_way.all_documents if item.id == name)
+        tokenizer = self.models[under_way.model].tokenizer
+        self.folder.keep(prompt_of(under_way.model, under_way.task.name, first, tokenizer))
+
     def _append(self, unit: Unit, task: Task, document: Document, result: Measurement) -> str | None:
         """Keep a sample. Returns why it cannot be kept, or None."""
         try:
             start = len(self._starts) - 1
-            self.folder.append(to_sample(unit.model, task, document, prompt_hash(document), result, start))
+            answer = result.answer
+            texts = None
+            if isinstance(answer, Generated):
+                texts = token_texts(self.models[unit.model].tokenizer, answer.token_ids)
+            self.folder.append(to_sample(unit.model, task, document, prompt_hash(document), result, start, texts))
         except (TaskError, UserError) as error:
             show_traceback(error)
             return str(error)
@@ -371,7 +398,10 @@ class _Run:
     def _finish(self, under_way: _TaskRun) -> None:
         """Everything of a task has been answered, as far as it can be."""
         name, task, cells, stored = under_way.model, under_way.task, self._all_cells, self.folder.samples
-        documents = [*under_way.documents, *under_way.earlier]
+        documents = under_way.all_documents
+        for document in documents:
+            # Of a folder that was begun without them.
+            self._keep_prompt(under_way, document)
         found = samples_of(name, task, documents, cells, self.folder)
         results = self._results[name][task.name] = TaskResults(task, documents, cells, found, stored)
         self.outcome.failures += [

@@ -43,6 +43,8 @@ class ReportConfig(Settings):
         short="-o",
         shown_as="FILE",
     )
-    html: Path | None = setting(None, "Write one page with tables and figures.", FILES, "nothing", shown_as="FILE")
+    html: Path | None = setting(
+        None, "Write one page with tables, figures and every answer.", FILES, "nothing", shown_as="FILE"
+    )
     latex: Path | None = setting(None, "Write the tables for a paper (booktabs).", FILES, "nothing", shown_as="FILE")
     figures: Path | None = setting(None, "Write the figures as SVG, PNG and PDF.", FILES, "nothing", shown_as="DIR")

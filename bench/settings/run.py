@@ -284,6 +284,9 @@ class RunConfig(Settings):
     outdir: Path | None = setting(
         None, "Run folder; an unfinished run there is continued.", OUTPUT, "nothing", unset="runs/TIME"
     )
+    prompts: bool = setting(
+        True, "Keep the text of every prompt in documents.jsonl, for the page and view.", OUTPUT, "nothing"
+    )
     states: bool = setting(
         False,
         "Leave a states map of the first document of each task for report --html; costs one more prefill of it.",

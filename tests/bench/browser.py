@@ -6,10 +6,22 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import subprocess
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import pytest
+
+
+def chromium() -> str:
+    """The path of the browser; skips the test where there is none."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    return program
 
 
 class Browser:
@@ -89,6 +101,20 @@ class Browser:
         self.call("Page.navigate", url=page.as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events[before:]):
             self._read()
+
+    def press(self, key: str) -> None:
+        """A key, as a person presses it."""
+        text = {"text": "\r" if key == "Enter" else key} if len(key) == 1 or key == "Enter" else {}
+        code = {"windowsVirtualKeyCode": 13} if key == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, **text, **code)
+
+    def wait(self, script: str, seconds: float = 20) -> None:
+        """Until an expression holds."""
+        end = time.monotonic() + seconds
+        while not self.evaluate(script):
+            assert time.monotonic() < end, f"never true: {script}"
+            time.sleep(0.02)
 
     def evaluate(self, script: str) -> Any:
         """The value of a JavaScript expression in the page."""
