@@ -249,12 +249,15 @@
       return block;
     };
     const NAMES = { context: "Context", question: "Question", continuation: "Continuation", text: "Text" };
-    const prompt = (parts) => parts.map((part) => {
+    const END = 400;
+    const prompt = (parts) => parts.flatMap((part) => {
       const text = part.text ?? part.tokens.join("");
       const details = make("details");
       details.open = part.role === "question";
       details.append(make("summary", `${NAMES[part.role]}, ${text.length} characters`), make("pre", text));
-      return details;
+      // A question that is a part of its context stands at its end.
+      const inside = part.role === "context" && parts.every((other) => other.role === "context");
+      return inside && text.length > END ? [details, make("p", "It ends:", { class: "meta" }), make("pre", `… ${text.slice(-END)}`)] : [details];
     });
 
     const open = async (row) => {

@@ -17,7 +17,9 @@ from bench.engine.engine import Engine
 from bench.engine.inspect import read_maps
 from bench.errors import UserError
 from bench.methods.grid import Cell
-from bench.names import CURVE, RECORD, RESULTS, SAMPLES, STATES
+from bench.names import CURVE, DOCUMENTS, RECORD, RESULTS, SAMPLES, STATES
+from bench.records.document import Prompts
+from bench.records.sample import Samples
 from bench.runs import asked
 from bench.runs.executors import base
 from bench.runs.folder import RunFolder
@@ -88,6 +90,13 @@ def test_one_line_per_document_and_method(done: Path) -> None:
         assert sum(states) == pytest.approx(line["tokens_seen"])
         assert line["tokens_seen"] == line["prompt_tokens"] + line["generated_tokens"] - 1
         assert (states[2] > 0) == (line["method"] != "full")
+
+
+def test_each_prompt_is_kept_once(done: Path) -> None:
+    samples, prompts = Samples(done / SAMPLES), Prompts(done / DOCUMENTS)
+    assert {(item.model, item.task, item.document, item.prompt_sha256) for item in samples.values()} == set(prompts)
+    assert [[part.role for part in prompt.parts] for prompt in prompts.values()] == [["context"]] * 3
+    assert all(len(item.token_texts or ()) == item.generated_tokens for item in samples.whole(samples.values()))
 
 
 def test_the_table_has_the_columns_promised(done: Path) -> None:
