@@ -6,14 +6,14 @@ detectable is found.
 
 A table has so many rows beside the full cache, on the same ``n`` documents. Its intervals *held* if every one of them
 holds the true difference of its row, which 95 % of the tables should. Writes ``coverage.csv``, ``attainable.csv`` (of
-right and wrong, by what is true and how far the ends of an interval are away), ``power.csv`` and ``record.json``.
+right and wrong, by what is true and how they are judged), ``power.csv`` and ``record.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from bench.judge.family import at_level, binary_joint, compare, compare_all, proportions
-from bench.judge.stats import UNBOUNDED, means, normal
+from bench.judge.family import at_level, compare, compare_all, leans
+from bench.judge.joint import independent_level, of_normal, of_signs
+from bench.judge.power import of_rows
+from bench.judge.proportions import Proportions, judge_proportions, scored
+from bench.judge.stats import UNBOUNDED, means
 from bench.judge.verdict import ALPHA
 from bench.records.files.csv_ import csv_text
 from bench.records.files.json_ import json_text
@@ -80,16 +83,35 @@ def coverage(kind: str, repetitions: int, rows: int, n: int) -> tuple[float, flo
     return held / repetitions, unknown / repetitions / rows
 
 
-TRUTHS = ((0.95, 0.95), (0.9, 0.9), (0.9, 0.6), (0.9, 0.3), (0.5, 0.1), None)
+TRUTHS = ((0.95, 0.95), (0.9, 0.9), (0.7, 0.7), (0.9, 0.6), (0.9, 0.3), (0.5, 0.1), None)
 """Shares of right answers of full and of every method; None draws them for each table: of full between a half and all,
 of each method between a fifth and all of these."""
-PARTS = (1.0, 0.9, 0.8)
-"""Of the standard errors that the ends of an interval are away."""
 
 
-def attained(truth: tuple[float, float] | None, repetitions: int, rows: int, n: int, seed: int = 0) -> list[float]:
-    """Share of tables of right and wrong answers whose intervals all hold, were they so many times as long as they are
-    (:data:`PARTS`)."""
+def _score(units: Array) -> Proportions:
+    return scored(units, None, of_normal(units))
+
+
+def _shorter(units: Array) -> Proportions:
+    family = of_normal(units)
+    return scored(units, None, family._replace(level=2 * stats.norm.sf(0.9 * stats.norm.isf(family.level / 2))))
+
+
+DESIGNS: dict[str, Callable[[Array], Proportions]] = {
+    "counted": judge_proportions,
+    "score": _score,
+    "score, 0.9": _shorter,
+    "score, signs": lambda units: scored(units, None, of_signs(units)),
+}
+"""Ways to judge right and wrong of few documents: the one that is used; the score statistic with the level that its
+normal distribution gives; with ends 0.9 as many standard errors away; and with the level that turned signs give."""
+
+
+def attained(
+    truth: tuple[float, float] | None, repetitions: int, rows: int, n: int, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Of every design, the share of tables of right and wrong answers whose intervals all hold, and the share of rows
+    that are told from full."""
     rng = np.random.default_rng([seed, n, rows, 2])
     if truth is None:
         full = rng.uniform(0.5, 1.0, size=(repetitions, 1))
@@ -97,74 +119,118 @@ def attained(truth: tuple[float, float] | None, repetitions: int, rows: int, n: 
     else:
         shares = np.tile([truth[0], *[truth[1]] * rows], (repetitions, 1))
     right = (_hardness(rng, repetitions, rows, n) < stats.norm.ppf(shares)[..., None]).astype(float)
-    held = np.zeros(len(PARTS))
+    counts = {name: np.zeros(2) for name in DESIGNS}
     for answers, share in zip(right, shares, strict=True):
         changes, difference = answers[1:] - answers[0], share[1:] - share[0]
-        critical = normal(n, n, binary_joint(changes).level)
-        for place, part in enumerate(PARTS):
-            found = proportions(changes, None, part * critical)
-            held[place] += np.all((found.low <= difference) & (difference <= found.high))
-    return [float(count) / repetitions for count in held]
+        for name, design in DESIGNS.items():
+            low, high, p_values, family, _ = design(changes)
+            counts[name] += np.all((low <= difference) & (difference <= high)), np.mean(p_values < family.level)
+    return {name: (float(found[0]) / repetitions, float(found[1]) / repetitions) for name, found in counts.items()}
 
 
-SHAPES = {"normal": stats.norm(), "skewed": stats.expon(loc=-1)}
-"""How documents may scatter around their mean."""
+SHAPES: dict[str, Callable[[Array], Array]] = {
+    "normal": stats.norm().ppf,
+    "percent": lambda share: 100 * np.round(16 * stats.triang(0.5, -1, 2).ppf(share)) / 16,
+    "skewed": stats.expon(loc=-1).ppf,
+}
+"""Quantiles of how documents may scatter around their mean."""
 
 
 def claimed(shape: str, sign: int, n: int) -> float | None:
     """What a table says n documents of this shape can show, of those that are typical for it: its quantiles."""
-    typical = SHAPES[shape].ppf((np.arange(n) + 0.5) / n)
+    typical = SHAPES[shape]((np.arange(n) + 0.5) / n)
     return compare((typical - typical.mean() + sign * 1e-9).tolist(), [0.0] * n).detectable
 
 
 def found(shape: str, shift: float, n: int, repetitions: int) -> float:
     """Share of samples of n documents around ``shift`` that are told from no difference, by the test of tables."""
-    drawn = SHAPES[shape].ppf(np.random.default_rng(n).random((repetitions, n)))
+    drawn = SHAPES[shape](np.random.default_rng(n).random((repetitions, n)))
     told = 0
     for part in np.array_split(drawn, max(repetitions // 200, 1)):
         resampled = means(part + shift)
-        p_values = at_level(resampled, np.sort(resampled.studentized, axis=1), n, ALPHA)[2]
+        leaning = leans(part - part.mean(axis=1, keepdims=True), together=False)
+        p_values = at_level(resampled, np.sort(resampled.studentized, axis=1), n, ALPHA, leaning)[2]
         told += int((p_values < ALPHA).sum())
     return told / repetitions
+
+
+CHANGED = 0.2
+"""Share of answers that become right or wrong, at least."""
+
+
+def claimed_of_answers(n: int, rows: int) -> float | None:
+    """What a table of so many unrelated rows says n right and wrong answers can show."""
+    return of_rows(n, rows).detectable(CHANGED)
+
+
+def found_of_answers(difference: float, n: int, rows: int, repetitions: int) -> float:
+    """Share of samples of n answers that are told from no difference, each as one of so many unrelated rows."""
+    changed = max(CHANGED, difference)
+    gained, lost = (changed - difference) / 2, (changed + difference) / 2
+    drawn = np.random.default_rng(n).multinomial(n, [gained, lost, 1 - changed], size=repetitions)
+    told = 0
+    for (up, down, same), times in zip(*np.unique(drawn, axis=0, return_counts=True), strict=True):
+        method, full = [1.0] * up + [0.0] * down + [1.0] * same, [0.0] * up + [1.0] * down + [1.0] * same
+        compared = compare_all([method], full, bounds=BOUNDS["binary"], alpha=independent_level(rows))[0]
+        interval = compared.interval
+        told += int(times) * (interval is not None and not interval.low <= 0 <= interval.high)
+    return told / repetitions
+
+
+def coverages(repetitions: int) -> Iterator[dict[str, Any]]:
+    for kind in KINDS:
+        for n in DOCUMENTS:
+            for rows in ROWS:
+                held, unknown = coverage(kind, repetitions, rows, n)
+                yield {"scores": kind, "documents": n, "rows": rows, "held": held, "unknown": unknown}
+
+
+def attainable(repetitions: int) -> Iterator[dict[str, Any]]:
+    for truth in TRUTHS:
+        full, method = truth or ("", "")
+        for n in DOCUMENTS[:2]:
+            for rows in ROWS:
+                for design, (held, told) in attained(truth, repetitions, rows, n).items():
+                    known = {"full": full, "method": method, "documents": n, "rows": rows}
+                    yield {**known, "design": design, "held": held, "told": told}
+
+
+def powers(repetitions: int) -> Iterator[dict[str, Any]]:
+    for n in DOCUMENTS:
+        for rows in ROWS:
+            claim = claimed_of_answers(n, rows)
+            power = None if claim is None else found_of_answers(claim, n, rows, 8 * repetitions)
+            known = {"scores": "binary", "documents": n, "rows": rows, "direction": -1}
+            yield {**known, "claimed": claim, "power": power}
+    for shape in SHAPES:
+        for n in DOCUMENTS:
+            for sign in (1, -1):
+                claim = claimed(shape, sign, n)
+                power = None if claim is None else found(shape, sign * claim, n, 2 * repetitions)
+                known = {"scores": shape, "documents": n, "rows": 1, "direction": sign}
+                yield {**known, "claimed": claim, "power": power}
+
+
+FILES = {"coverage": coverages, "attainable": attainable, "power": powers}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", type=int, default=1000)
+    parser.add_argument("--only", choices=FILES, help="one of the files; side by side they take a third of the time")
     parser.add_argument("--outdir", type=Path, default=Path("runs/statistics"))
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    covered: list[dict[str, Any]] = []
-    for kind in KINDS:
-        for n in DOCUMENTS:
-            for rows in ROWS:
-                held, unknown = coverage(kind, options.tables, rows, n)
-                covered.append({"scores": kind, "documents": n, "rows": rows, "held": held, "unknown": unknown})
-                print(covered[-1], flush=True)
-    attainable: list[dict[str, Any]] = []
-    for truth in TRUTHS:
-        full, method = truth or ("", "")
-        for n in DOCUMENTS[:2]:
-            for rows in ROWS:
-                for part, share in zip(PARTS, attained(truth, options.tables, rows, n), strict=True):
-                    known = {"full": full, "method": method, "documents": n, "rows": rows}
-                    attainable.append({**known, "part": part, "held": share})
-                    print(attainable[-1], flush=True)
-    powers: list[dict[str, Any]] = []
-    for shape in SHAPES:
-        for n in DOCUMENTS:
-            for sign in (1, -1):
-                claim = claimed(shape, sign, n)
-                power = None if claim is None else found(shape, sign * claim, n, 2 * options.tables)
-                powers.append({"scores": shape, "documents": n, "direction": sign, "claimed": claim, "power": power})
-                print(powers[-1], flush=True)
     options.outdir.mkdir(parents=True, exist_ok=True)
-    write_atomic(options.outdir / "coverage.csv", csv_text(list(covered[0]), covered))
-    write_atomic(options.outdir / "attainable.csv", csv_text(list(attainable[0]), attainable))
-    write_atomic(options.outdir / "power.csv", csv_text(list(powers[0]), powers))
+    for name in [options.only] if options.only else FILES:
+        lines = []
+        for line in FILES[name](options.tables):
+            lines.append(line)
+            print(line, flush=True)
+        write_atomic(options.outdir / f"{name}.csv", csv_text(list(lines[0]), lines))
     record = {"settings": {"tables": options.tables}, "finished": records.now(), **records.environment()}
     write_atomic(options.outdir / "record.json", json_text(record))
 

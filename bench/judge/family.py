@@ -5,24 +5,18 @@ baseline are a family, whose 95 % intervals contain *all* the true differences i
 p-value come from one statistic with one critical value: an interval contains 0 if and only if the adjusted p is 0.05 or
 more, which is what "not distinguishable" says.
 
-The level of a row's interval follows from how the rows hang together. Methods fail on the same documents, and rows that
-move together need hardly more adjusting than one row does (Westfall & Young 1993; balanced as by Beran 1988): it is
-read off the joint distribution of the statistics over all rows, and lies between that of independent rows (Sidak) and
-that of one row.
+The level of a row's interval follows from how the rows hang together (:mod:`bench.judge.joint`).
 
-- Scores of two values: the score statistic of paired proportions (at 0 the one of McNemar's test, without correction),
-  with Tango's interval; its joint distribution is the normal one with the rows' correlation.
+- Scores of two values: mid-p of what was counted, of up to 30 independent documents; of others the score statistic of
+  paired proportions, with Tango's interval (:mod:`bench.judge.proportions`).
 - Other scores: the studentized bootstrap over documents, drawn for all rows together. Each end is that of Student's t
-  where this lies further out: with fewer than about 20 documents the bootstrap's own ends are too near. Rows
-  of so few documents count as independent ones.
-- Such scores of which fewer than five documents change: how much a change is can hardly be known of so few. How many
-  rose and fell is counted, as of scores of two values, and each change taken for as large as one can be, or, where a
-  score has no range, as large as any in the table.
-- Divergences: the same, of the logarithm of the ratio of two means.
+  where this lies further out. Fewer than 20 documents hardly show how long their tails are: where their changes lean to
+  one side, rows count as independent ones, and more of them than they are; where not, Student's ends are taken.
+- Such scores of which fewer than five documents change: how much a change is can hardly be known of so few, so that
+  it is reckoned with one that was not seen (:mod:`bench.judge.unseen`).
+- Divergences: as other scores, of the logarithm of the ratio of two means.
 
-Coverage and power are simulated in tests/bench/judge/test_family.py. Below 20 documents, scores of two values cannot
-have exactly 95 % whatever is true, since so few counts are possible: their intervals cover more, mostly. Of strongly
-skewed scores on so few documents they cover a little less, the more rows the less.
+Coverage and power are simulated by scripts/coverage.py, and in tests/bench/judge/test_family.py.
 """
 
 from __future__ import annotations
@@ -30,29 +24,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from scipy import special, stats
+from numpy.typing import NDArray
+from scipy import stats
 
-from bench.judge.power import McNemar
+from bench.judge.joint import Joint, joint, quantile, unrelated
+from bench.judge.proportions import judge_proportions
 from bench.judge.stats import (
-    RESAMPLES,
     UNBOUNDED,
     Array,
     Interval,
     Resampled,
     by_source,
-    design_effect,
     ends,
     is_binary,
     log_ratios,
     means,
-    normal,
     paired,
-    paired_proportions,
 )
+from bench.judge.unseen import unseen_changes
 from bench.judge.verdict import ALPHA, POWER
 from bench.names import LEAST_DOCUMENTS
 
@@ -79,69 +71,18 @@ class Comparison:
 
 
 FEW_DOCUMENTS = 20
-"""Resamples of fewer do not say how the tails of rows hang together: with 8 documents and skewed scores, intervals of a
-level that is read off them held in 91 % of the tables. Rows then count as independent."""
+"""Resamples of fewer hardly say how long tails are, nor how those of rows hang together: with 8 documents, 13 rows and
+skewed scores, intervals of a level that is read off them held in 91 % of the tables."""
+LEANING = 0.25
+"""Mean skewness of the rows' changes above which few documents are taken for skewed. Methods lose on the same
+documents, so that rows lean to one side together."""
+FURTHER = 1.2
+"""Rows of few skewed documents count as so many independent ones, to this power: the further out in the tails, the more
+often the truth is beyond them."""
 MANY_DOCUMENTS = 30
 SKEWED = 0.75
 """Fewer documents whose changes have a greater skewness do not say how long their tails are: where a power of 80 % was
 claimed from them, simulations found 67 to 91 %."""
-
-
-class Joint(NamedTuple):
-    """What a family is judged by."""
-
-    level: float
-    """Error that each row's own interval may have, so that the family's have ``alpha`` together."""
-    smallest: Array
-    """Smallest of the rows' own p-values under no difference, drawn many times, ascending."""
-    alpha: float
-    rows: int
-
-    def adjusted(self, p_values: Array) -> Array:
-        """P-values of rows, for the family; below ``alpha`` where those are below :attr:`level`."""
-        shares = np.searchsorted(self.smallest, p_values, side="right") / len(self.smallest)
-        independent = -np.expm1(self.rows * np.log1p(-np.minimum(p_values, 1.0 - 1e-15)))
-        found = np.clip(shares, p_values, np.maximum(independent, p_values))
-        below = p_values < self.level
-        # Ties of resamples, and the steps between them, must not part the p-value from its interval.
-        edge = self.alpha * (1.0 - 1e-6)
-        return np.where(below, np.minimum(found, edge), np.maximum(found, self.alpha))
-
-
-def independent_level(rows: int, alpha: float = ALPHA) -> float:
-    """Error of each of so many independent intervals that together have ``alpha`` (Sidak)."""
-    return -math.expm1(math.log1p(-alpha) / rows)
-
-
-def joint(p_values: Array, alpha: float = ALPHA) -> Joint:
-    """The family's level, from the rows' own p-values under no difference [rows, draws]."""
-    smallest = np.sort(p_values.min(axis=0))
-    rows = len(p_values)
-    level = float(np.clip(_quantile(smallest, alpha), independent_level(rows, alpha), alpha))
-    return Joint(level, smallest, alpha, rows)
-
-
-def unrelated(rows: int, alpha: float = ALPHA) -> Joint:
-    """The family of rows of which nothing says how they hang together: its level is that of independent ones."""
-    return Joint(independent_level(rows, alpha), np.zeros(1), alpha, rows)
-
-
-@lru_cache(maxsize=4)
-def _normals(n: int, seed: int) -> Array:
-    return np.random.default_rng([seed, n, 1]).normal(size=(n, RESAMPLES))
-
-
-def binary_joint(changes: Array, alpha: float = ALPHA, seed: int = 0) -> Joint:
-    """The family of rows of scores of two values.
-
-    Args:
-        changes: 1 where only the method is right, -1 where only the baseline is, else 0, or the sum of these over the
-            documents of each source: [rows, n].
-    """
-    lengths = np.sqrt((changes**2).sum(axis=1, keepdims=True))
-    drawn = changes @ _normals(changes.shape[1], seed)
-    statistics = np.divide(drawn, lengths, out=np.zeros_like(drawn), where=lengths > 0)
-    return joint(2 * special.ndtr(-np.abs(statistics)), alpha)
 
 
 class Judged(NamedTuple):
@@ -170,39 +111,56 @@ def _ranked(values: Array) -> tuple[Array, Array]:
     return ascending, ranks
 
 
-def _quantile(ascending: Array, share: float) -> Array:
-    """Of each row [rows, draws] of values in ascending order, as :func:`numpy.quantile` has it, which sorts again."""
-    place = share * (ascending.shape[-1] - 1)
-    below = math.floor(place)
-    low, high = ascending[..., below], ascending[..., min(below + 1, ascending.shape[-1] - 1)]
-    found: Array = low + (place - below) * (high - low)
-    return found
+def leans(changes: Array, *, together: bool = True) -> NDArray[np.bool_]:
+    """Of which rows of changes [rows, n] the tails must be taken for longer than a normal distribution's.
+
+    Args:
+        together: as one family; else each row for itself.
+    """
+    rows, n = changes.shape
+    if n >= FEW_DOCUMENTS:
+        return np.ones(rows, dtype=bool)
+    skewness = stats.skew(changes, axis=1)
+    found: NDArray[np.bool_] = np.abs(skewness.mean(keepdims=True) if together else skewness) > LEANING
+    return np.broadcast_to(found, rows)
 
 
-def judge(resampled: Resampled, n: int, alpha: float = ALPHA) -> Judged:
-    """Intervals and p-values of rows [rows] from resamples of n documents that all rows share."""
+def judge(resampled: Resampled, changes: Array, alpha: float = ALPHA) -> Judged:
+    """Intervals and p-values of rows [rows] from resamples of n documents, or sources of them, that all rows share.
+
+    Args:
+        changes: what each of these adds to the estimate [rows, n].
+    """
+    rows, n = changes.shape
     drawn, ranks = _ranked(resampled.studentized)
-    shares = ranks / (drawn.shape[1] + 1)
-    own = np.minimum(2 * np.minimum(shares, 1.0 - shares), 1.0)
-    family = unrelated(len(own), alpha) if n < FEW_DOCUMENTS else joint(own, alpha)
-    return Judged(*at_level(resampled, drawn, n, family.level), family)
+    leaning = leans(changes)
+    if n < FEW_DOCUMENTS and leaning.all():
+        family = unrelated(rows**FURTHER, alpha)
+    else:
+        shares = ranks / (drawn.shape[1] + 1)
+        family = joint(np.minimum(2 * np.minimum(shares, 1.0 - shares), 1.0), alpha)
+    return Judged(*at_level(resampled, drawn, n, family.level, leaning), family)
 
 
-def at_level(resampled: Resampled, drawn: Array, n: int, level: float) -> tuple[Array, Array, Array, Array, Array]:
+def at_level(
+    resampled: Resampled, drawn: Array, n: int, level: float, leaning: NDArray[np.bool_]
+) -> tuple[Array, Array, Array, Array, Array]:
     """Ends of intervals, p-values and both critical values of rows that are judged one by one.
 
     Args:
         drawn: the studentized resamples of each row [rows, draws] in ascending order.
         level: error of each interval.
+        leaning: whether the row's resamples are asked at all, see :func:`leans`.
     """
     draws = drawn.shape[1]
     student = float(stats.t.isf(level / 2, n - 1))
-    upper = np.maximum(_quantile(drawn, 1.0 - level / 2), student)
-    lower = np.minimum(_quantile(drawn, level / 2), -student)
+    upper = np.where(leaning, np.maximum(quantile(drawn, 1.0 - level / 2), student), student)
+    lower = np.where(leaning, np.minimum(quantile(drawn, level / 2), -student), -student)
     observed = resampled.estimate / resampled.error
     beyond = np.stack([np.searchsorted(row, value) for row, value in zip(drawn, observed, strict=True)])
     own = 2 * np.minimum(beyond + 1, draws - beyond + 1) / (draws + 1)
-    p_values = np.clip(np.maximum(own, 2 * stats.t.sf(np.abs(observed), n - 1)), 0.0, 1.0)
+    of_student = 2 * stats.t.sf(np.abs(observed), n - 1)
+    p_values = np.clip(np.where(leaning, np.maximum(own, of_student), of_student), 0.0, 1.0)
     outside = (observed > upper) | (observed < lower)
     p_values = np.where(outside, np.minimum(p_values, level * (1.0 - 1e-6)), np.maximum(p_values, level))
     low = resampled.estimate - upper * resampled.error
@@ -323,39 +281,13 @@ def _of_larger(found: Comparison, part: float) -> Comparison:
     return Comparison(**{**vars(found), "p_adjusted": p_adjusted})
 
 
-class Proportions(NamedTuple):
-    """Rows of which it is counted how many documents rose and fell."""
-
-    low: Array
-    high: Array
-    p_values: Array
-    fewer: Array
-    """How many times fewer independent documents would say as much."""
-
-
-def proportions(units: Array, sources: Sequence[object] | None, critical: float) -> Proportions:
-    """Tango's intervals and McNemar's p-values of signs of changes [rows, n]."""
-    n = units.shape[1]
-    groups = n if sources is None else len(set(sources))
-    gained, lost = (units > 0).sum(axis=1), (units < 0).sum(axis=1)
-    # Documents of few sources say as much as so many fewer independent ones.
-    fewer = design_effect(units, sources)
-    low, high = paired_proportions(gained / fewer, lost / fewer, n / fewer, critical)
-    statistics = (gained - lost) / np.sqrt(np.maximum(gained + lost, 1) * fewer)
-    beyond = special.ndtr if groups == n else partial(special.stdtr, groups - 1)
-    return Proportions(low, high, 2 * beyond(-np.abs(statistics)), fewer)
-
-
 def _compare_binary(
     changes: Array, sources: Sequence[object] | None, scale: float, alpha: float, seed: int
 ) -> list[Comparison]:
     units = np.sign(changes)
     n = units.shape[1]
-    sums, sizes = by_source(units, sources)
-    family = binary_joint(sums, alpha, seed)
-    critical = normal(len(sizes), n, family.level)
-    found = proportions(units, sources, critical)
-    adjusted = family.adjusted(found.p_values)
+    found = judge_proportions(units, sources, alpha, seed)
+    adjusted = found.joint.adjusted(found.p_values)
     changed = np.abs(units).mean(axis=1)
     return [
         Comparison(
@@ -364,7 +296,7 @@ def _compare_binary(
             interval=Interval(scale * float(found.low[row]), scale * float(found.high[row])),
             p_value=float(found.p_values[row]),
             p_adjusted=float(adjusted[row]),
-            detectable=_scaled(McNemar(int(n / found.fewer[row]), critical).detectable(float(changed[row])), scale),
+            detectable=_scaled(found.tests[row].detectable(float(changed[row])), scale),
         )
         for row in range(len(units))
     ]
@@ -389,13 +321,12 @@ def _compare_means(
     if not len(known):
         return found
     resampled = means(sums[known], sizes, seed=seed)
-    judged = judge(resampled, groups, alpha)
+    judged = judge(resampled, sums[known] - resampled.estimate[:, None] * sizes, alpha)
     few = (sums[known] != 0).sum(axis=1) < LEAST_DOCUMENTS
     low, high, p_values = judged.low, judged.high, judged.p_values
     if few.any():
-        counted = proportions(np.sign(changes[known[few]]), sources, normal(groups, n, judged.joint.level))
         largest = width if math.isfinite(width) else float(np.abs(changes).max())
-        low[few], high[few], p_values[few] = largest * counted.low, largest * counted.high, counted.p_values
+        low[few], high[few], p_values[few] = unseen_changes(sums[known[few]], sizes, largest, judged.joint.level, seed)
     detectable = np.full(len(known), math.inf)
     said = ~few & ((groups >= MANY_DOCUMENTS) | (np.abs(stats.skew(sums[known], axis=1)) <= SKEWED))
     if said.any():
@@ -433,7 +364,9 @@ def _compare_ratios(
     ]
     if not known or len(sizes) < LEAST_DOCUMENTS:
         return found
-    judged = judge(log_ratios(sums[known], below[known], seed), len(sizes), alpha)
+    mine, other = sums[known], below[known]
+    changes = mine / mine.mean(axis=1, keepdims=True) - other / other.mean(axis=1, keepdims=True)
+    judged = judge(log_ratios(mine, other, seed), changes, alpha)
     adjusted = judged.joint.adjusted(judged.p_values)
     for place, row in enumerate(known):
         found[row] = Comparison(

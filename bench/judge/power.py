@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from scipy import special, stats
 
-from bench.judge.verdict import ALPHA, POWER
+from bench.judge.exact import MOST_COUNTED, mid_p_of_none
+from bench.judge.joint import independent_level
+from bench.judge.stats import Array
+from bench.judge.verdict import POWER
 from bench.names import LEAST_DOCUMENTS
 
 WORTH_FINDING = 0.5
@@ -18,15 +21,17 @@ MOST_DOCUMENTS = 1000
 """Up to so many documents are looked through for a number that suffices."""
 
 
-@dataclass(frozen=True)
-class McNemar:
-    """The test of paired scores of two values on n documents, as one row of a family.
-
-    A difference is found where ``|gained - lost| / sqrt(gained + lost)`` is above ``critical``.
-    """
+class Paired(ABC):
+    """A test of paired scores of two values, as one row of a family."""
 
     n: int
-    critical: float
+    """Documents."""
+
+    @property
+    @abstractmethod
+    def most_on_rarer_side(self) -> Array:
+        """By how many documents changed [n + 1]: the most of them on the rarer side with which a difference is found;
+        -1 where none is."""
 
     def power(self, difference: float, changed: float) -> float:
         """Chance of finding a difference.
@@ -36,8 +41,7 @@ class McNemar:
             changed: true share of documents on which the two differ, at least ``difference``.
         """
         counts = np.arange(self.n + 1)
-        # The most documents on the rarer side with which so many changed ones are found; -1 where none are.
-        limit = np.ceil((counts - self.critical * np.sqrt(counts)) / 2) - 1
+        limit = self.most_on_rarer_side
         favoured = min((changed + difference) / (2 * changed), 1.0)
         is_found = limit >= 0
         within, of = limit[is_found], counts[is_found]
@@ -53,8 +57,37 @@ class McNemar:
         return _detectable(self, changed)
 
 
+@dataclass(frozen=True)
+class McNemar(Paired):
+    """A difference is found where ``|gained - lost| / sqrt(gained + lost)`` is above ``critical``."""
+
+    n: int
+    critical: float
+
+    @cached_property
+    def most_on_rarer_side(self) -> Array:
+        counts = np.arange(self.n + 1)
+        found: Array = np.ceil((counts - self.critical * np.sqrt(counts)) / 2) - 1
+        return found
+
+
+@dataclass(frozen=True)
+class Counted(Paired):
+    """A difference is found where the mid-p of none (:mod:`bench.judge.exact`) is below ``level``."""
+
+    n: int
+    level: float
+
+    @cached_property
+    def most_on_rarer_side(self) -> Array:
+        p_values = mid_p_of_none(self.n)
+        rarer = [p_values[np.arange(many // 2 + 1), many - np.arange(many // 2 + 1)] for many in range(self.n + 1)]
+        # The first that is not found ends those that are.
+        return np.array([np.argmin([*(row < self.level), False]) - 1 for row in rarer], dtype=float)
+
+
 @lru_cache(maxsize=4096)
-def _detectable(test: McNemar, changed: float) -> float | None:
+def _detectable(test: Paired, changed: float) -> float | None:
     if test.n < LEAST_DOCUMENTS or test.power(1.0, 1.0) < POWER:
         return None
     low, high = 0.0, 1.0
@@ -65,9 +98,14 @@ def _detectable(test: McNemar, changed: float) -> float | None:
     return high
 
 
-def of_rows(n: int, rows: int) -> McNemar:
+def of_level(n: int, level: float) -> Paired:
+    """The test of so many independent documents at a row's own level."""
+    return Counted(n, level) if n <= MOST_COUNTED else McNemar(n, float(stats.norm.isf(level / 2)))
+
+
+def of_rows(n: int, rows: int) -> Paired:
     """The test before anything is measured: so many rows that have nothing in common, the worst case."""
-    return McNemar(n, float(stats.norm.isf(-math.expm1(math.log1p(-ALPHA) / rows) / 2)))
+    return of_level(n, independent_level(rows))
 
 
 def documents_needed(rows: int, difference: float = WORTH_FINDING) -> int | None:

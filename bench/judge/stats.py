@@ -294,6 +294,18 @@ def _resampled(estimate: Array, error: Array, shift: Array, variance: Array) -> 
     return Resampled(estimate, error, studentized, errors)
 
 
+def score_statistic(gained: Array, lost: Array, n: Any, difference: Array) -> tuple[Array, Array]:
+    """How many standard errors ``(gained - lost) / n`` is above a true difference; and the share of lost documents that
+    is likeliest at that difference (Tango). All arguments broadcast."""
+    # Maximum likelihood of the share of lost documents, given the difference.
+    linear = -gained - lost + (2 * n - gained + lost) * difference
+    constant = -lost * difference * (1.0 - difference)
+    share = (np.sqrt(np.maximum(linear**2 - 8 * n * constant, 0.0)) - linear) / (4 * n)
+    variance = n * (2 * share + difference * (1.0 - difference))
+    statistic: Array = (gained - lost - n * difference) / np.sqrt(np.maximum(variance, np.finfo(float).tiny))
+    return statistic, share
+
+
 def paired_proportions(gained: Any, lost: Any, n: Any, critical: float = NORMAL) -> tuple[Array, Array]:
     """Tango's score interval of the difference of two paired proportions, ``(gained - lost) / n``.
 
@@ -307,22 +319,13 @@ def paired_proportions(gained: Any, lost: Any, n: Any, critical: float = NORMAL)
         Low and high ends, same shape.
     """
     gained, lost = np.asarray(gained, dtype=float), np.asarray(lost, dtype=float)
-
-    def statistic(difference: Array) -> Array:
-        # Maximum likelihood of the share of lost documents, given the difference.
-        linear = -gained - lost + (2 * n - gained + lost) * difference
-        constant = -lost * difference * (1.0 - difference)
-        share = (np.sqrt(np.maximum(linear**2 - 8 * n * constant, 0.0)) - linear) / (4 * n)
-        variance = n * (2 * share + difference * (1.0 - difference))
-        return (gained - lost - n * difference) / np.sqrt(np.maximum(variance, np.finfo(float).tiny))
-
     # Where the statistic, which falls with the difference, is ``critical`` and its negative: between an end of the
     # range and the mean.
     mean = (gained - lost) / n
     beyond, within = np.stack([np.full_like(mean, -1.0), np.full_like(mean, 1.0)]), np.stack([mean, mean])
     for _ in range(50):
         middle = (beyond + within) / 2
-        outside = np.abs(statistic(middle)) > critical
+        outside = np.abs(score_statistic(gained, lost, n, middle)[0]) > critical
         beyond, within = np.where(outside, middle, beyond), np.where(outside, within, middle)
     return within[0], within[1]
 
