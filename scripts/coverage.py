@@ -189,7 +189,7 @@ def attainable(repetitions: int) -> Iterator[dict[str, Any]]:
     for truth in TRUTHS:
         full, method = truth or ("", "")
         for n in DOCUMENTS[:2]:
-            for rows in ROWS:
+            for rows in (min(ROWS), max(ROWS)):
                 for design, (held, told) in attained(truth, repetitions, rows, n).items():
                     known = {"full": full, "method": method, "documents": n, "rows": rows}
                     yield {**known, "design": design, "held": held, "told": told}
@@ -228,10 +228,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in [options.only] if options.only else FILES:
         lines = []
         for line in FILES[name](options.tables):
-            lines.append(line)
-            print(line, flush=True)
+            lines.append({**line, "tables": options.tables})
+            print(lines[-1], flush=True)
         write_atomic(options.outdir / f"{name}.csv", csv_text(list(lines[0]), lines))
-    record = {"settings": {"tables": options.tables}, "finished": records.now(), **records.environment()}
+    record = {"finished": records.now(), **records.environment()}
     write_atomic(options.outdir / "record.json", json_text(record))
 
 
