@@ -1,10 +1,11 @@
-"""The comparison of a task: ``full`` on top, methods as rows by true bytes, budgets grouped, with notes."""
+"""The comparison of a task: ``full`` on top, budgets grouped by true bytes, methods in one order, with notes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from bench.judge.budgets import by_budget
 from bench.methods.names import limits_of
@@ -14,6 +15,7 @@ from bench.records.finished import Run, comparable
 from bench.records.row import Row
 from bench.records.shown import headline
 from bench.report.columns import TOLERANCE, budget_cell, is_older, no_retention, off_budget, untold
+from bench.report.looks import place_of
 
 WITHIN = "differences, p-values and bold are within each run; what changed from run to run stands in a table of its own"
 
@@ -28,7 +30,7 @@ _QUESTIONS = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """One table: rows in groups, one group per budget, all by falling bytes."""
+    """One table: rows in groups, one group per budget, by falling bytes; within a group in the order of the methods."""
 
     title: str
     groups: list[list[Row]]
@@ -41,8 +43,8 @@ def compare(rows: Sequence[Row]) -> list[Comparison]:
     comparisons = []
     for model, task, metric in keys:
         mine = [row for row in rows if (row.model, row.task, row.metric) == (model, task, metric)]
-        groups = [sorted(group, key=_by_bytes) for group in by_budget(mine)]
-        groups.sort(key=lambda group: _by_bytes(group[0]))
+        groups = [sorted(group, key=_in_order) for group in by_budget(mine)]
+        groups.sort(key=_by_budget)
         counts = sorted({row.n for row in mine})
         direction = "higher" if mine[0].higher_is_better else "lower"
         title = f"{task}, {metric} ({direction} is better), {model}, n={'-'.join(map(str, counts))}{_of_sources(mine)}"
@@ -75,9 +77,15 @@ def tables_of(runs: Sequence[Run]) -> tuple[list[list[Row]], list[str]]:
     return tables, reasons
 
 
-def _by_bytes(row: Row) -> tuple[bool, float]:
-    """``full`` first, then most bytes first."""
-    return row.method != FULL, -(row.kv_bytes_mean or 0.0)
+def _in_order(row: Row) -> tuple[Any, ...]:
+    """The methods of a budget in the order that they have everywhere, whatever they score or take."""
+    return (*place_of(row.method), row.quant_format or "", row.window_size or 0, row.run or "", row.cell)
+
+
+def _by_budget(group: Sequence[Row]) -> tuple[Any, ...]:
+    """``full`` first, then most bytes first; of budgets whose bytes are next to equal, the smaller window."""
+    most = max(row.kv_bytes_mean or 0.0 for row in group)
+    return group[0].method != FULL, -float(f"{most:.2g}"), group[0].window_size or 0
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:

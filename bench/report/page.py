@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one or more runs: the answer in words, tables, figures, failures, the records."""
+"""One self-contained HTML page about runs: the answer, tables, figures, every document, failures, the records."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from bench.report import averages
 from bench.report.columns import LEGEND
 from bench.report.figures.canvas import Figure, file_name
 from bench.report.figures.layers import states_figure
-from bench.report.paragraphs import answer, problems_of
+from bench.report.paragraphs import problems_of
 from bench.report.sections import FIGURED, pair_sections, run_sections, speed_sections
+from bench.report.verdicts import HEADERS, answer
 from bench.report.viewer import viewer_of
 
 STYLES, SCRIPTS = ("page.css", "viewer.css"), ("page.js", "viewer.js")
@@ -97,6 +98,7 @@ def build(runs: Sequence[Run], beside: Path | None = None) -> Page:
         sources="" if samples is None or samples.chunks else " 'self' file:",
         runs=runs,
         answers={run.name: answer(run) for run in runs if run.is_run},
+        answer_headers=HEADERS,
         warnings=[*warnings, *reasons],
         sections=[*sections, *pairs, *speed],
         maps=maps,

@@ -25,7 +25,7 @@ from bench.report.figures.layers import layer_means
 from bench.report.figures.scores import pareto_front
 from bench.report.figures.times import share_figure
 from bench.report.page import MAPS, Page, build
-from bench.report.paragraphs import answer, budget_sentences
+from bench.report.verdicts import answer, verdicts
 from tests.bench.browser import Browser, chromium
 from tests.bench.lines import line
 from tests.bench.report.test_report import ROWS, row, write
@@ -85,6 +85,9 @@ class Parsed(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tables: list[list[list[str]]] = []
+        self.answers: list[list[list[str]]] = []
+        """Tables of the answer on top."""
+        self._filled = self.tables
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self._open: list[str] = []
         self.feed(html)
@@ -96,11 +99,12 @@ class Parsed(HTMLParser):
         if tag not in VOID:
             self._open.append(tag)
         if tag == "table":
-            self.tables.append([])
+            self._filled = self.answers if dict(attrs).get("class") == "verdicts" else self.tables
+            self._filled.append([])
         elif tag == "tr":
-            self.tables[-1].append([])
+            self._filled[-1].append([])
         elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
+            self._filled[-1][-1].append("")
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -110,7 +114,7 @@ class Parsed(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if {"td", "th"} & set(self._open):
-            self.tables[-1][-1][-1] += data
+            self._filled[-1][-1][-1] += data
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +133,8 @@ def test_the_page_holds_the_figures_of_the_results(plain: Page) -> None:
         ["512", "window", "0.000[-0.10, 0.10]", "-1.000[-1.10, -0.90]"],
     ]
     assert len(lines) == len(ROWS)
+    (found,) = Parsed(page.html).answers
+    assert [line[0] for line in found] == ["budget", "C=1024 tokens per layer", "C=512 tokens per layer"]
     assert "worse, p 0.030" in next(line for line in lines if line[1] == "origin")
     # Score, times, ratios by layer.
     assert [figure.name for figure in page.figures] == [
@@ -172,7 +178,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 def test_the_answer_names_the_best_of_each_budget(tmp_path: Path) -> None:
     rows = [
-        row("full", 1.0),
+        row("full", 1.0, tpot_ms=100.0),
         row("window", 0.0, leading=False),
         row("origin", 0.5, leading=True),
         row("mix", 0.875, leading=True),
@@ -180,29 +186,51 @@ def test_the_answer_names_the_best_of_each_budget(tmp_path: Path) -> None:
         row("mix", 1.0, 1024),
         row("mix", 1.0, 4096, compressed_documents=0),
     ]
-    text = answer(*read_runs([make_run(tmp_path / "run", rows)]))
-    assert "On needle (exact_match, tiny, n=8), the full cache scores 1.000 [0.90, 1.10]." in text
-    assert (
-        "At C=512 tokens per layer, mix int8 is best with 0.875 [0.78, 0.97], not distinguishable from full "
-        "(-0.125 [-0.23, -0.03]); not distinguishable from it: origin; behind: window." in text
-    )
-    assert "At C=1024 tokens per layer, no method can be told from the best: window and mix int8 score highest" in text
-    assert "At C=4096 tokens per layer, every prompt fits: nothing was compressed" in text
-    assert "Smallest difference to full that so many documents show in 4 of 5 cases: 0.52." in text
+    found = answer(*read_runs([make_run(tmp_path / "run", rows)]))
+    assert [line.cells for line in found.lines] == [
+        ("C=4096 tokens per layer", "", "", "every prompt fits: nothing was compressed"),
+        (
+            "C=1024 tokens per layer",
+            "window and mix int8: 1.000 [0.90, 1.10]",
+            "they score the same",
+            "25.0 % of full's bytes; 1.24 x its time per token; score not distinguishable: +0.000 [-0.10, 0.10]",
+        ),
+        (
+            "C=512 tokens per layer",
+            "mix int8: 0.875 [0.78, 0.97]",
+            "origin",
+            "25.0 % of full's bytes; 1.24 x its time per token; score not distinguishable: -0.125 [-0.23, -0.03]",
+        ),
+    ]
+    assert found.notes == [
+        "On needle (exact_match, tiny, n=8), the full cache scores 1.000 [0.90, 1.10]. "
+        "Smallest difference to full that so many documents show in 4 of 5 cases: 0.52."
+    ]
+
+
+def test_the_answer_has_five_lines_at_most(tmp_path: Path) -> None:
+    rows = [row("full", 1.0), *(row("mix", 1.0, size) for size in (64, 128, 256, 512, 1024, 2048, 4096))]
+    found = answer(*read_runs([make_run(tmp_path / "run", rows)]))
+    assert [line.budget.split()[0] for line in found.lines] == ["C=4096", "C=2048", "C=1024", "C=512", "C=256"]
+    assert found.notes[-1] == "2 more budgets stand in the tables below."
 
 
 def test_the_lowest_is_best_where_lower_is_better() -> None:
     rows = [row("window", 0.9, higher_is_better=False), row("mix", 0.1, higher_is_better=False)]
-    (said,) = budget_sentences(rows)
-    assert "mix int8 scores lowest (best) with 0.100" in said
+    (said,) = verdicts(rows)
+    assert (said.best, said.equal) == ("mix int8: 0.100 [0.00, 0.20]", "window")
 
 
 def test_many_tasks_are_counted(tmp_path: Path) -> None:
     tasks = [item.model_copy(update={"task": f"task{number}"}) for number in range(3) for item in ROWS]
-    text = answer(*read_runs([make_run(tmp_path / "run", tasks)]))
-    assert "3 comparisons" in text
-    assert "At C=512 tokens per layer: no method can be told from the best in 3 of 3" in text
-    assert "window in 3, origin in 3" in text
+    found = answer(*read_runs([make_run(tmp_path / "run", tasks)]))
+    assert found.notes == ["3 comparisons of a model on a task, each by its first metric."]
+    assert found.lines[1].cells == (
+        "C=512 tokens per layer",
+        "",
+        "no method from the best in 3 of 3",
+        "25.0 % of full's bytes; worse than full beyond doubt: window in 3, origin in 3",
+    )
 
 
 def test_rows_that_were_not_exercised_are_marked(tmp_path: Path) -> None:
