@@ -163,6 +163,14 @@ class Method(ABC):
         own = type(self).decoding is not Method.decoding
         return not (self.one_by_one or own) and all(map(is_plain, caches))
 
+    def repeated(self, cache: Cache, rows: int) -> Cache | None:
+        """One cache of ``rows`` samples, each of which holds, in storage of its own, what the only one of ``cache``
+        does: what a batch of so many equal prompts would leave, which a forward decodes at once. ``speed`` times it.
+
+        None where rows are decoded one after the other.
+        """
+        return repeat(self.fork(cache), rows) if self.batches([cache]) else None
+
     # --- What its cache holds ---
 
     def tokens_seen(self, cache: Cache) -> int:
@@ -227,6 +235,12 @@ def drawing_the_same(model: Any) -> Iterator[None]:
     with torch.random.fork_rng(devices):
         torch.manual_seed(0)
         yield
+
+
+def repeat(cache: Cache, rows: int) -> Cache:
+    """``cache``, which is a copy, with ``rows`` of its only sample."""
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 def is_plain(cache: Cache) -> bool:

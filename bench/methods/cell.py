@@ -202,6 +202,11 @@ class Cell:
         with self._guard():
             return self.impl.fork(cache)
 
+    def repeated(self, cache: Cache, rows: int) -> Cache | None:
+        """See :meth:`bench.methods.base.Method.repeated`. Raises as :meth:`compress`."""
+        with self._guard():
+            return self.impl.repeated(cache, rows)
+
     def held(self, cache: Cache, prompt: Prompt | None) -> Held:
         """What a cache holds that began with ``prompt``. Raises as :meth:`compress`."""
         with self._guard():

@@ -84,6 +84,10 @@ class HfQuantized(Method):
         """One by one."""
         return False
 
+    def repeated(self, cache: Cache, rows: int) -> Cache | None:
+        """As transformers would hold a batch. Not known of ``fp8``, which has a scale for a whole tensor."""
+        return None if self.backend == "fp8" else repeat_quantized(self.fork(cache), rows)
+
     def token_counts(self, cache: Cache) -> dict[str, float]:
         """Quantized, but for the newest, which wait at model precision."""
         newest = sum(map(waiting, cache.layers)) / len(cache.layers)
@@ -137,6 +141,18 @@ def stored_bytes(backend: str, bits: int, heads: int, dim: int, itemsize: int, t
     values = heads * dim * (tokens - over)
     each = values * bits // 8 + 2 * itemsize * values // GROUP_SIZE + itemsize * heads * dim * over
     return 2 * each
+
+
+def repeat_quantized(cache: Cache, rows: int) -> Cache:
+    """``cache``, which is a copy, with ``rows`` of its only sample: no group spans two samples."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        for name, axis in (("keys", layer.axis_key), ("values", layer.axis_value)):
+            stored = layer._dequantize(getattr(layer, f"_quantized_{name}")).repeat_interleave(rows, dim=0)
+            setattr(layer, f"_quantized_{name}", layer._quantize(stored.contiguous(), axis))
+            if waiting(layer):
+                setattr(layer, name, getattr(layer, name).repeat_interleave(rows, dim=0))
+    return cache
 
 
 def waiting(layer: Any) -> int:

@@ -19,8 +19,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from arkv import storage_bytes
 from bench.errors import UserError
-from bench.methods.base import Method, Sizes, drawing_the_same
-from bench.methods.hf import stored_bytes
+from bench.methods.base import Method, Sizes, drawing_the_same, repeat
+from bench.methods.hf import repeat_quantized, stored_bytes
 from bench.methods.names import BACKENDS, limits_of
 from bench.methods.pressed import Pressed, PressedLayer, ShrinkingLayer, quantized
 from bench.methods.presses import least_prompt, library, patched, plan_press, quiet, traceless
@@ -203,6 +203,12 @@ class Press(Method):
     def batches(self, caches: Sequence[Cache]) -> bool:
         """One by one."""
         return False
+
+    def repeated(self, cache: Cache, rows: int) -> Cache | None:
+        """Of equal prompts a press leaves equally many tokens. Not where it masks some, or goes on compressing."""
+        if self.plan.masks or self.plan.decodes:
+            return None
+        return (repeat if self.backend is None else repeat_quantized)(self.fork(cache), rows)
 
     def tokens_seen(self, cache: Cache) -> int:
         """Those of its layers, which may count fewer positions."""

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from bench.judge.speed import growths, summarize
 from bench.records.files.text import printable
 from bench.records.finished import Run, comparable
 from bench.records.row import Row
 from bench.records.sample import Measured, Sample
 from bench.records.shown import headline
 from bench.records.starts import terms, timed
-from bench.records.timing import SpeedRecord, summarize
+from bench.records.timing import SpeedRecord
 from bench.report.between import between
 from bench.report.between_written import HEADERS as PAIR_HEADERS
 from bench.report.between_written import LEFT as PAIR_LEFT
@@ -44,10 +45,12 @@ from bench.report.figures.canvas import Figure, file_name
 from bench.report.figures.curve import curve_figure
 from bench.report.figures.layers import oq_figure
 from bench.report.figures.scores import score_figure
+from bench.report.figures.throughput import throughput_figures
 from bench.report.figures.times import share_figure, speed_figure, time_figure
 from bench.report.paragraphs import in_words, named
-from bench.report.speed import COLUMNS as SPEED_COLUMNS
+from bench.report.speed import GROWTH_COLUMNS, GROWTH_LEGEND, ordered, shown
 from bench.report.speed import LEGEND as SPEED_LEGEND
+from bench.report.speed import Columns as SpeedColumns
 
 _Sampled = TypeVar("_Sampled", bound=Measured)
 
@@ -279,35 +282,59 @@ def speed_sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
                 known = {"model": run.record.model.model_dump(), "hardware": run.record.hardware}
                 where = json.dumps(known, sort_keys=True)
             sets.setdefault(where, []).append(run)
-    sections = []
+    sections: list[Section] = []
     for number, together in enumerate(sets.values(), start=1):
-        names = ", ".join(run.name for run in together)
-        record = together[0].record
-        model = record.model.name if isinstance(record, SpeedRecord) else "unknown model"
-        rows = [row for run in together for row in summarize(run.timings)]
-        rows.sort(key=lambda row: (row.context_length, row.cache_size or 0))
-        lengths = [row.context_length for row in rows]
-        sections.append(
-            Section(
-                title=f"Speed over context lengths, {printable(model)} ({names})",
-                anchor=f"speed-{number}",
-                headers=[(header.replace("\n", " "), header in ("method", "format")) for header, _ in SPEED_COLUMNS],
-                lines=[
-                    Line(
-                        cells=[Cell([cell(row)], cell(row)) for _, cell in SPEED_COLUMNS],
-                        leading=False,
-                        exercised=True,
-                        first=place == 0 or lengths[place - 1] != lengths[place],
-                    )
-                    for place, row in enumerate(rows)
-                ],
-                notes=list(SPEED_LEGEND),
-                figures=[speed_figure(f"speed-{number}", rows)],
-            )
-        )
+        sections += _of_timings(together, number)
     named = [in_words([run.name for run in together]) for together in sets.values()]
     warnings = [
         f"Timings of {first} and {second} must not be compared: another model, precision or machine, or none known."
         for first, second in itertools.combinations(named, 2)
     ]
     return sections, warnings
+
+
+def _of_timings(together: Sequence[Run], number: int) -> list[Section]:
+    """What was timed with one model on one machine, and how times grow with the context."""
+    names = ", ".join(run.name for run in together)
+    records = [run.record for run in together if isinstance(run.record, SpeedRecord)]
+    model = printable(records[0].model.name) if records else "unknown model"
+    rows = ordered([row for run in together for row in summarize(run.timings)])
+    name = f"speed-{number}"
+    failures = [f"not timed: {failure.line}" for record in records for failure in record.failures]
+    tables = [
+        Section(
+            title=f"Speed over context lengths, {model} ({names})",
+            anchor=name,
+            headers=_headers(shown(rows)),
+            lines=_lines(rows, shown(rows), [row.context_length for row in rows]),
+            notes=[*SPEED_LEGEND, *map(printable, failures)],
+            figures=[speed_figure(name, rows), *throughput_figures(name, rows)],
+        )
+    ]
+    if grown := growths(rows):
+        tables.append(
+            Section(
+                title=f"Time of a step over the context, {model} ({names})",
+                anchor=f"{name}-growth",
+                headers=_headers(GROWTH_COLUMNS),
+                lines=_lines(grown, GROWTH_COLUMNS, [item.row.batch_size for item in grown]),
+                notes=[GROWTH_LEGEND],
+            )
+        )
+    return tables
+
+
+def _headers(columns: SpeedColumns) -> list[tuple[str, bool]]:
+    return [(header.replace("\n", " "), header in ("method", "format")) for header, _ in columns]
+
+
+def _lines(rows: Sequence[Any], columns: SpeedColumns, groups: Sequence[int]) -> list[Line]:
+    return [
+        Line(
+            cells=[Cell([cell(row)], cell(row)) for _, cell in columns],
+            leading=False,
+            exercised=True,
+            first=place == 0 or groups[place - 1] != groups[place],
+        )
+        for place, row in enumerate(rows)
+    ]

@@ -17,8 +17,8 @@ class SpeedConfig(RunConfig):
     """Everything that ``arkv-bench speed`` can be told."""
 
     not_offered: ClassVar[frozenset[str]] = frozenset(RunConfig.model_fields) - {
-        *("model", "methods", "cache_size", "budget_unit", "quant_format", "window_size", "device", "dtype"),
-        *("plugin", "outdir"),
+        *("model", "methods", "cache_size", "cache_ratio", "budget_unit", "quant_format", "window_size", "device"),
+        *("dtype", "plugin", "outdir"),
     }
 
     methods: tuple[str | Variant, ...] = again(
@@ -32,9 +32,31 @@ class SpeedConfig(RunConfig):
     quant_format: tuple[str, ...] | None = again(RunConfig, "quant_format", ("int8",), unset=None)
     window_size: tuple[Count, ...] = again(RunConfig, "window_size", (32,), unset=None)
     context_lengths: tuple[Count, ...] = setting((2048,), "Prompt lengths in tokens.", TIMING, "grid")
+    batch_sizes: tuple[Count, ...] = setting(
+        (1,), "Sequences that are decoded side by side: copies of one prompt.", TIMING, "grid"
+    )
+    kv_memory: tuple[str, ...] = setting(
+        (),
+        "Time also the largest batch of each method whose caches fit in so many bytes (2GB).",
+        TIMING,
+        "grid",
+        unset="not asked",
+    )
+    shared_prefill: bool = setting(
+        False,
+        "Read each prompt once for all methods, as run does, which is soon done where there are many; else each reads "
+        "it by itself, which times its prefill.",
+        TIMING,
+        "grid",
+    )
     new_tokens: Annotated[int, Field(ge=2)] = setting(32, "Decoding steps per measurement.", TIMING, "grid")
     repetitions: Count = setting(3, "Measurements of every cell, all cells in turn.", TIMING, "grid")
     model: tuple[str, ...] = again(RunConfig, "model", ("smollm2-135m",), help="Model, see list models.")
     outdir: Path | None = again(
-        RunConfig, "outdir", None, help="Write speed.csv and record.json there.", panel=OUTPUT, unset=None
+        RunConfig,
+        "outdir",
+        None,
+        help="Write speed.csv and record.json there, row by row; what is there already is not timed again.",
+        panel=OUTPUT,
+        unset=None,
     )

@@ -7,10 +7,10 @@ from statistics import fmean
 
 from matplotlib.ticker import MaxNLocator
 
+from bench.judge.speed import SpeedRow
 from bench.names import FULL
 from bench.records.row import Row
 from bench.records.sample import Measured
-from bench.records.timing import SpeedRow
 from bench.report.columns import BUDGET
 from bench.report.figures.canvas import (
     FOREGROUND,
@@ -110,8 +110,14 @@ def speed_figure(name: str, rows: Sequence[SpeedRow]) -> Figure:
     """Milliseconds per output token and tokens per second against context length.
 
     Args:
-        rows: those of :func:`bench.records.timing.summarize`, of one model and machine.
+        rows: those of :func:`bench.judge.speed.summarize`, of one model and machine; the smallest batch of each context
+            is drawn.
     """
+    least = {
+        length: min(row.batch_size for row in rows if row.context_length == length)
+        for length in {row.context_length for row in rows}
+    }
+    rows = [row for row in rows if row.batch_size == least[row.context_length]]
     labels = list(dict.fromkeys(speed_series(row) for row in rows))
     looks = looks_of([label for label in labels if label != FULL])
     panels: tuple[tuple[str, Callable[[SpeedRow], float]], ...] = (
@@ -131,13 +137,15 @@ def speed_figure(name: str, rows: Sequence[SpeedRow]) -> Figure:
             axes.set_xticks(lengths if len(lengths) < 4 else [lengths[0], lengths[len(lengths) // 2], lengths[-1]])
             axes.margins(x=0.15)
         legend(canvas, axes)
+    batches = " and ".join(map(str, sorted(set(least.values()))))
     caption = (
-        "Medians of arkv-bench speed; prompt tokens are never counted. ceiling: a stock cache that holds only C tokens."
+        f"Medians of arkv-bench speed, batch size {batches}; prompt tokens are never counted. ceiling: a stock cache "
+        "that holds only C tokens."
     )
     return Figure(name=name, caption=caption, canvas=canvas)
 
 
 def speed_series(row: SpeedRow) -> str:
     """What a cell of arkv-bench speed is labelled with."""
-    size = "" if row.cache_size is None else f"C={row.cache_size}"
+    size = row.budget if row.cache_size is None else f"C={row.cache_size}"
     return " ".join(filter(None, (row.method, row.quant_format, size)))

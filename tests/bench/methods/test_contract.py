@@ -26,7 +26,8 @@ from bench.methods.names import BACKENDS, PRESSES, usable_presses
 from bench.methods.prompt import Prompt
 from bench.methods.reading import forward, record
 from bench.methods.variants import Variant
-from bench.names import DESCRIPTIONS, FULL, FUSED, HF, KVPRESS
+from bench.names import CEILING, DESCRIPTIONS, FULL, FUSED, HF, KVPRESS
+from bench.records.timing import Timing
 from tasks.base import Document, Generate
 
 LENGTH, STEPS = 203, 3
@@ -235,10 +236,28 @@ def test_a_question_behind_a_context_that_the_budget_holds_is_answered_as_by_the
         assert list(first.answer.token_ids) == expected[0, whole.shape[1] :].tolist()  # type: ignore[union-attr]
 
 
+@torch.inference_mode()
+def test_a_batch_of_copies_decodes_as_the_one(tiny: Any, cell: Cell) -> None:
+    cache = cell.compress(tiny.model, recorded(tiny, cell)).cache
+    whole, before = cell.repeated(cache, 3), storage_bytes(cache)
+    if whole is None:
+        assert cell.method.startswith((f"{HF}:fp8", KVPRESS))
+        return
+    assert storage_bytes(whole) == pytest.approx(3 * before, rel=0.02)
+    with cell.decoding(tiny.model, [whole]):
+        logits = [tiny.model(torch.tensor([[5 + step]] * 3), past_key_values=whole).logits for step in range(STEPS)]
+    together = torch.cat(logits, dim=1)
+    torch.testing.assert_close(together, decode(tiny, cell, cache)[None].expand(3, -1, -1), rtol=1e-3, atol=1e-3)
+
+
 def test_it_is_timed_and_planned(tiny: Any, cell: Cell) -> None:
     bench = SpeedBench(tiny.model, [cell], prompt_ids(), new_tokens=2)
-    timings = list(bench.measure(LENGTH, 0))
-    assert [timing.method for timing in timings] == [FULL, FUSED, *([] if cell.method == FULL else [cell.method])]
+    timings = [item for item in bench.measure(LENGTH, 0) if isinstance(item, Timing)]
+    ceiling = [CEILING] if cell.impl.has_budget else []
+    assert [timing.method for timing in timings] == [
+        *(FULL, FUSED, *ceiling),
+        *([] if cell.method == FULL else [cell.method]),
+    ]
     # All tokens at model precision, with a score and a position each and a table of rows.
     assert timings[0].kv_bytes < timings[1].kv_bytes < 1.1 * timings[0].kv_bytes
     mine = timings[-1]

@@ -17,7 +17,7 @@ from bench.records.finished import read_runs
 from bench.records.record import read_record, record_text
 from bench.records.row import COLUMNS, STATISTICS, read_results, rows_csv
 from bench.records.sample import LINE, Samples, sample_line
-from bench.records.timing import read_speed_record, read_timings, timings_csv
+from bench.records.timing import read_speed_record, read_timings
 from bench.records.version import FORMAT_VERSION
 from bench.runs.folder import RunFolder
 from tests.bench.conftest import quiet_environment, read_lines
@@ -55,7 +55,9 @@ def test_every_run_of_the_repository_is_read(name: str) -> None:
 @pytest.mark.parametrize("name", TIMINGS)
 def test_every_timing_of_the_repository_is_read(name: str) -> None:
     folder = ROOT / name
-    assert timings_csv(read_timings(folder / SPEED)) == (folder / SPEED).read_text()
+    table = (folder / SPEED).read_text()
+    # Columns that came later are unknown.
+    assert csv_text(table.partition("\n")[0].split(","), read_timings(folder / SPEED), digits=None) == table
     assert read_speed_record(folder).model.name == "smollm2-135m"
 
 

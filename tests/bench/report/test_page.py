@@ -337,13 +337,18 @@ def make_maps(folder: Path, count: int = 1, **more: Any) -> Path:
 
 def test_speed_and_maps_stand_beside_a_run(tmp_path: Path) -> None:
     page = page_of(make_maps(make_run(tmp_path / "run")), make_speed(tmp_path / "speed"))
-    _, speed = Parsed(page.html).tables
-    assert speed[0][:5] == ["tokens", "C", "method", "format", "TPOT ms"]
+    _, speed, growth = Parsed(page.html).tables
+    assert speed[0][:5] == ["tokens", "budget", "method", "format", "TPOT ms"]
     assert [line[:6] for line in speed[1:]] == [
         ["1000", "", "full", "", "50.0", "1.00"],
         ["1000", "512", "mix", "int8", "40.0", "1.25"],
         ["2000", "", "full", "", "100.0", "1.00"],
         ["2000", "512", "mix", "int8", "80.0", "1.25"],
+    ]
+    # Lines through the origin, one of which is less steep.
+    assert [line[2:7] for line in growth[1:]] == [
+        ["full", "", "0.0", "50.00", ""],
+        ["mix", "int8", "0.0", "40.00", "all"],
     ]
     assert [figure.name for figure in page.figures][-2:] == ["speed-1", "states-1-mix-0"]
     assert "needle, document d0, tiny: mix C=512" in page.html

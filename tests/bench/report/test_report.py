@@ -13,10 +13,11 @@ from rich.console import Console
 
 from bench.cli import main
 from bench.errors import UserError
+from bench.judge.speed import summarize
 from bench.names import RESULTS
 from bench.records.row import COLUMNS, Row, read_results
 from bench.records.shown import headline
-from bench.records.timing import Timing, summarize
+from bench.records.timing import Timing
 from bench.report.columns import EVERYTHING, LEGEND
 from bench.report.comparison import compare
 from bench.report.speed import speed_table
