@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from bench.judge.family import at_level, compare, compare_all, leans
-from bench.judge.joint import independent_level, of_normal, of_signs
+from bench.judge.joint import independent_level, of_normal
 from bench.judge.power import of_rows
-from bench.judge.proportions import Proportions, judge_proportions, scored
+from bench.judge.proportions import Proportions, counted, judge_proportions, scored
 from bench.judge.stats import UNBOUNDED, means
 from bench.judge.verdict import ALPHA
 from bench.records.files.csv_ import csv_text
@@ -99,12 +99,13 @@ def _shorter(units: Array) -> Proportions:
 
 DESIGNS: dict[str, Callable[[Array], Proportions]] = {
     "counted": judge_proportions,
+    "counted, normal": lambda units: counted(units, of_normal(units)),
     "score": _score,
     "score, 0.9": _shorter,
-    "score, signs": lambda units: scored(units, None, of_signs(units)),
 }
-"""Ways to judge right and wrong of few documents: the one that is used; the score statistic with the level that its
-normal distribution gives; with ends 0.9 as many standard errors away; and with the level that turned signs give."""
+"""Ways to judge right and wrong of few documents: the one that is used, mid-p at the level that turned signs give; the
+same at the level of a normal distribution; the score statistic at that level; and with ends 0.9 as many standard errors
+away."""
 
 
 def attained(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
+from bench.judge.exact import mid_p_of_none
 from bench.judge.stats import RESAMPLES, Array
 from bench.judge.verdict import ALPHA
 
@@ -101,15 +102,6 @@ def _signs(n: int, seed: int) -> Array:
     return drawn
 
 
-@lru_cache(maxsize=64)
-def _mid_p_of_signs(changed: int) -> Array:
-    """McNemar's mid-p of so many changed documents, by how many of them rose."""
-    rose = np.arange(changed + 1)
-    rarer = np.minimum(rose, changed - rose)
-    below = special.bdtr(np.maximum(rarer - 1, 0), changed, 0.5) * (rarer > 0)
-    return np.minimum(below + special.bdtr(rarer, changed, 0.5), 1.0)
-
-
 def of_signs(changes: Array, alpha: float = ALPHA, seed: int = 0) -> Joint:
     """The family of rows of few documents, whose p-values are those of counts.
 
@@ -120,10 +112,10 @@ def of_signs(changes: Array, alpha: float = ALPHA, seed: int = 0) -> Joint:
     Args:
         changes: 1 where only the method is right, -1 where only the baseline is, else 0 [rows, n].
     """
-    changed = np.abs(changes).sum(axis=1).astype(int)
-    rose = ((changed[:, None] + changes @ _signs(changes.shape[1], seed)) / 2).astype(int)
-    p_values = np.stack([_mid_p_of_signs(int(many))[counts] for many, counts in zip(changed, rose, strict=True)])
-    smallest = np.sort(p_values.min(axis=0))
+    n = changes.shape[1]
+    changed = np.abs(changes).sum(axis=1, keepdims=True).astype(int)
+    rose = ((changed + changes @ _signs(n, seed)) / 2).astype(int)
+    smallest = np.sort(mid_p_of_none(n)[rose, changed - rose].min(axis=0))
     values, ties = np.unique(smallest, return_counts=True)
     within = values[np.cumsum(ties) - ties / 2 <= alpha * len(smallest)]
     return _between(float(within[-1]) * JUST_ABOVE if len(within) else 0.0, smallest, len(changes), alpha)
