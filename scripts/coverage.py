@@ -6,7 +6,8 @@ detectable is found.
 
 A table has so many rows beside the full cache, on the same ``n`` documents. Its intervals *held* if every one of them
 holds the true difference of its row, which 95 % of the tables should. Writes ``coverage.csv``, ``attainable.csv`` (of
-right and wrong, by what is true and how they are judged), ``power.csv`` and ``record.json``.
+right and wrong, by what is true and how they are judged), ``designs.csv`` (of other scores of few documents, by how
+they are judged), ``power.csv`` and ``record.json``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from bench.judge.family import at_level, compare, compare_all, leans
+from bench.judge.family import at_level, compare, compare_all, leans, resampled_joint
 from bench.judge.joint import independent_level, of_normal
 from bench.judge.power import of_rows
 from bench.judge.proportions import Proportions, counted, judge_proportions, scored
@@ -129,6 +130,29 @@ def attained(
     return {name: (float(found[0]) / repetitions, float(found[1]) / repetitions) for name, found in counts.items()}
 
 
+def bootstrapped(kind: str, repetitions: int, rows: int, n: int) -> dict[str, float]:
+    """Share of tables of scores that are not of two values whose intervals all hold, were they those of the
+    bootstrap-t, with Student's ends where these are further out: at the level that resamples give, and at that of
+    independent rows."""
+    scores, full, truth = tables(kind, repetitions, rows, n)
+    held = {"resampled level": 0, "independent level": 0}
+    for mine, baseline in zip(scores, full, strict=True):
+        changes = mine - baseline
+        known = changes[np.ptp(changes, axis=1) > 0]
+        if not len(known):
+            held = {name: count + 1 for name, count in held.items()}
+            continue
+        resampled = means(known)
+        drawn = np.sort(resampled.studentized, axis=1)
+        for name, level in (
+            ("resampled level", resampled_joint(resampled.studentized).level),
+            ("independent level", independent_level(rows)),
+        ):
+            low, high, *_ = at_level(resampled, drawn, n, level, np.ones(len(known), dtype=bool))
+            held[name] += bool(np.all((low <= truth) & (truth <= high)))
+    return {name: count / repetitions for name, count in held.items()}
+
+
 SHAPES: dict[str, Callable[[Array], Array]] = {
     "normal": stats.norm().ppf,
     "percent": lambda share: 100 * np.round(16 * stats.triang(0.5, -1, 2).ppf(share)) / 16,
@@ -212,13 +236,22 @@ def powers(repetitions: int) -> Iterator[dict[str, Any]]:
                 yield {**known, "claimed": claim, "power": power}
 
 
-FILES = {"coverage": coverages, "attainable": attainable, "power": powers}
+def designs(repetitions: int) -> Iterator[dict[str, Any]]:
+    n = min(DOCUMENTS)
+    for kind in ("percent", "skewed", "mostly 0"):
+        for rows in ROWS[1:]:
+            used, _ = coverage(kind, repetitions, rows, n)
+            for design, held in {"used": used, **bootstrapped(kind, repetitions, rows, n)}.items():
+                yield {"scores": kind, "documents": n, "rows": rows, "design": design, "held": held}
+
+
+FILES = {"coverage": coverages, "designs": designs, "attainable": attainable, "power": powers}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", type=int, default=1000)
-    parser.add_argument("--only", choices=FILES, help="one of the files; side by side they take a third of the time")
+    parser.add_argument("--only", choices=FILES, help="one of the files")
     parser.add_argument("--outdir", type=Path, default=Path("runs/statistics"))
     return parser.parse_args(arguments)
 

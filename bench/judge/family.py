@@ -97,18 +97,20 @@ class Judged(NamedTuple):
     joint: Joint
 
 
-def _ranked(values: Array) -> tuple[Array, Array]:
-    """Values [rows, draws] in ascending order, and the rank of each among those of its row; equal ones share the
+def resampled_joint(studentized: Array, alpha: float = ALPHA) -> Joint:
+    """The family's level, from the ranks of resamples [rows, draws] among those of their row; equal ones share the
     greatest."""
-    order = np.argsort(values, axis=1)
-    ascending = np.take_along_axis(values, order, axis=1)
-    draws = values.shape[1]
-    places = np.broadcast_to(np.arange(1, draws + 1), values.shape)
-    is_last = np.concatenate([ascending[:, 1:] != ascending[:, :-1], np.ones((len(values), 1), dtype=bool)], axis=1)
-    shared = np.minimum.accumulate(np.where(is_last, places, draws)[:, ::-1], axis=1)[:, ::-1]
-    ranks = np.empty(values.shape)
-    np.put_along_axis(ranks, order, shared, axis=1)
-    return ascending, ranks
+    order = np.argsort(studentized, axis=1)
+    ascending = np.take_along_axis(studentized, order, axis=1)
+    draws = studentized.shape[1]
+    places = np.broadcast_to(np.arange(1, draws + 1), studentized.shape)
+    ends_tie = np.concatenate(
+        [ascending[:, 1:] != ascending[:, :-1], np.ones((len(studentized), 1), dtype=bool)], axis=1
+    )
+    shared = np.minimum.accumulate(np.where(ends_tie, places, draws)[:, ::-1], axis=1)[:, ::-1]
+    shares = np.empty(studentized.shape)
+    np.put_along_axis(shares, order, shared / (draws + 1), axis=1)
+    return joint(np.minimum(2 * np.minimum(shares, 1.0 - shares), 1.0), alpha)
 
 
 def leans(changes: Array, *, together: bool = True) -> NDArray[np.bool_]:
@@ -132,13 +134,10 @@ def judge(resampled: Resampled, changes: Array, alpha: float = ALPHA) -> Judged:
         changes: what each of these adds to the estimate [rows, n].
     """
     rows, n = changes.shape
-    drawn, ranks = _ranked(resampled.studentized)
+    drawn = np.sort(resampled.studentized, axis=1)
     leaning = leans(changes)
-    if n < FEW_DOCUMENTS and leaning.all():
-        family = unrelated(rows**FURTHER, alpha)
-    else:
-        shares = ranks / (drawn.shape[1] + 1)
-        family = joint(np.minimum(2 * np.minimum(shares, 1.0 - shares), 1.0), alpha)
+    far = n < FEW_DOCUMENTS and bool(leaning.all())
+    family = unrelated(rows**FURTHER, alpha) if far else resampled_joint(resampled.studentized, alpha)
     return Judged(*at_level(resampled, drawn, n, family.level, leaning), family)
 
 
