@@ -96,6 +96,9 @@ def _listed(settings: Mapping[str, Any], *names: str) -> list[Any]:
 def _inspect(run: InspectConfig) -> None:
     from rich.console import Console
 
+    from bench.models.imports import import_lightly
+
+    import_lightly()
     from bench.engine.inspect import inspect_prompt, prompt_of, states_map
     from bench.methods.grid import grid
     from bench.methods.plugins import Plugins

@@ -33,15 +33,18 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
     """
     from rich.console import Console
 
+    from bench.models.imports import import_lightly
+    from bench.settings.presets import resolve
+
+    config, _ = resolve(given(PlanConfig, typed), preset, PlanConfig)
+    import_lightly()
     from bench.costs.plan import Load, ModelPlan, fit, model_size, parse_bytes
     from bench.errors import UserError
     from bench.models.loading import describe
     from bench.runs.asked import documents_of, doubts, planned
     from bench.runs.failures import failure_lines
-    from bench.settings.presets import resolve
     from tasks.base import TaskError
 
-    config, _ = resolve(given(PlanConfig, typed), preset, PlanConfig)
     if config.capacity:
         _capacity(config, Console())
         return

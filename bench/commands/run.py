@@ -49,6 +49,9 @@ def run(
 
     from rich.console import Console
 
+    from bench.models.imports import import_lightly
+
+    import_lightly()
     from bench.runs.folder import DISK_FULL
     from bench.runs.kinds import new_folder
     from bench.runs.run import execute

@@ -28,31 +28,36 @@ def speed(fresh: FRESH = False, **typed: Any) -> None:
 
     from rich.console import Console
 
-    from bench.costs.bandwidth import measured_bandwidth
-    from bench.costs.plan import parse_bytes
-    from bench.costs.speed import SpeedBench
     from bench.errors import UserError
-    from bench.models.loading import load
-    from bench.progress import ProgressReporter
-    from bench.runs.kinds import TIMINGS, claim
-    from bench.runs.timings import Timings
+    from bench.models.imports import import_lightly
 
     config = SpeedConfig(**given(SpeedConfig, typed))
     if len(config.model) != 1:
         raise UserError(f"--model={','.join(config.model)}: give one", exit_code=2)
+    import_lightly()
+    from bench.costs.bandwidth import measured_bandwidth
+    from bench.costs.plan import parse_bytes
+    from bench.costs.speed import SpeedBench
+    from bench.models.loading import describe_config, load
+    from bench.progress import ProgressReporter
+    from bench.runs.kinds import TIMINGS, claim
+    from bench.runs.timings import Timings
+
     lengths, new_tokens = config.context_lengths, config.new_tokens
     kv_memory = [parse_bytes(text, "--kv-memory") for text in config.kv_memory]
     if config.outdir is not None:
         claim(config.outdir, TIMINGS)
     cells = _cells(config)
     console = Console()
-    loaded = load(config.model[0], device=config.device, dtype=config.dtype)
-    if loaded.context_length is not None and max(lengths) + new_tokens > loaded.context_length:
+    _, described = describe_config(config.model[0])
+    context = getattr(described.get_text_config(), "max_position_embeddings", None)
+    if context is not None and max(lengths) + new_tokens > context:
         raise UserError(
             f"--context-lengths={max(lengths)}: with {new_tokens} new tokens more than the model's context of "
-            f"{loaded.context_length}",
+            f"{context}",
             exit_code=2,
         )
+    loaded = load(config.model[0], device=config.device, dtype=config.dtype)
     text = "\n\n".join(topics[name] for name in sorted(topics))
     prompt_ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     shared = config.shared_prefill

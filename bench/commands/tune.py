@@ -28,6 +28,9 @@ def tune(fresh: FRESH = False, **typed: Any) -> None:
     [bold]arkv-bench run --preset runs/tuned/preset.yaml --tasks longbench[/bold]
     """
     settings = TuneSettings(**given(TuneSettings, typed))
+    from bench.models.imports import import_lightly
+
+    import_lightly()
     from bench.runs.kinds import SEARCH, claim, new_folder
     from bench.search.config import TuneConfig
 
