@@ -15,7 +15,7 @@ import numpy as np
 from scipy import special
 
 from bench.judge.exact import mid_p_of_none
-from bench.judge.stats import RESAMPLES, Array
+from bench.judge.stats import NUMBERS_AT_ONCE, RESAMPLES, Array
 from bench.judge.verdict import ALPHA
 
 ALL_FLIPS = 12
@@ -80,6 +80,18 @@ def _normals(n: int, seed: int) -> Array:
     return np.random.default_rng([seed, n, 1]).normal(size=(n, RESAMPLES))
 
 
+def _under_no_difference(changes: Array, seed: int) -> Array:
+    """Sums of changes [rows, n] whose signs mean nothing: normal ones of the same covariance, [rows, draws]."""
+    rows, n = changes.shape
+    if n * RESAMPLES <= NUMBERS_AT_ONCE:
+        drawn: Array = changes @ _normals(n, seed)
+        return drawn
+    # Of many documents a number for each would be gigabytes; the covariance of the rows says as much.
+    variances, directions = np.linalg.eigh(changes @ changes.T)
+    found: Array = (directions * np.sqrt(np.maximum(variances, 0.0))) @ _normals(rows, seed)
+    return found
+
+
 def of_normal(changes: Array, alpha: float = ALPHA, seed: int = 0) -> Joint:
     """The family of rows whose statistics are normal, with the correlation of their changes.
 
@@ -88,7 +100,7 @@ def of_normal(changes: Array, alpha: float = ALPHA, seed: int = 0) -> Joint:
             documents of each source: [rows, n].
     """
     lengths = np.sqrt((changes**2).sum(axis=1, keepdims=True))
-    drawn = changes @ _normals(changes.shape[1], seed)
+    drawn = _under_no_difference(changes, seed)
     statistics = np.divide(drawn, lengths, out=np.zeros_like(drawn), where=lengths > 0)
     return joint(2 * special.ndtr(-np.abs(statistics)), alpha)
 

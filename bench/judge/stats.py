@@ -18,7 +18,7 @@ An interval beyond the range of a score is cut there: what cannot be is not what
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -32,6 +32,8 @@ from bench.names import LEAST_DOCUMENTS
 Array = NDArray[np.float64]
 
 RESAMPLES = 4999
+NUMBERS_AT_ONCE = 4_000_000
+"""Of resamples and documents, 32 MB: all resamples of 800 documents."""
 EXACT_RANKS = 50
 """Up to so many values the distribution of their ranks is counted; above it is normal."""
 STANDARD_ERROR_FLOOR = 0.1
@@ -208,10 +210,27 @@ def _bootstrap_interval(sums: Array, sizes: Array, bounds: tuple[float, float], 
 
 
 @lru_cache(maxsize=4)
-def _resamples(n: int, count: int, seed: int) -> Array:
-    """How often each document is drawn in each resample, as shares: [count, n]."""
-    drawn = np.random.default_rng([seed, n]).multinomial(n, np.full(n, 1.0 / n), size=count)
-    return drawn / n
+def _resamples(n: int, count: int, seed: int) -> NDArray[np.uint8]:
+    """How often each document is drawn in each resample: [count, n]. Of 20,000 documents it is 100 MB."""
+    rng = np.random.default_rng([seed, n])
+    drawn = np.empty((count, n), dtype=np.uint8)
+    for start in range(0, count, _at_once(n)):
+        # Once on average, and never 256 times.
+        few = drawn[start : start + _at_once(n)]
+        few[:] = rng.multinomial(n, np.full(n, 1.0 / n), size=len(few))
+    return drawn
+
+
+def _at_once(n: int) -> int:
+    """Resamples of n documents that are held as numbers of 8 bytes at a time."""
+    return max(NUMBERS_AT_ONCE // n, 1)
+
+
+def _shares(n: int, count: int, seed: int) -> Iterator[Array]:
+    """:func:`_resamples` as shares, some of them at a time."""
+    drawn = _resamples(n, count, seed)
+    for start in range(0, count, _at_once(n)):
+        yield drawn[start : start + _at_once(n)] / n
 
 
 def bootstrap_t(
@@ -254,18 +273,20 @@ def means(sums: Array, sizes: Array | None = None, resamples: int = RESAMPLES, s
     """
     groups = sums.shape[-1]
     sizes = np.ones(groups) if sizes is None else sizes
-    shares = _resamples(groups, resamples, seed)
     mean = sums.sum(axis=-1, keepdims=True) / sizes.sum()
     centred = sums - mean * sizes
-    drawn = shares @ sizes
-    shift = (centred @ shares.T) / drawn
-    # Squared distances of the sources' sums from those that the resample's own mean gives.
-    # Sources of one size need no product of their own.
-    weighed = sizes[0] * drawn * shift if np.ptp(sizes) == 0 else (centred * sizes) @ shares.T
-    squares = (centred**2) @ shares.T - 2 * shift * weighed + shift**2 * (shares @ sizes**2)
-    variance = np.maximum(squares, 0.0) / (groups - 1) / drawn**2
+    shifts, variances = [], []
+    for shares in _shares(groups, resamples, seed):
+        drawn = shares @ sizes
+        shift = (centred @ shares.T) / drawn
+        # Squared distances of the sources' sums from those that the resample's own mean gives.
+        # Sources of one size need no product of their own.
+        weighed = sizes[0] * drawn * shift if np.ptp(sizes) == 0 else (centred * sizes) @ shares.T
+        squares = (centred**2) @ shares.T - 2 * shift * weighed + shift**2 * (shares @ sizes**2)
+        shifts.append(shift)
+        variances.append(np.maximum(squares, 0.0) / (groups - 1) / drawn**2)
     error = np.sqrt((centred**2).sum(axis=-1) / (groups - 1) * groups) / sizes.sum()
-    return _resampled(mean[..., 0], error, shift, variance)
+    return _resampled(mean[..., 0], error, np.concatenate(shifts, axis=-1), np.concatenate(variances, axis=-1))
 
 
 def log_ratios(values: Array, below: Array, seed: int = 0) -> Resampled:
@@ -275,17 +296,19 @@ def log_ratios(values: Array, below: Array, seed: int = 0) -> Resampled:
     The standard error is that of the first-order change of the logarithm, ``values / mean - below / mean``.
     """
     n = values.shape[-1]
-    shares = _resamples(n, RESAMPLES, seed)
     mean, mean_below = values.mean(axis=-1), below.mean(axis=-1)
     # A resample may hold nothing but zeros: it is as far off as can be.
     tiny = np.finfo(float).tiny
-    drawn, drawn_below = np.maximum(values @ shares.T, tiny), np.maximum(below @ shares.T, tiny)
     estimate = np.log(mean / mean_below)
-    shift = np.log(drawn / drawn_below) - estimate[:, None]
-    squares = (values**2) @ shares.T / drawn**2 + (below**2) @ shares.T / drawn_below**2
-    variance = np.maximum(squares - 2 * ((values * below) @ shares.T) / (drawn * drawn_below), 0.0) / (n - 1)
+    shifts, variances = [], []
+    for shares in _shares(n, RESAMPLES, seed):
+        drawn, drawn_below = np.maximum(values @ shares.T, tiny), np.maximum(below @ shares.T, tiny)
+        shifts.append(np.log(drawn / drawn_below) - estimate[:, None])
+        squares = (values**2) @ shares.T / drawn**2 + (below**2) @ shares.T / drawn_below**2
+        squares -= 2 * ((values * below) @ shares.T) / (drawn * drawn_below)
+        variances.append(np.maximum(squares, 0.0) / (n - 1))
     error = (values / mean[:, None] - below / mean_below[..., None]).std(axis=-1, ddof=1) / math.sqrt(n)
-    return _resampled(estimate, error, shift, variance)
+    return _resampled(estimate, error, np.concatenate(shifts, axis=-1), np.concatenate(variances, axis=-1))
 
 
 def _resampled(estimate: Array, error: Array, shift: Array, variance: Array) -> Resampled:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bench.judge import joint
+from bench.judge import stats as resampling
 from bench.judge.family import compare, compare_all
 from bench.judge.power import McNemar, documents_needed, of_rows, too_few
 from scripts.coverage import BOUNDS, claimed, claimed_of_answers, coverage, found, found_of_answers, tables
@@ -169,6 +171,25 @@ def test_what_documents_do_not_say() -> None:
     assert (one.difference, one.interval, one.p_adjusted) == (-1.0, None, None)
     with pytest.raises(ValueError, match="1 of 3 scores are no numbers: those of documents 1"):
         compare([0.1, math.nan, 0.2], [0.1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("kind", ["binary", "percent", "ratio"])
+def test_many_documents_are_judged_as_few_are_a_block_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = np.random.default_rng(5).random((4, 60))
+    if kind == "binary":
+        drawn = np.round(drawn)
+    rows = [(0.7 * drawn[0] + 0.3 * row if kind == "percent" else row).tolist() for row in drawn[1:]]
+    how = {"bounds": (0.0, math.inf if kind == "ratio" else 1.0), "logarithm": kind == "ratio"}
+    whole = compare_all(rows, drawn[0].tolist(), **how)
+    for module in (joint, resampling):
+        monkeypatch.setattr(module, "NUMBERS_AT_ONCE", 60 * 1000)
+    parts = compare_all(rows, drawn[0].tolist(), **how)
+    for one, other in zip(whole, parts, strict=True):
+        assert (one.n, one.difference) == (other.n, other.difference)
+        # Of scores of two values the normal numbers are other ones, from the same distribution.
+        near = pytest.approx(other.p_adjusted, abs=0.02 if kind == "binary" else 1e-9)
+        assert one.p_adjusted == near
+        assert one.interval == pytest.approx(other.interval, abs=0.01 if kind == "binary" else 1e-9)
 
 
 def test_documents_before_a_run() -> None:
