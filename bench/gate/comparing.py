@@ -192,15 +192,15 @@ def _explained(elsewhere: Sequence[Term], tolerances: Tolerances) -> str:
 
 
 def _right_or_wrong(row: Row, tasks: Container[str], *sides: _Side) -> bool:
-    """Whether the metric knows right and wrong only, by all cells of both sides."""
+    """Whether the metric knows right and wrong only, by the scores of all cells of both sides."""
     return (
         best_of(
-            sample.scores[row.metric]
+            score
             for side in sides
             for (model, _), samples in side.by_cell.items()
             if model == row.model
             for (task, _), sample in samples.items()
-            if task in tasks and row.metric in sample.scores
+            if task in tasks and (score := sample.scores.get(row.metric)) is not None
         )
         is not None
     )
@@ -253,10 +253,9 @@ def _of_row(
         level = fmean(old for _, old in values)
         tolerance = max(share * abs(level), LEAST_TOLERANCE)
         findings.append(score_finding(what, named, values, tolerance, higher_is_better=row.higher_is_better))
+    # An answer that was right and has no score any more is lost, too.
     answers = {
-        document: (new, old)
-        for document, (new, old) in zip(documents, scores, strict=True)
-        if new is not None and old is not None
+        document: (new or 0.0, old) for document, (new, old) in zip(documents, scores, strict=True) if old is not None
     }
     if row.higher_is_better and answers and not sampled and _right_or_wrong(row, tasks, mine, other):
         finding, lost = lost_finding(f"{what}, right answers", named, answers, tolerances.lost or 0.0)

@@ -76,7 +76,7 @@ def score_finding(
     )
 
 
-def best_of(scores: Iterable[float | None]) -> float | None:
+def best_of(scores: Iterable[float]) -> float | None:
     """The score of a right answer, 1 or 100, where every answer is right or wrong; None where it is not so, or no
     answer is right."""
     found = set(scores)
@@ -94,7 +94,7 @@ def lost_finding(
     The same prompt, decoded greedily, gives the same answer: what is lost was changed, and no interval excuses it.
 
     Args:
-        answers: score now and before, 0 where wrong.
+        answers: score now and before, 0 where wrong, or where there is none now.
         share: of the right answers that may be lost, rounded up.
     """
     right = [document for document, (_, old) in answers.items() if old]

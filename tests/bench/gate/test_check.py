@@ -181,6 +181,24 @@ def test_every_lost_answer_fails_on_the_same_terms_and_is_listed(passkeys: Calla
     assert not gate(baseline, passkeys("before", 3), judge_speed=False).failed
 
 
+def test_a_right_answer_that_has_no_score_any_more_is_lost_and_hides_no_other(
+    passkeys: Callable[..., Path], tmp_path: Path
+) -> None:
+    baseline = passkeys("baseline")
+
+    def changed(sample: Sample) -> Sample:
+        is_first = sample["task"] == "needle" and sample["document"] == first
+        if is_first and sample["method"] == "mix":
+            return {**sample, "score": None, "scores": {"exact_match": None}}
+        return {**sample, "score": 0.0, "scores": {"exact_match": 0.0}} if is_first else sample
+
+    first = next(line["document"] for line in read_lines(baseline / SAMPLES) if line["task"] == "needle")
+    report = gate(copied(baseline, tmp_path / "unscored", changed), baseline, judge_speed=False)
+    lost = [note for note in report.notes if note.startswith("lost: ")]
+    assert {note.split(", ")[1].split()[0].rstrip(":") for note in lost} >= {"full", "mix"}
+    assert all(note.endswith(f": {first}") for note in lost)
+
+
 def test_what_may_be_lost_can_be_said(passkeys: Callable[..., Path]) -> None:
     baseline, two = passkeys("baseline"), passkeys("two", 2)
     assert not gate(two, baseline, judge_speed=False, lost=0.3).failed
