@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from bench.judge.speed import growths, summarize
+from bench.names import asked_after, own_name
 from bench.records.files.text import printable
-from bench.records.finished import Run, comparable
+from bench.records.finished import Run, comparable, members
 from bench.records.row import Row
 from bench.records.sample import Measured, Sample
 from bench.records.shown import headline
@@ -40,11 +41,11 @@ from bench.report.columns import (
     adjusted,
 )
 from bench.report.comparison import compare
-from bench.report.figures.by import by_figures
 from bench.report.figures.canvas import Figure, file_name
 from bench.report.figures.curve import curve_figure
+from bench.report.figures.heat import fact_figures, task_figure
 from bench.report.figures.layers import oq_figure
-from bench.report.figures.scores import score_figure
+from bench.report.figures.scores import retention_figure, score_figure
 from bench.report.figures.throughput import throughput_figures
 from bench.report.figures.times import share_figure, speed_figure, time_figure
 from bench.report.paragraphs import in_words, named
@@ -124,8 +125,19 @@ def run_sections(runs: Sequence[Run]) -> tuple[list[Section], list[str]]:
                 if (row.model, row.task) == (model, task)
             ]
             suffix = f", {together[0].name}" if len(sets) > 1 else ""
-            sections += _of_task(rows, _TaskSamples(together, rows, model, task), suffix, several, len(sections))
+            samples = _TaskSamples(together, rows, model, task)
+            beside = _beside(together, model, task)
+            sections += _of_task(rows, samples, suffix, several, len(sections), beside)
     return sections, warnings
+
+
+def _beside(runs: Sequence[Run], model: str, task: str) -> list[Row] | None:
+    """The rows of a task with its questions before compression, which share the figure of those with its questions
+    after it; None where the task's own stand there."""
+    rows = [(run.name if len(runs) > 1 else None, row) for run in runs for row in run.rows if row.model == model]
+    if any(row.task == asked_after(task) for _, row in rows):
+        return None
+    return [row.model_copy(update={"run": run}) for run, row in rows if row.task == own_name(task) != task]
 
 
 class _TaskSamples:
@@ -139,6 +151,8 @@ class _TaskSamples:
         counts = {(row.run, row.cell): row.n for row in rows}
         self._timed = {(row.run, row.cell): row.timed_documents for row in rows}
         self._of_runs: list[tuple[Run, str | None, list[Measured]]] = []
+        self._model, self._members = model, members(task, itertools.chain.from_iterable(run.rows for run in runs))
+        self._members.discard(task)
         self.other: list[str] = []
         """Cells with another number of samples than their row."""
         for run in runs:
@@ -164,6 +178,12 @@ class _TaskSamples:
         """With their answers, read one by one."""
         for run, name, mine in self._of_runs:
             yield from (_of_run(item, name) for item in run.samples.whole(mine))
+
+    def of_members(self) -> Iterator[Sample]:
+        """Those of the tasks of a group; none of a task."""
+        for run, name, _ in self._of_runs:
+            mine = [item for item in run.samples.values() if item.model == self._model and item.task in self._members]
+            yield from (_of_run(item, name) for item in run.samples.whole(_newest(mine)))
 
     def compared(self) -> Iterator[Sample]:
         """Those that are compared with the full cache token by token."""
@@ -191,7 +211,14 @@ def _newest(samples: Iterable[Measured]) -> list[Measured]:
     return [item for item in found if asked[item.document] == item.prompt_sha256]
 
 
-def _of_task(rows: Sequence[Row], samples: _TaskSamples, suffix: str, several: bool, done: int) -> list[Section]:
+def _of_task(
+    rows: Sequence[Row],
+    samples: _TaskSamples,
+    suffix: str,
+    several: bool,
+    done: int,
+    beside: Sequence[Row] | None,
+) -> list[Section]:
     """One section per metric of a model's task; times and ratios stand with the first."""
     sections: list[Section] = []
     columns = [*ORDERED[:2], (RUN, lambda row: row.run), *ORDERED[2:]] if several else list(ORDERED)
@@ -209,14 +236,17 @@ def _of_task(rows: Sequence[Row], samples: _TaskSamples, suffix: str, several: b
             )
         figures: list[Figure | None] = []
         if done + len(sections) < FIGURED:
-            figures.append(score_figure(name, drawn))
+            if beside is not None:
+                figures.append(score_figure(name, drawn, [row for row in beside if row.metric == mine[0].metric]))
             if not sections:
+                figures.append(retention_figure(f"{name}-kept", drawn))
                 figures.append(time_figure(f"{name}-time", drawn))
                 if done < SHARED:
                     figures.append(share_figure(f"{name}-shares", drawn, samples.clocked()))
                 figures.append(oq_figure(f"{name}-oq", drawn, samples.whole()))
                 figures.append(curve_figure(f"{name}-curve", drawn, samples.compared()))
-                figures += by_figures(name, drawn, samples.whole())
+                figures += fact_figures(name, drawn, samples.whole())
+                figures.append(task_figure(name, drawn, samples.of_members()))
         sections.append(
             Section(
                 title=comparison.title + suffix,

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
+from markupsafe import escape
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator
 
+from bench.names import FULL
 from bench.records.files.text import write_output
 from bench.records.row import Row
+from bench.report.looks import colour_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,6 +58,8 @@ class Figure:
     """Of its files, without an ending."""
     caption: str
     canvas: Canvas
+    tips: Mapping[str, str] = field(default_factory=dict)
+    """What is said where the pointer rests, by the ``gid`` of what is drawn there."""
 
     def inline_svg(self) -> str:
         """An ``<svg>`` element for a page: text and axes in the page's text colour, series in its ``--series-N``."""
@@ -64,6 +69,8 @@ class Figure:
         text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
         text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
         text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+        for place, said in self.tips.items():
+            text = text.replace(f'<g id="{place}">', f'<g id="{place}" class="tip"><title>{escape(said)}</title>', 1)
         # Several drawings on one page must not share ids.
         text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", text)
         # A hundredth of a point is less than anyone sees, and the page is half as large.
@@ -111,12 +118,24 @@ def series(row: Row) -> str:
     return " ".join(filter(None, (row.method, row.quant_format, row.run)))
 
 
-def looks_of(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each series: no two share both among the first 56."""
-    return {
-        label: {"color": SERIES[place % len(SERIES)], "marker": MARKERS[place % len(MARKERS)]}
-        for place, label in enumerate(labels)
-    }
+def colour(method: str) -> str:
+    """The colour that a method has in every figure."""
+    number = colour_of(method)
+    return SERIES[number - 1] if number else FOREGROUND
+
+
+def looks_of(methods: Iterable[tuple[str, str]]) -> dict[str, dict[str, Any]]:
+    """Colour, which is the method's, and marker of each series. The full cache is a star.
+
+    Args:
+        methods: of each series, its label and its method.
+    """
+    looks: dict[str, dict[str, Any]] = {}
+    for label, method in methods:
+        marker = MARKERS[len(looks) % len(MARKERS)]
+        shape = {"marker": "*", "markersize": 11} if method == FULL else {"marker": marker}
+        looks.setdefault(label, {"color": colour(method), **shape})
+    return looks
 
 
 def legend(canvas: Canvas, axes: Axes) -> None:

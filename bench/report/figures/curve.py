@@ -15,9 +15,9 @@ from bench.records.sample import Sample
 from bench.report.columns import BUDGET
 from bench.report.figures.canvas import (
     HEIGHT,
-    SERIES,
     WIDTH,
     Figure,
+    colour,
     drawing,
     few_ticks,
     legend,
@@ -42,13 +42,14 @@ def curve_figure(name: str, rows: Sequence[Row], samples: Iterable[Sample]) -> F
         return None
     with drawing(WIDTH, HEIGHT) as canvas:
         axes = canvas.add_subplot()
-        looks = itertools.cycle(zip(SERIES, itertools.cycle(("-", "--", "-.", ":")), strict=False))
-        for (cell, points), (colour, style) in zip(curves.items(), looks, strict=False):
+        styles = itertools.cycle(("-", "--", "-.", ":"))
+        for (cell, points), style in zip(curves.items(), styles, strict=False):
             row, shown = by_cell[cell], [point for point in points if point.kl > 0]
+            ink = colour(row.method)
             label = " ".join(filter(None, (series(row), BUDGET.cell(row))))
             place = [point.position for point in shown]
-            axes.plot(place, [p.kl for p in shown], color=colour, linestyle=style, linewidth=1.2, label=label)
-            axes.plot(place, [p.kl_p95 for p in shown], color=colour, linestyle=style, linewidth=0.8, alpha=0.35)
+            axes.plot(place, [p.kl for p in shown], color=ink, linestyle=style, linewidth=1.2, label=label)
+            axes.plot(place, [p.kl_p95 for p in shown], color=ink, linestyle=style, linewidth=0.8, alpha=0.35)
         axes.set_yscale("log")
         values = [value for points in curves.values() for point in points for value in (point.kl, point.kl_p95)]
         axes.yaxis.set_major_locator(few_ticks([value for value in values if value > 0]))

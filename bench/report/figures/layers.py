@@ -19,6 +19,7 @@ from bench.report.figures.canvas import (
     SERIES,
     WIDTH,
     Figure,
+    colour,
     drawing,
     legend,
     series,
@@ -62,11 +63,12 @@ def oq_figure(name: str, rows: Sequence[Row], samples: Iterable[Sample]) -> Figu
         return None
     with drawing(WIDTH, HEIGHT) as canvas:
         axes = canvas.add_subplot()
-        looks = itertools.cycle(zip(SERIES, itertools.cycle(("-", "--", "-.", ":")), strict=False))
-        for (ratios, mine), (colour, style) in zip(lines.items(), looks, strict=False):
+        styles = itertools.cycle(("-", "--", "-.", ":"))
+        for (ratios, mine), style in zip(lines.items(), styles, strict=False):
+            ink = colour(mine[0].method)
             budgets = ", ".join(BUDGET.cell(row) for row in mine)
             label = f"{' / '.join(dict.fromkeys(map(series, mine)))} at {budgets}"
-            axes.plot(range(len(ratios)), ratios, color=colour, linestyle=style, marker=".", linewidth=1.2, label=label)
+            axes.plot(range(len(ratios)), ratios, color=ink, linestyle=style, marker=".", linewidth=1.2, label=label)
         axes.set_ylim(0, 1)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("layer")
@@ -107,9 +109,9 @@ def states_figure(name: str, states: StatesMap, title: str, *, window: int | Non
             bottom = count - 1 - place + 0.06
             tops = [share + more for share, more in zip(original, quantized, strict=True)]
             labels = ("Quantized", "Original") if place == 0 else (None, None)
-            for shares, colour, label in zip((tops, original), (SERIES[1], SERIES[0]), labels, strict=True):
+            for shares, shade, label in zip((tops, original), (SERIES[1], SERIES[0]), labels, strict=True):
                 if any(shares):
-                    axes.fill(*band(bottom, shares), color=colour, linewidth=0, label=label)
+                    axes.fill(*band(bottom, shares), color=shade, linewidth=0, label=label)
         if window is not None:
             axes.axvline(states.tokens - window, color=FOREGROUND, linewidth=0.6, linestyle=(0, (2, 2)))
         axes.set_xlim(0, states.tokens)
@@ -138,10 +140,10 @@ def steps_figure(name: str, layers: Sequence[int], demoted: Sequence[Sequence[fl
         return None
     with drawing(WIDTH, HEIGHT * 0.8) as canvas:
         axes = canvas.add_subplot()
-        for label, values, colour, style in zip(
+        for label, values, shade, style in zip(
             ("became Quantized", "became Evicted"), demoted, (SERIES[1], FOREGROUND), ("-", "--"), strict=True
         ):
-            axes.plot(layers, values, color=colour, linestyle=style, marker=".", linewidth=1.2, label=label)
+            axes.plot(layers, values, color=shade, linestyle=style, marker=".", linewidth=1.2, label=label)
         axes.set_ylim(bottom=0)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("layer")

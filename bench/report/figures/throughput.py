@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.judge.speed import SpeedRow
-from bench.names import FULL
 from bench.records.files.numbers import bytes_text
 from bench.report.figures.canvas import FOREGROUND, HEIGHT, WIDTH, Figure, drawing, legend, looks_of
 from bench.report.figures.times import speed_series
@@ -18,30 +17,26 @@ def throughput_figures(name: str, rows: Sequence[SpeedRow]) -> list[Figure]:
     Args:
         rows: those of :func:`bench.judge.speed.summarize`, of one model and machine.
     """
-    labels = list(dict.fromkeys(speed_series(row) for row in rows))
-    looks = looks_of([label for label in labels if label != FULL])
+    looks = looks_of((speed_series(row), row.method) for row in rows)
     figures = []
     for length in sorted({row.context_length for row in rows}):
         mine = [row for row in rows if row.context_length == length]
         if len({row.batch_size for row in mine}) > 1:
-            figures.append(_figure(f"{name}-throughput-{length}", length, mine, labels, looks))
+            figures.append(_figure(f"{name}-throughput-{length}", length, mine, looks))
     return figures
 
 
-def _figure(
-    name: str, length: int, rows: Sequence[SpeedRow], labels: Sequence[str], looks: dict[str, dict[str, Any]]
-) -> Figure:
+def _figure(name: str, length: int, rows: Sequence[SpeedRow], looks: dict[str, dict[str, Any]]) -> Figure:
     fixed = [row for row in rows if row.kv_memory is not None]
     with drawing(WIDTH, HEIGHT) as canvas:
         axes = canvas.subplots()
-        for label in labels:
+        for label, look in looks.items():
             points = sorted(
                 (row.batch_size, row.user_tokens_per_s, row.decode_tokens_per_s)
                 for row in rows
                 if speed_series(row) == label
             )
             if points:
-                look = looks.get(label, {"color": FOREGROUND, "marker": "*", "markersize": 9})
                 _, users, alls = zip(*points, strict=True)
                 axes.plot(users, alls, linewidth=1, label=label, **look)
         ringed = ([row.user_tokens_per_s for row in fixed], [row.decode_tokens_per_s for row in fixed])

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from bench.judge.speed import SpeedRow
-from bench.names import FULL
+from bench.records.files.numbers import bytes_text
 from bench.records.row import Row
 from bench.records.sample import Measured
 from bench.report.columns import BUDGET
 from bench.report.figures.canvas import (
-    FOREGROUND,
     HEIGHT,
     SERIES,
     WIDTH,
     Figure,
     drawing,
+    few_ticks,
     legend,
     looks_of,
     series,
@@ -26,40 +26,39 @@ from bench.report.figures.canvas import (
 
 
 def time_figure(name: str, rows: Sequence[Row]) -> Figure | None:
-    """Milliseconds per output token, and seconds of compression; None without such times.
+    """Tokens per second against true KV bytes; None where fewer than two rows have both.
 
     Args:
         rows: of one model and task, one per cell.
     """
-    panels: list[tuple[str, Callable[[Row], float | None]]] = [
-        ("ms per output token", lambda row: row.tpot_ms),
-        ("compression, s", lambda row: row.compress_s),
-    ]
-    panels = [panel for panel in panels if any(panel[1](row) is not None for row in rows)]
-    if not panels or len(rows) < 2:
+    shown = [row for row in rows if row.tpot_ms and row.kv_bytes_mean]
+    if len(shown) < 2:
         return None
-    labels = [" ".join(filter(None, (series(row), BUDGET.cell(row)))) for row in rows]
-    with drawing(WIDTH, 1.0 + 0.27 * len(rows)) as canvas:
-        sharing = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        colours = looks_of(list(dict.fromkeys(series(row) for row in rows if row.method != FULL)))
-        for axes, (title, value) in zip(sharing, panels, strict=True):
-            for place, row in enumerate(rows):
-                colour = colours.get(series(row), {"color": FOREGROUND})["color"]
-                if (length := value(row)) is not None:
-                    axes.barh(place, length, color=colour, height=0.7)
-            axes.set_xlabel(title)
-            axes.set_xlim(left=0)
-            axes.xaxis.set_major_locator(MaxNLocator(3))
-            axes.tick_params(axis="y", length=0)
-        sharing[0].set_yticks(range(len(rows)), labels)
-        sharing[0].set_ylim(len(rows) - 0.4, -0.6)
-    caption = (
-        "Left: time of every later output token. Right: median time of compression after the prefill. Times are of the "
-        "machine in the record; rows of one run share each prefill."
-        if len(panels) == 2
-        else "Times are of the machine in the record."
-    )
-    return Figure(name=name, caption=caption, canvas=canvas)
+    tips: dict[str, str] = {}
+    with drawing(WIDTH, HEIGHT) as canvas:
+        axes = canvas.add_subplot()
+        looks = looks_of((series(row), row.method) for row in shown)
+        for number, label in enumerate(looks):
+            mine = sorted((row for row in shown if series(row) == label), key=lambda row: row.kv_bytes_mean or 0.0)
+            points = [((row.kv_bytes_mean or 0.0) / 1e6, 1000 / (row.tpot_ms or 1.0)) for row in mine]
+            axes.plot(*zip(*points, strict=True), linewidth=1, label=label, **looks[label])
+            for place, (row, (x, y)) in enumerate(zip(mine, points, strict=True)):
+                tip = f"{name}-tip-{number}-{place}"
+                axes.plot([x], [y], marker="o", markersize=14, alpha=0.0, gid=tip, color=looks[label]["color"])
+                compressed = "" if row.compress_s is None else f", compressed in {row.compress_s:.3g} s"
+                said = f"{y:.3g} tokens per s, {bytes_text(row.kv_bytes_mean)}{compressed}"
+                tips[tip] = f"{label} {BUDGET.cell(row)}: {said}"
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(few_ticks([(row.kv_bytes_mean or 0.0) / 1e6 for row in shown]))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axes.margins(x=0.08, y=0.1)
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("true KV bytes, MB (log)")
+        axes.set_ylabel("output tokens per s")
+        legend(canvas, axes)
+    caption = "By the time of every output token behind the first. Times are of the machine in the record."
+    return Figure(name=name, caption=caption, canvas=canvas, tips=tips)
 
 
 def share_figure(name: str, rows: Sequence[Row], samples: Iterable[Measured]) -> Figure | None:
@@ -118,8 +117,7 @@ def speed_figure(name: str, rows: Sequence[SpeedRow]) -> Figure:
         for length in {row.context_length for row in rows}
     }
     rows = [row for row in rows if row.batch_size == least[row.context_length]]
-    labels = list(dict.fromkeys(speed_series(row) for row in rows))
-    looks = looks_of([label for label in labels if label != FULL])
+    looks = looks_of((speed_series(row), row.method) for row in rows)
     panels: tuple[tuple[str, Callable[[SpeedRow], float]], ...] = (
         ("ms per output token", lambda row: row.tpot_ms),
         ("output tokens per s", lambda row: row.decode_tokens_per_s),
@@ -127,9 +125,8 @@ def speed_figure(name: str, rows: Sequence[SpeedRow]) -> Figure:
     lengths = sorted({row.context_length for row in rows})
     with drawing(WIDTH, HEIGHT) as canvas:
         for axes, (title, value) in zip(canvas.subplots(1, 2), panels, strict=True):
-            for label in labels:
+            for label, look in looks.items():
                 mine = sorted((row.context_length, value(row)) for row in rows if speed_series(row) == label)
-                look = looks.get(label, {"color": FOREGROUND, "marker": "*", "markersize": 9})
                 axes.plot(*zip(*mine, strict=True), linewidth=1, label=label, **look)
             axes.set_xlabel("context, tokens")
             axes.set_ylabel(title)

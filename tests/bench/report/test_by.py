@@ -14,7 +14,7 @@ from bench.errors import UserError
 from bench.judge.stats import mean_interval
 from bench.records.finished import read_runs
 from bench.report.by import split_by
-from bench.report.figures.by import by_figures, scores_by
+from bench.report.figures.heat import fact_figures, task_figure
 from tests.bench.lines import line
 from tests.bench.report.test_report import row, write
 
@@ -88,18 +88,31 @@ def test_rows_of_an_older_file_are_not_split(folder: Path) -> None:
         split_by(run, "length")
 
 
-def test_figures_over_what_documents_differ_in(folder: Path) -> None:
+def test_a_map_over_what_documents_differ_in(folder: Path) -> None:
     (run,) = read_runs([folder])
     samples = list(run.samples.whole(run.samples.values()))
-    found = scores_by(run.rows, samples)
-    assert {fact: sorted(scores["mix-512"]) for fact, scores in found.items()} == {
-        "length": [1000.0, 4000.0],
-        "depth": [0.0, 0.25, 0.5, 0.75],
-    }
-    assert found["length"]["mix-512"][4000.0].count(1.0) == 1
-    drawn = by_figures("needle", run.rows, samples)
-    assert [figure.name for figure in drawn] == ["needle-length", "needle-depth"]
-    assert "8 to 12 documents of each length" in drawn[0].caption
-    # One length is no axis.
-    short = [sample for sample in samples if sample.info["length"] == 1000]
-    assert list(scores_by(run.rows, short)) == ["depth"]
+    (figure,) = fact_figures("needle", run.rows, samples)
+    assert figure.name == "needle-depth-length"
+    # A panel for each cell, all on one scale.
+    *panels, _scale = figure.canvas.axes
+    assert [axes.get_title() for axes in panels] == ["full", "mix int8 512"]
+    assert len({axes.collections[0].get_clim() for axes in panels}) == 1
+    assert len(figure.tips) == 2 * 4 * 2
+    assert figure.tips["needle-depth-length-tip-1-1-0"].startswith("mix int8 512, 0, 4000: exact_match ")
+    assert figure.inline_svg().count("<title>") == len(figure.tips)
+    # One length is no axis: then each cell is a row.
+    (figure,) = fact_figures("needle", run.rows, [item for item in samples if item.info["length"] == 1000])
+    assert figure.name == "needle-depth"
+    assert [label.get_text() for label in figure.canvas.axes[0].get_yticklabels()] == ["full", "mix int8 512"]
+    assert fact_figures("needle", run.rows, [item for item in samples if item.info == samples[0].info]) == []
+
+
+def test_a_map_over_the_tasks_of_a_group(folder: Path) -> None:
+    (run,) = read_runs([folder])
+    samples = list(run.samples.whole(run.samples.values()))
+    assert task_figure("group", run.rows, samples) is None
+    for number, item in enumerate(samples):
+        item.task = ("one", "two")[number % 2]
+    figure = task_figure("group", run.rows, samples)
+    assert figure is not None
+    assert [label.get_text() for label in figure.canvas.axes[0].get_yticklabels()] == ["one", "two"]

@@ -139,10 +139,11 @@ def test_the_page_holds_the_figures_of_the_results(plain: Page) -> None:
     # Score, times, ratios by layer.
     assert [figure.name for figure in page.figures] == [
         "01-needle-exact_match",
+        "01-needle-exact_match-kept",
         "01-needle-exact_match-time",
         "01-needle-exact_match-oq",
     ]
-    assert page.html.count("<svg") == 3
+    assert page.html.count("<svg") == 4
     assert "1 prompts were longer than the context or --max-length and were cut: d1" in page.html
 
 
@@ -423,6 +424,9 @@ def test_the_front_is_what_nothing_beats() -> None:
         row("quant", 1.0, kv_bytes_mean=90.0, compressed_documents=0),
     ]
     assert [item.method for item in pareto_front(rows)] == ["mix", "full"]
+    # Next to no bytes are not worth a worse score, nor an equal one.
+    near = [row("mix", 0.8, kv_bytes_mean=20.2), row("window", 0.5, kv_bytes_mean=20.0), row("full", 0.8)]
+    assert [item.method for item in pareto_front(near)] == ["mix"]
     lower = [item.model_copy(update={"higher_is_better": False}) for item in rows]
     assert [item.method for item in pareto_front(lower)] == ["window"]
 
@@ -471,10 +475,10 @@ def test_figures_are_files_too(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as ended:
         main(["report", str(run), "--html", str(tmp_path / "page.html"), "--figures", str(tmp_path / "figures")])
     assert ended.value.code == 0
-    assert "wrote 3 figures" in capsys.readouterr().out
+    assert "wrote 4 figures" in capsys.readouterr().out
     starts = {".svg": b"<?xml", ".png": b"\x89PNG", ".pdf": b"%PDF"}
     files = sorted((tmp_path / "figures").iterdir())
-    assert len(files) == 9
+    assert len(files) == 12
     assert all(file.read_bytes().startswith(starts[file.suffix]) for file in files)
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
 
