@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import typer
 
 from bench import errors
-from bench.commands import check, doctor, inspect, list_, plan, report, run, score, speed, tune
+from bench.commands import check, doctor, inspect, list_, plan, report, run, score, speed, tune, view
 from bench.errors import UserError
 from tasks.base import TaskError
 
@@ -39,6 +39,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("plan")(plan.plan)
 app.command("report")(report.report)
+app.command("view")(view.view)
 app.command("check")(check.check)
 app.command("score")(score.score)
 app.command("speed")(speed.speed)

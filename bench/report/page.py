@@ -25,7 +25,10 @@ from bench.report.sections import FIGURED, pair_sections, run_sections, speed_se
 from bench.report.verdicts import HEADERS, answer
 from bench.report.viewer import viewer_of
 
-STYLES, SCRIPTS = ("page.css", "viewer.css"), ("page.js", "viewer.js")
+STYLES, SCRIPTS = ("page.css", "viewer.css"), ("page.js", "viewer.js", "live.js")
+BESIDE = " 'self' file:"
+"""Of a page that is a file, its neighbours are no part of 'self' in every browser."""
+SERVED = " 'self'; connect-src 'self'"
 MAPS = 6
 """States maps that are drawn: each takes some 60 kB."""
 
@@ -76,10 +79,11 @@ def render(template: str, title: str, sources: str = "", **values: Any) -> str:
     )
 
 
-def build(runs: Sequence[Run], beside: Path | None = None) -> Page:
+def build(runs: Sequence[Run], beside: Path | None = None, *, live: bool = False) -> Page:
     """The page of one or more runs.
 
     Args:
+        live: it is served, and asks how the run goes.
         beside: the folder for samples that are too many for the page; without one all of them stand in it.
 
     Raises:
@@ -94,8 +98,8 @@ def build(runs: Sequence[Run], beside: Path | None = None) -> Page:
     html = render(
         "page.html.j2",
         ", ".join(run.name for run in runs),
-        # Of a page that is a file, its neighbours are no part of 'self' in every browser.
-        sources="" if samples is None or samples.chunks else " 'self' file:",
+        sources=SERVED if live else "" if samples is None or samples.chunks else BESIDE,
+        live=sum(len(run.samples) for run in runs) if live else None,
         runs=runs,
         answers={run.name: answer(run) for run in runs if run.is_run},
         answer_headers=HEADERS,

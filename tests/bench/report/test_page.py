@@ -544,7 +544,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
     file = tmp_path / "page.html"
     runs = [make_run(tmp_path / "a"), make_run(tmp_path / "b"), make_speed(tmp_path / "speed")]
     file.write_text(page_of(*runs, make_maps(tmp_path / "look")).html)
-    column = "Array.from(document.querySelector('tbody').rows, row => row.cells[3].dataset.order)"
+    column = "Array.from(document.querySelector('.sortable tbody').rows, row => row.cells[3].dataset.order)"
     press = "document.querySelectorAll('th button')[3].click()"
     with Browser(program, tmp_path / "profile") as browser:
         for width in (390, 1400):
