@@ -33,10 +33,13 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
     """
     from rich.console import Console
 
+    from bench.commands.first_look import first_look
     from bench.models.imports import import_lightly
     from bench.settings.presets import resolve
 
     config, _ = resolve(given(PlanConfig, typed), preset, PlanConfig)
+    if not config.capacity:
+        first_look(config)
     import_lightly()
     from bench.costs.plan import Load, ModelPlan, fit, model_size, parse_bytes
     from bench.errors import UserError

@@ -49,8 +49,10 @@ def run(
 
     from rich.console import Console
 
+    from bench.commands.first_look import first_look
     from bench.models.imports import import_lightly
 
+    first_look(config)
     import_lightly()
     from bench.runs.folder import DISK_FULL
     from bench.runs.kinds import new_folder

@@ -28,12 +28,14 @@ def speed(fresh: FRESH = False, **typed: Any) -> None:
 
     from rich.console import Console
 
+    from bench.commands.first_look import first_look
     from bench.errors import UserError
     from bench.models.imports import import_lightly
 
     config = SpeedConfig(**given(SpeedConfig, typed))
     if len(config.model) != 1:
         raise UserError(f"--model={','.join(config.model)}: give one", exit_code=2)
+    first_look(config)
     import_lightly()
     from bench.costs.bandwidth import measured_bandwidth
     from bench.costs.plan import parse_bytes

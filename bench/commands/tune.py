@@ -28,8 +28,10 @@ def tune(fresh: FRESH = False, **typed: Any) -> None:
     [bold]arkv-bench run --preset runs/tuned/preset.yaml --tasks longbench[/bold]
     """
     settings = TuneSettings(**given(TuneSettings, typed))
+    from bench.commands.first_look import first_look
     from bench.models.imports import import_lightly
 
+    first_look(settings)
     import_lightly()
     from bench.runs.kinds import SEARCH, claim, new_folder
     from bench.search.config import TuneConfig

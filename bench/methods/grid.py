@@ -10,7 +10,7 @@ from bench.errors import UserError
 from bench.methods.base import Method
 from bench.methods.cell import Cell
 from bench.methods.full import Full
-from bench.methods.names import library_of
+from bench.methods.names import check_methods, library_of
 from bench.methods.prompt import Asked
 from bench.methods.tristate import TriState
 from bench.methods.variants import Variant
@@ -45,10 +45,7 @@ def check_names(methods: Iterable[str], formats: Iterable[str], own: Iterable[st
 
     ``own`` are methods of the user's own.
     """
-    known = [FULL, *METHODS, *own]
-    for method in methods:
-        if not is_known(method) and method not in known:
-            raise UserError(f"unknown method {method!r}: {nearest(method, known)}", exit_code=2)
+    check_methods(methods, own)
     for name in formats:
         if name not in FORMATS:
             raise UserError(f"unknown quant format {name!r}: {nearest(name, FORMATS)}", exit_code=2)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from bench.errors import UserError
 from bench.methods.press_names import parse_press
 from bench.names import DESCRIPTIONS, HF, KVPRESS, LIMITS
+from tasks.errors import nearest
 
 EXTRA = "pip install 'arkv-bench[peers]'"
 DISTRIBUTIONS = {"quanto": "optimum-quanto", "hqq": "hqq", KVPRESS: "kvpress"}
@@ -112,6 +114,21 @@ def library_of(method: str) -> str | None:
     """The library that a method's name asks for: ``hf:fp8`` is one of ``hf``. None for a plain name."""
     library, colon, _ = method.partition(":")
     return library if colon else None
+
+
+def check_methods(methods: Iterable[str], own: Iterable[str] = ()) -> None:
+    """Raises :class:`UserError` (exit code 2) for the first unknown method, naming the nearest known one.
+
+    Args:
+        own: methods of the user's own.
+    """
+    known = [*DESCRIPTIONS, *own]
+    for method in methods:
+        if method in known or library_of(method) is not None:
+            continue
+        library = KVPRESS if method in PRESSES else HF if method in BACKENDS else None
+        meant = nearest(method, known) if library is None else f"did you mean {library}:{method}?"
+        raise UserError(f"unknown method {method!r}: {meant}", exit_code=2)
 
 
 def limits_of(method: str) -> str:

@@ -63,6 +63,8 @@ def score_folder(folder: Path, *, extended: bool = False) -> tuple[list[FolderSc
             files.setdefault(path.parent, []).append(path)
         else:
             ignored.append(path)
+    if not files and (folder / SAMPLES).is_file():
+        raise UserError(f"{folder} is a run without LongBench predictions: arkv-bench report {folder} shows its scores")
     if not files:
         others = [path for path in ignored if path.name != SAMPLES]
         hint = f"; {others[0].name}: {nearest(dataset_of(others[0]), known)}" if others else ""

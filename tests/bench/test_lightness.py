@@ -26,10 +26,15 @@ except SystemExit as ended:
 NEITHER = {"torch", "transformers", "lm_eval", "datasets", "pandas"}
 
 
+def called(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """A command, whose last line to stderr is how it ended and what it loaded."""
+    command = [sys.executable, "-c", CALL, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=quiet_environment(), capture_output=True, text=True, timeout=120)
+
+
 def loaded(*arguments: object) -> set[str]:
     """What of the heavy libraries a command loads, which must do its work."""
-    command = [sys.executable, "-c", CALL, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=quiet_environment(), capture_output=True, text=True, timeout=120)
+    done = called(*arguments)
     said = json.loads(done.stderr.splitlines()[-1])
     assert said["code"] == 0, done.stderr
     return set(said["loaded"])
@@ -51,6 +56,23 @@ def test_the_gate_needs_statistics_and_the_page_figures(tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert loaded("report", "results/demo", "results/speed/c512", "--html", page) & NEITHER == set()
     assert page.is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "--methods", "snapkv"], "unknown method 'snapkv': did you mean kvpress:snapkv?"),
+        (["run", "--tasks", "needel"], "unknown task 'needel': did you mean needle"),
+        (["speed", "--model", "./nowhere"], "The model path ./nowhere does not exist"),
+        (["tune", "--methods", "minx"], "unknown method 'minx': did you mean mix?"),
+    ],
+)
+def test_a_slip_does_not_wait_for_torch(arguments: list[str], said: str) -> None:
+    done = called(*arguments)
+    ended = json.loads(done.stderr.splitlines()[-1])
+    assert said in done.stderr
+    assert ended["code"] == 2
+    assert set(ended["loaded"]) & NEITHER == set()
 
 
 def test_scores_of_predictions(tmp_path: Path) -> None:
