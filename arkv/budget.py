@@ -325,6 +325,8 @@ class LayerScores(NamedTuple):
     """Prompt tokens of every sample, without padding."""
     heads: int
     geometry: Geometry
+    stream: Sequence[float] = ()
+    """Norm of the hidden states that the layer reads, for every sample; none where it is not known."""
 
 
 class JointAllocator(ABC):

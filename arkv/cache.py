@@ -222,12 +222,13 @@ class TriStateCache(WatchedCache):
         lengths = [block.key.shape[2] - padded for padded in layer.padded]
         importance = block.tokens.score.view(block.key.shape[:3])
         geometry = self._geometry(layer, block.key, block.value)
-        self._blocks.append((layer, block, LayerScores(importance, layer.oq, lengths, layer.heads, geometry)))
+        known = LayerScores(importance, layer.oq, lengths, layer.heads, geometry, block.stream)
+        self._blocks.append((layer, block, known))
         if not isinstance(self.allocator, JointAllocator):
             assert self.allocator is not None
             grants = [self.allocator.layer(layer.oq, lengths, layer.heads, geometry)]
         elif last:
-            grants = self.allocator.grants([known for _, _, known in self._blocks])
+            grants = self.allocator.grants([scores for _, _, scores in self._blocks])
         else:
             return []
         ready, self._blocks = self._blocks, []

@@ -84,6 +84,10 @@ class CacheConfig:
     sure_share: float = dataclasses.field(default=0.1, metadata=SPARSE)
     """Share of the past budget that every KV head is sure of where heads compete."""
 
+    stream_norm: bool = dataclasses.field(default=False, metadata=SPARSE)
+    """Where the tokens of all layers compete, the scores of a layer are divided by the norm of its hidden states: what
+    attention adds counts less, the larger what it is added to (after KVzip's normalized score, arXiv 2505.23416)."""
+
     window_size: int = 32
     """W: the newest tokens, always Original; also the queries that the prefill statistics are taken from."""
 
@@ -204,6 +208,11 @@ class CacheConfig:
                 )
             if not 0.0 <= self.sure_share <= 1.0:
                 raise ConfigError(f"sure_share={self.sure_share}: use a number from 0 to 1, for example 0.1")
+        if self.stream_norm and not (self.head_budgets == "all" and self.importance == "replay"):
+            raise ConfigError(
+                "stream_norm=True is for head_budgets='all' and importance='replay', which sees the hidden states: "
+                "use stream_norm=False"
+            )
         for name in ("tau1", "tau2", "tau3"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)}: use a number above 0, for example 5.0")

@@ -227,7 +227,7 @@ class TriStateLayer(CacheLayerMixin):
             old, importance = importance.split([importance.shape[2] - length, length], dim=2)
             update_scores(self.held(), old.flatten(0, 1), stored.order.flatten(0, 1), length, self.config)
         tokens = Tokens(importance.flatten(0, 1), position.flatten(0, 1), taken.flatten(0, 1))
-        return Block(key, value, tokens)
+        return Block(key, value, tokens, scores.stream)
 
     def begin(self, block: Block) -> None:
         """An empty part, for the first forward."""

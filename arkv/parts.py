@@ -6,6 +6,7 @@ Letters: ``B`` batch, ``H`` KV heads, ``n = B * H`` rows of a layer, ``T`` new t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,11 +20,12 @@ from arkv.store import slots_of
 
 class Block(NamedTuple):
     """New tokens of a layer: ``key`` and ``value`` [B, H, T, D], ``score`` and ``position`` [n, T], ``taken`` [n, T]
-    False where a token is padding."""
+    False where a token is padding; ``stream`` as in :class:`~arkv.scores.PromptScores`."""
 
     key: torch.Tensor
     value: torch.Tensor
     tokens: Tokens
+    stream: Sequence[float] = ()
 
 
 def no_tokens(part: Part) -> Block:

@@ -10,6 +10,8 @@ so that one compressed cache serves any number of them. It costs about one more 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -129,10 +131,44 @@ def replay(model: PreTrainedModel, ids: torch.Tensor, prefill: PrefillCache, con
         assert by_window.scoring is not None
         oq = [layer.scores[by_window.scoring].oq for layer in own]
     cache = _ReplayCache(prefill, settings.attention == "fused")
-    with attach(model):
+    with attach(model), _stream_norms(model) as norms:
         for chunk in ids.split(room, dim=1):
             # Logits are of no use here.
             model.base_model(chunk, past_key_values=cache.rewound(prefill))
-    again = [layer for layer in cache.layers if isinstance(layer, ReplayLayer)]
-    for source, layer, ratio in zip(own, again, oq, strict=True):
-        source.scores[settings] = PromptScores(layer.importance, ratio)
+    again = ((place, layer) for place, layer in enumerate(cache.layers) if isinstance(layer, ReplayLayer))
+    for source, (place, layer), ratio in zip(own, again, oq, strict=True):
+        read = norms.get(place)
+        stream = torch.cat(read, dim=1).median(dim=1).values.tolist() if read else ()
+        source.scores[settings] = PromptScores(layer.importance, ratio, stream)
+
+
+@contextmanager
+def _stream_norms(model: PreTrainedModel) -> Iterator[dict[int, list[torch.Tensor]]]:
+    """Norms of the hidden states that layers read meanwhile, [B, m] float32 of every forward, by the number of the layer.
+
+    ``output_hidden_states`` of transformers would leave its hooks in the model.
+    """
+    norms: dict[int, list[torch.Tensor]] = {}
+
+    def hook(layer: int) -> Callable[..., None]:
+        def take(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            norms.setdefault(layer, []).append(hidden.float().norm(dim=-1))
+
+        return take
+
+    # What holds the module that knows its number, the attention, is the layer.
+    numbers = {
+        name.rpartition(".")[0]: number
+        for name, module in model.base_model.named_modules()
+        if isinstance(number := getattr(module, "layer_idx", None), int)
+    }
+    handles = [
+        model.base_model.get_submodule(name).register_forward_pre_hook(hook(number), with_kwargs=True)
+        for name, number in numbers.items()
+    ]
+    try:
+        yield norms
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -92,7 +92,14 @@ class ThresholdAllocator(JointAllocator):
                 "cannot share one budget: use head_budgets='layer'"
             )
         past = slice(-tokens + config.n_sink, -config.recent)
-        scores = torch.cat([each.importance[sample, :, past] for each in layers])
+        if config.stream_norm and not all(each.stream for each in layers):
+            raise ConfigError(
+                "stream_norm=True: this model does not give the hidden states of every layer: use stream_norm=False"
+            )
+        streams = [each.stream[sample] if config.stream_norm else 1.0 for each in layers]
+        scores = torch.cat(
+            [each.importance[sample, :, past] / stream for each, stream in zip(layers, streams, strict=True)]
+        )
         once = geometry.row_bytes + (config.recent + config.n_sink) * geometry.original_bytes
         per_token: float = geometry.original_bytes
         if config.quantizes:

@@ -6,6 +6,7 @@ importance [B, H, N] that is not negative. ``SCORERS`` has them by the name that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -43,6 +44,8 @@ class PromptScores(NamedTuple):
     """Of every token, [B, H, N] float32."""
     oq: list[float]
     """OQ score of the layer for each sample."""
+    stream: Sequence[float] = ()
+    """Norm of the hidden states that the layer reads, for each sample; none where it is not known."""
 
 
 def recorded_queries(config: CacheConfig) -> int:

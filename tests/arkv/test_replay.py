@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import DynamicCache
 
 import arkv.rereading
 from arkv import CacheConfig, ConfigError, PrefillCache, TriStateCache, attach, replay
-from tests.arkv.conftest import forward, left_padded, prompt
+from tests.arkv.conftest import forward, held_sets, left_padded, prompt
 
 CONFIG = CacheConfig.for_method(
     "mix", budget_unit="bytes", cache_ratio=0.15, window_size=8, n_recent=4, importance="replay", head_budgets="all"
@@ -59,6 +60,51 @@ def test_importance_is_the_largest_attention_of_a_second_reading(
         mine = prefill.layers[place].scores[config.scoring].importance
         assert (mine - expected[place]).abs().max() < 1e-5
     assert all(torch.equal(layer.keys, was) for layer, was in zip(prefill.layers, before, strict=True))
+
+
+@pytest.mark.parametrize("chunk", [512, 32])
+def test_layers_with_large_hidden_states_win_less(wide_llama: Any, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The norm of what a layer reads is that of transformers' hidden states; by it a layer's scores are divided."""
+    monkeypatch.setattr(arkv.rereading, "CHUNK", chunk)
+    ids = prompt(200, seed=5)
+    prefill = prefilled(wide_llama, ids)
+    settings = CacheConfig(**{**vars(CONFIG), "sure_share": 0.0, "original_share": 0.0, "stream_norm": True})
+    replay(wide_llama, ids, prefill, settings)
+    assert settings.scoring == CONFIG.scoring
+    with torch.no_grad():
+        again = [
+            wide_llama(torch.cat([ids, part], dim=1), output_hidden_states=True).hidden_states
+            for part in ids.split(chunk, 1)
+        ]
+    read = [torch.cat([part[layer][0, 200:] for part in again]).norm(dim=-1).median() for layer in range(2)]
+    found = [layer.scores[settings.scoring].stream[0] for layer in prefill.layers]
+    assert found == pytest.approx([float(norm) for norm in read], rel=1e-4)
+
+    cache = TriStateCache.from_prefill(prefill, settings)
+    kept, lost = [], []
+    for source, layer, norm in zip(prefill.layers, cache.own_layers, found, strict=True):
+        importance = source.scores[settings.scoring].importance[0] / norm
+        for head, (high, low) in enumerate(held_sets(layer)):
+            past = range(settings.n_sink, 200 - settings.recent)
+            kept += [float(importance[head, place]) for place in past if place in high | low]
+            lost += [float(importance[head, place]) for place in past if place not in high | low]
+    assert min(kept) >= max(lost)
+    even = TriStateCache.from_prefill(prefill, CacheConfig(**{**vars(settings), "stream_norm": False}))
+    counts = [[int(sum(layer.counts()).sum()) for layer in each.own_layers] for each in (cache, even)]
+    assert counts[0] != counts[1]
+
+
+def test_a_model_that_does_not_show_its_layers_is_refused_by_name(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = prompt(100, seed=1)
+    prefill = prefilled(llama, ids)
+    settings = CacheConfig(**{**vars(CONFIG), "stream_norm": True})
+    monkeypatch.setattr(arkv.rereading, "_stream_norms", lambda model: contextlib.nullcontext({}))
+    replay(llama, ids, prefill, settings)
+    TriStateCache.from_prefill(prefill, CONFIG)
+    with pytest.raises(ConfigError, match="stream_norm=True: this model"):
+        TriStateCache.from_prefill(prefill, settings)
+    with pytest.raises(ConfigError, match="use stream_norm=False"):
+        CacheConfig(**{**vars(settings), "importance": "mean_max"})
 
 
 def test_it_is_read_again_once_for_all_budgets(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ CHANGES: dict[str, Any] = {
     "layer_budgets": "oq",
     "head_budgets": "all",
     "sure_share": 0.3,
+    "stream_norm": True,
     "window_size": 7,
     "n_recent": 5,
     "n_sink": 3,
@@ -67,15 +68,16 @@ def test_every_setting_of_a_cache_can_be_changed() -> None:
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_setting_reaches_the_cache_and_nothing_else_changes(name: str) -> None:
-    in_bytes = {"budget_unit": "bytes", "original_share": 0.1}
-    more = (
-        {key: item for key, item in in_bytes.items() if key != name} if name in ("budget_unit", "head_budgets") else {}
-    )
+    needs = {"budget_unit": "bytes", "original_share": 0.1}
+    if name == "stream_norm":
+        needs |= {"head_budgets": "all", "importance": "replay"}
+    needy = ("budget_unit", "head_budgets", "stream_norm")
+    more = {key: item for key, item in needs.items() if key != name} if name in needy else {}
     plain, variant = cells("mix", {"name": "other", "base": "mix", name: CHANGES[name], **more})
     assert (plain.method, variant.method) == ("mix", "other")
     assert getattr(config_of(variant), name) == CHANGES[name]
     assert plain.key != variant.key
-    if name not in ("cache_ratio", "budget_unit", "head_budgets"):
+    if name not in ("cache_ratio", *needy):
         assert dataclasses.replace(config_of(variant), **{name: getattr(config_of(plain), name)}) == config_of(plain)
 
 
