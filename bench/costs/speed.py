@@ -91,7 +91,7 @@ class SpeedBench:
         new_tokens: decoding steps per cell.
         batch_sizes: sequences that are decoded side by side.
         kv_memory: bytes, for each of which every cell has the largest batch that fits.
-        shared_prefill: a prompt is read once for all cells.
+        shared_prefill: a prompt is read once for all cells and repetitions.
     """
 
     def __init__(
@@ -119,6 +119,8 @@ class SpeedBench:
         except ConfigError as error:
             self.refused = str(error)
         self._failed: set[tuple[Any, ...]] = set()
+        self._prompts: dict[int, Prompt] = {}
+        """Those that are shared, by their length."""
 
     @cached_property
     def _weight_bytes(self) -> int | None:
@@ -168,8 +170,7 @@ class SpeedBench:
                 waiting.append((timed, batches))
         if not waiting:
             return
-        queries = max(timed.cell.recorded_queries for timed in rows)
-        (prompt,) = record(self.model, [self.prompt_ids[:context_length]], queries)
+        prompt = self._prompt(context_length, max(timed.cell.recorded_queries for timed in rows))
         for timed, batches in waiting:
             for item in self._cell(timed, batches, prompt):
                 if isinstance(item, Untimed):
@@ -177,6 +178,14 @@ class SpeedBench:
                     yield item
                 else:
                     yield item.model_copy(update={"repetition": repetition, "bandwidth": bandwidth})
+
+    def _prompt(self, tokens: int, queries: int) -> Prompt:
+        if tokens in self._prompts:
+            return self._prompts[tokens]
+        (prompt,) = record(self.model, [self.prompt_ids[:tokens]], queries)
+        if self.shared_prefill:
+            self._prompts[tokens] = prompt
+        return prompt
 
     def _cell(self, timed: Timed, batches: Sequence[Batch], prompt: Prompt) -> Iterator[Timing | Untimed]:
         """A cell with all its batches."""

@@ -230,18 +230,25 @@ def decode(steps: Steps, cell: Cell, rows: Sequence[Answering]) -> None:
 
 def _go_on(steps: Steps, cell: Cell, rows: Sequence[Answering]) -> None:
     """Token by token, until each row has ended or is to be read anew."""
-    side_by_side = SideBySide([row for row in rows if _goes_on(steps, row)])
+    going = [row for row in rows if _goes_on(steps, row)]
+    clock = Stopwatch(steps.device)
+    # Decoding side by side is also to bring caches together, and to take one out.
+    with clock:
+        side_by_side = SideBySide(going)
     while rows := side_by_side.rows:
         written = max(len(row.tokens) for row in rows)
         steps.watch(f"{cell.label}: {count(written, 'token')} of {count(len(rows), 'answer')}")
-        clock = Stopwatch(steps.device)
         with clock:
             logits = step(steps, side_by_side)
             tokens = choose_all([row.decoder for row in rows], logits[:, -1])
         for row, token in zip(rows, tokens, strict=True):
             row.tokens.append(token)
+        going = [row for row in rows if _goes_on(steps, row)]
+        with clock:
+            side_by_side.keep(going)
+        for row in rows:
             row.decode_s += clock.seconds / len(rows)
-        side_by_side.keep([row for row in rows if _goes_on(steps, row)])
+        clock = Stopwatch(steps.device)
 
 
 def _goes_on(steps: Steps, row: Answering) -> bool:

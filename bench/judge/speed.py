@@ -43,6 +43,8 @@ class SpeedRow(BaseModel):
     vs_ceiling: float | None
     kv_bytes: float
     step_bytes: float | None
+    bandwidth: float | None
+    """Bytes a second of the memory."""
     bandwidth_share: float | None
     """Bytes that a step has to read, over its time and the bandwidth of the memory (MBU)."""
     peak_memory_bytes: float | None
@@ -111,6 +113,7 @@ def summarize(timings: Sequence[Timing]) -> list[SpeedRow]:
                 vs_ceiling=_ratio(mine, ceiling, "decode_tokens_per_s"),
                 kv_bytes=median(item.kv_bytes for item in mine),
                 step_bytes=_median(item.step_bytes for item in mine),
+                bandwidth=_median(item.bandwidth for item in mine),
                 bandwidth_share=_median(map(_bandwidth_share, mine)),
                 peak_memory_bytes=_median(item.peak_memory_bytes for item in mine),
             )
@@ -160,6 +163,8 @@ class Growth(BaseModel):
     kv_bandwidth: float | None
     """Bytes a second at which what the cache holds more of behind longer contexts is read; None where it holds no more
     there, or takes no longer."""
+    kv_bandwidth_share: float | None
+    """That over the bandwidth of the memory."""
     over_full: str
     """From which context on it decodes faster than the stock full cache, in words."""
     over_fused: str
@@ -177,19 +182,25 @@ def growths(rows: Sequence[SpeedRow]) -> list[Growth]:
         if len({row.context_length for row in mine}) > 1
     }
     of_full = {(batch, series[0]): line for (batch, series), line in lines.items() if series[0] in (FULL, FUSED)}
+    speeds = {key: _kv_bandwidth(found[key]) for key in lines}
     return [
         Growth(
             row=max(found[key], key=lambda row: row.context_length),
             lengths=len(found[key]),
             slope=line.slope,
             intercept=line.intercept,
-            kv_bandwidth=_kv_bandwidth(found[key]),
+            kv_bandwidth=speeds[key],
+            kv_bandwidth_share=_over(speeds[key], _median(row.bandwidth for row in found[key])),
             over_full="" if series[0] == FULL else faster_from(line, of_full.get((batch, FULL))),
             over_fused="" if series[0] in (FULL, FUSED) else faster_from(line, of_full.get((batch, FUSED))),
         )
         for key, line in lines.items()
         for batch, series in [key]
     ]
+
+
+def _over(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or whole is None else part / whole
 
 
 def _kv_bandwidth(rows: Sequence[SpeedRow]) -> float | None:

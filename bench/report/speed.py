@@ -72,12 +72,14 @@ GROWTH_COLUMNS: Columns = (
     ("faster than full", lambda item: item.over_full),
     ("faster than fused", lambda item: item.over_fused),
     ("KV GB/s", _number(lambda item: item.kv_bandwidth, 1, 1e-9)),
+    ("KV %", _number(lambda item: item.kv_bandwidth_share, 0, 100.0)),
 )
 
 GROWTH_LEGEND = (
     "A line by least squares through the medians of all contexts: ms of a step without a context, and more per 1,000 "
     "tokens of it. faster than: from which context on, by these lines, also beyond what was timed. KV GB/s: how fast "
-    "the bytes are read that the cache holds more of behind longer contexts, with all that is done to them."
+    "the bytes are read that the cache holds more of behind longer contexts, with all that is done to them; KV %: of "
+    "the bandwidth."
 )
 
 

@@ -44,8 +44,8 @@ class SpeedConfig(RunConfig):
     )
     shared_prefill: bool = setting(
         False,
-        "Read each prompt once for all methods, as run does, which is soon done where there are many; else each reads "
-        "it by itself, which times its prefill.",
+        "Read each prompt once for all methods, as run does, and for all repetitions, which is soon done where there "
+        "are many; else each reads it by itself every time, which times its prefill.",
         TIMING,
         "grid",
     )

@@ -16,9 +16,11 @@ from bench.cli import main
 from bench.costs import bandwidth
 from bench.costs import speed as timed
 from bench.costs.speed import SpeedBench
+from bench.errors import UserError
 from bench.methods.grid import grid
 from bench.names import CEILING, FULL, FUSED
 from bench.records.timing import Timing, Untimed, read_speed_record, read_timings
+from bench.runs.timings import Timings
 from bench.telemetry import Peak, free_memory_bytes
 
 LENGTH = 120
@@ -136,7 +138,7 @@ def test_a_folder_is_gone_on_with(
     monkeypatch.setitem(bandwidth.BUFFER, "cpu", 1 << 20)
     few = ["--context-lengths", "100,200", "--cache-ratio", "0.25", "--budget-unit", "bytes", "--new-tokens", "2"]
     common = ["speed", "--model", str(tiny_folder), "--dtype", "float32", "--device", "cpu", *few]
-    line = [*common, "--methods", "origin", "--batch-sizes", "1,2", "--outdir", str(tmp_path / "speed")]
+    line = [*common, "--methods", "full-fused,origin", "--batch-sizes", "1,2", "--outdir", str(tmp_path / "speed")]
 
     def call(*arguments: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as ended:
@@ -162,9 +164,9 @@ def test_a_folder_is_gone_on_with(
     assert {(0, 200, 2, None), (1, 100, 1, None)} <= batches
     assert {item.kv_memory for item in again} == {None, 100_000}
     assert len(read_speed_record(tmp_path / "speed").failures) == 2 * 4 + 2
-    code, said = call(*line, "--new-tokens", "3")
-    assert code == 1
-    assert "holds timings of other terms: another new tokens; give another --outdir" in said
+    others = Timings(tmp_path / "speed", {"name": "tiny"}, {"new_tokens": 3})
+    with pytest.raises(UserError, match="of other terms: another model, another new tokens; give another --outdir"):
+        others.__enter__()
     page = tmp_path / "page.html"
     assert call("report", str(tmp_path / "speed"), "--html", str(page), "--figures", str(tmp_path / "figures"))[0] == 0
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}

@@ -69,7 +69,7 @@ def test_time_over_the_context() -> None:
                 [
                     *(timing(FULL, 30 + length / 100, length) for length in lengths),
                     *(timing(FUSED, 32 + length / 200, length) for length in lengths),
-                    *(timing("mix", 38 + length / 500, length, cache_ratio=0.25) for length in lengths),
+                    *(timing("mix", 38 + length / 500, length, cache_ratio=0.25, bandwidth=1e8) for length in lengths),
                     timing("once", 10, 1000),
                 ]
             )
@@ -82,6 +82,7 @@ def test_time_over_the_context() -> None:
     assert (mix.over_full, mix.over_fused) == ("from 1,000", "from 2,000")
     # 100 bytes of KV a token, 0.002 ms a token.
     assert mix.kv_bandwidth == pytest.approx(100 / 2e-6)
+    assert mix.kv_bandwidth_share == pytest.approx(0.5)
     assert (found[FULL].over_full, found[FUSED].over_fused) == ("", "")
 
 
