@@ -2,167 +2,15 @@
  *
  * Letters: R rows of the layer, G query heads per row, D head dim.
  *
- * The tokens of each row and pool are cut into pieces of PIECE, which threads share. A piece is read BLOCK tokens at a
- * time: their codes are expanded into a buffer in the first cache, so that nothing dequantized goes to memory. It leaves
- * exponentials of its logits, their maximum and sum, and its share of the output (flash-decoding). Then the pieces of a
- * row are brought to the same maximum, which makes probabilities of the exponentials. How codes lie in bytes:
- * arkv/formats/packing.py. */
+ * The tokens of each row and pool are cut into pieces of PIECE, which threads share. A piece leaves exponentials of its
+ * logits, their maximum and sum, and its share of the output (flash-decoding). Then the pieces of a row are brought to
+ * the same maximum, which makes probabilities of the exponentials. */
 
-#include "pools.h"
+#include "expand.h"
+#include "integers.h"
+#include "registers.h"
 
 #include <stdlib.h>
-
-#define PIECE 128
-#define BLOCK 4
-#define MAX_GROUP 64
-
-#if LANES == 16
-#include <immintrin.h>
-typedef float eight __attribute__((vector_size(32)));
-#elif LANES == 8
-typedef vector eight;
-#endif
-typedef float four __attribute__((vector_size(16)));
-typedef uint64_t runs __attribute__((vector_size(64)));
-
-#define EACH(byte) (0x0101010101010101u * (uint64_t)(byte))
-
-/* Codes of 3 bits to a byte each, eight bytes at a time: loops over so few bytes would not be vectorized. */
-INLINE void unpack3(const uint8_t *restrict from, uint8_t *restrict to, int dim) {
-    int n = dim / 8;
-    if (n == 8) {
-        /* All at once: what is stored by eight bytes cannot be loaded by LANES without a wait. */
-        uint64_t word[3];
-        memcpy(word, from, sizeof(word));
-        runs codes = {word[0], word[0], word[1], word[1], word[2], word[2], word[0], word[1]};
-        runs highs = {0, 0, 0, 0, 0, 0, word[2], word[2]};
-        codes = codes >> (runs){0, 3, 0, 3, 0, 3, 6, 6} &
-                (runs){EACH(7), EACH(7), EACH(7), EACH(7), EACH(7), EACH(7), EACH(3), EACH(3)};
-        codes |= highs >> (runs){0, 0, 0, 0, 0, 0, 4, 5} & EACH(4);
-        memcpy(to, &codes, sizeof(codes));
-        return;
-    }
-    for (int j = 0; j < n; j += 8) {
-        size_t size = n - j < 8 ? (size_t)(n - j) : 8;
-        uint64_t word[3] = {0}, code[8];
-        for (int r = 0; r < 3; r++) {
-            memcpy(word + r, from + r * n + j, size);
-            code[2 * r] = word[r] & EACH(7);
-            code[2 * r + 1] = (word[r] >> 3) & EACH(7);
-        }
-        code[6] = ((word[0] >> 6) & EACH(3)) | ((word[2] >> 4) & EACH(4));
-        code[7] = ((word[1] >> 6) & EACH(3)) | ((word[2] >> 5) & EACH(4));
-        for (int r = 0; r < 8; r++) memcpy(to + r * n + j, code + r, size);
-    }
-}
-
-/* Codes of fewer than 8 bits to a byte each. */
-INLINE void unpack(const uint8_t *restrict from, uint8_t *restrict to, int64_t bits, int dim) {
-    if (bits == 3) {
-        unpack3(from, to, dim);
-        return;
-    }
-    int runs = bits == 4 ? 2 : 4, n = dim / runs;
-    for (int r = 0; r < runs; r++)
-        for (int j = 0; j < n; j++) to[r * n + j] = (from[j] >> (r * bits)) & ((1 << bits) - 1);
-}
-
-/* What codes of at most 4 bits stand for; levels: MAX_LEVELS. */
-INLINE void look_up(const uint8_t *restrict codes, float *restrict to, const float *restrict levels, int dim) {
-    int d = 0;
-#if LANES == 16
-    __m512 table = _mm512_loadu_ps(levels);
-    for (; d + LANES <= dim; d += LANES) {
-        __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + d)));
-        _mm512_storeu_ps(to + d, _mm512_permutexvar_ps(index, table));
-    }
-#endif
-    for (; d < dim; d++) to[d] = levels[codes[d]];
-}
-
-/* Unlike a look-up among 256 numbers, a loop over it is vectorized. */
-INLINE float from_e4m3(uint8_t code) {
-    uint32_t size = code & 0x7F, bits = (size << 20) + (120u << 23);
-    float normal;
-    memcpy(&normal, &bits, 4);
-    float found = size < 8 ? (float)(int32_t)size * 0x1p-9f : normal;
-    return code & 0x80 ? -found : found;
-}
-
-/* One token as float32: codes times its scale, plus its zero point, as sums of codes alone would lose digits. */
-INLINE void expand(const struct plane *p, int64_t slot, float *restrict to, struct code code, int dim) {
-    const int64_t bits = code.bits;
-    const uint8_t *from = p->codes + slot * dim * bits / 8;
-    if (bits == FLOAT32) {
-        memcpy(to, from, 4 * (size_t)dim);
-        return;
-    }
-    if (bits == BFLOAT16) {
-        uint32_t wide[MAX_DIM];
-        uint16_t half[MAX_DIM];
-        memcpy(half, from, 2 * (size_t)dim);
-        for (int d = 0; d < dim; d++) wide[d] = (uint32_t)half[d] << 16;
-        memcpy(to, wide, 4 * (size_t)dim);
-        return;
-    }
-    if (bits == 8) {
-        float scale = number(p->scale, slot, FLOAT32);
-        if (code.floating)
-            for (int d = 0; d < dim; d++) to[d] = from_e4m3(from[d]) * scale;
-        else
-            for (int d = 0; d < dim; d++) to[d] = (float)(int8_t)from[d] * scale;
-        return;
-    }
-    float scale = number(p->scale, slot, BFLOAT16), zero = number((const uint8_t *)p->zero, slot, BFLOAT16);
-    if (bits == 4 && !code.levels) {
-        int n = dim / 2;
-        for (int j = 0; j < n; j++) to[j] = (float)(from[j] & 15) * scale + zero;
-        for (int j = 0; j < n; j++) to[n + j] = (float)(from[j] >> 4) * scale + zero;
-        return;
-    }
-    uint8_t codes[MAX_DIM];
-    unpack(from, codes, bits, dim);
-    if (!code.levels) {
-        for (int d = 0; d < dim; d++) to[d] = (float)codes[d] * scale + zero;
-        return;
-    }
-    look_up(codes, to, code.levels, dim);
-    for (int d = 0; d < dim; d++) to[d] = to[d] * scale + zero;
-}
-
-/* Tokens of a plane as float32, [BLOCK, padded dim]; zeros beyond count. */
-INLINE void read_block(const struct plane *p, int64_t slot, int64_t count, float *restrict buffer, struct code code,
-                       int dim) {
-    int padded = (dim + LANES - 1) / LANES * LANES;
-    for (int64_t i = 0; i < BLOCK; i++) {
-        if (i < count)
-            expand(p, slot + i, buffer + i * padded, code, dim);
-        else
-            for (int d = 0; d < dim; d++) buffer[i * padded + d] = 0.0f;
-    }
-}
-
-static inline four fold(vector x) {
-#if LANES == 4
-    return x;
-#else
-#if LANES == 16
-    eight half = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-                 __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-#else
-    eight half = x;
-#endif
-    return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
-#endif
-}
-
-/* The sums of four vectors. */
-static inline four sums(const vector x[BLOCK]) {
-    four a = fold(x[0]), b = fold(x[1]), c = fold(x[2]), d = fold(x[3]);
-    four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-}
 
 /* What all query heads of a row find in one piece. */
 struct found {
@@ -172,74 +20,81 @@ struct found {
     float *output; /* G x value dim, before divisions */
 };
 
-/* query: G x key dim, scaled and in the coordinates of the codes; bias: G, added to the logits. */
-INLINE void piece(const struct pool *p, int64_t first, int64_t count, const float *query, const float *bias,
-                  float softcap, struct found f, int group, int key_dim, int value_dim,
-                  struct code key_code, struct code value_code) {
-    const int keys = (key_dim + LANES - 1) / LANES, values = (value_dim + LANES - 1) / LANES;
-    vector buffer[BLOCK * MAX_DIM / LANES], mine[MAX_GROUP * MAX_DIM / LANES];
-    memset(buffer, 0, sizeof(vector) * (size_t)(BLOCK * (keys > values ? keys : values)));
-    memset(mine, 0, sizeof(vector) * (size_t)(group * keys));
-    for (int g = 0; g < group; g++) memcpy(mine + g * keys, query + g * key_dim, sizeof(float) * (size_t)key_dim);
-    for (int64_t at = 0; at < count; at += BLOCK) {
-        read_block(&p->key, first + at, count - at, (float *)buffer, key_code, key_dim);
-        for (int g = 0; g < group; g++) {
-            vector dots[BLOCK];
-            for (int i = 0; i < BLOCK; i++) {
-                dots[i] = mine[g * keys] * buffer[i * keys];
-                for (int v = 1; v < keys; v++) dots[i] += mine[g * keys + v] * buffer[i * keys + v];
-            }
-            four sum = sums(dots) + bias[g];
-            memcpy(f.logits + g * PIECE + at, &sum, sizeof(sum));
-        }
+/* Logits of a piece, and sums of its values, by what serves the format. Dims and bits that are known when this is
+ * compiled let loops over a token be unrolled. */
+static void logits_of(const struct plane *p, int64_t first, int64_t count, struct queries q, float *logits, int group,
+                      struct ahead ahead) {
+#if INTEGERS
+#define WITH(DIM, BITS)                                                      \
+    if (is_plain(p->code, BITS, 0) && p->dim == DIM) {                       \
+        code_logits(p, first, count, q, logits, group, ahead, DIM, BITS);    \
+        return;                                                              \
     }
-    for (int g = 0; g < group; g++) {
-        float *logits = f.logits + g * PIECE, peak = -INFINITY, sum = 0.0f;
-        if (softcap != 0.0f)
-            for (int64_t i = 0; i < count; i++) logits[i] = softcap * hyperbolic_tangent(logits[i] / softcap);
-#pragma omp simd reduction(max : peak)
-        for (int64_t i = 0; i < count; i++) peak = logits[i] > peak ? logits[i] : peak;
-        for (int64_t i = 0; i < count; i++) logits[i] = exponential(logits[i] - peak);
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < count; i++) sum += logits[i];
-        for (int64_t i = count; i % BLOCK; i++) logits[i] = 0.0f;
-        f.peak[g] = peak;
-        f.total[g] = sum;
+    WITH(64, 4) WITH(128, 4)
+#undef WITH
+    if (asks_in_digits(p)) {
+        code_logits(p, first, count, q, logits, group, ahead, (int)p->dim, (int)p->code.bits);
+        return;
     }
-    memset(mine, 0, sizeof(vector) * (size_t)(group * values));
-    if (key_dim != value_dim) memset(buffer, 0, sizeof(vector) * (size_t)(BLOCK * values));
-    for (int64_t at = 0; at < count; at += BLOCK) {
-        read_block(&p->value, first + at, count - at, (float *)buffer, value_code, value_dim);
-        for (int g = 0; g < group; g++) {
-            const float *weights = f.logits + g * PIECE + at;
-            for (int v = 0; v < values; v++)
-                for (int i = 0; i < BLOCK; i++) mine[g * values + v] += weights[i] * buffer[i * values + v];
-        }
+#endif
+#define WITH(BITS, FLOATING)                                                                                        \
+    if (is_plain(p->code, BITS, FLOATING) && p->dim % PAIR == 0) {                                                  \
+        register_logits(p, first, count, q, logits, group, ahead, (int)p->dim, (struct code){NULL, BITS, FLOATING}); \
+        return;                                                                                                     \
     }
-    for (int g = 0; g < group; g++)
-        memcpy(f.output + g * value_dim, mine + g * values, sizeof(float) * (size_t)value_dim);
+    WITH(16, 0) WITH(32, 0) WITH(8, 0) WITH(8, 1)
+#undef WITH
+    expanded_logits(p, first, count, q, logits, group, (int)p->dim, p->code);
 }
 
-/* Dims and bits that are known when this is compiled let loops over a token be unrolled. */
-static void any_piece(const struct pool *p, int64_t first, int64_t count, const float *query, const float *bias,
-                      float softcap, struct found f, int group) {
-    const struct plane *k = &p->key, *v = &p->value;
-#define IS(PLANE, DIM, BITS, FLOATING) \
-    (PLANE->dim == DIM && PLANE->code.bits == BITS && PLANE->code.floating == FLOATING && !PLANE->code.levels)
-#define WITH(DIM, KEY_BITS, VALUE_BITS, FLOATING)                                                                     \
-    if (IS(k, DIM, KEY_BITS, FLOATING) && IS(v, DIM, VALUE_BITS, FLOATING)) {                                         \
-        piece(p, first, count, query, bias, softcap, f, group, DIM, DIM, (struct code){NULL, KEY_BITS, FLOATING},     \
-              (struct code){NULL, VALUE_BITS, FLOATING});                                                             \
-        return;                                                                                                       \
+static void sums_of(const struct plane *p, int64_t first, int64_t count, const float *weights, float *output,
+                    int group, struct ahead ahead) {
+#if INTEGERS
+#define WITH(DIM, BITS)                                                          \
+    if (is_plain(p->code, BITS, 0) && p->dim == DIM) {                           \
+        code_sums(p, first, count, weights, output, group, ahead, DIM, BITS);    \
+        return;                                                                  \
     }
-#define WITH_DIM(DIM) \
-    WITH(DIM, 16, 16, 0) WITH(DIM, 32, 32, 0) WITH(DIM, 8, 8, 0) WITH(DIM, 8, 8, 1) WITH(DIM, 4, 4, 0) WITH(DIM, 4, 3, 0)
-    WITH_DIM(64)
-    WITH_DIM(128)
-#undef WITH_DIM
+    WITH(64, 4) WITH(64, 3) WITH(64, 2) WITH(128, 4) WITH(128, 3) WITH(128, 2)
 #undef WITH
-#undef IS
-    piece(p, first, count, query, bias, softcap, f, group, (int)k->dim, (int)v->dim, k->code, v->code);
+    if (p->code.bits <= 4 && !p->code.levels) {
+        code_sums(p, first, count, weights, output, group, ahead, (int)p->dim, (int)p->code.bits);
+        return;
+    }
+#endif
+#define WITH(BITS, FLOATING)                                                                                        \
+    if (is_plain(p->code, BITS, FLOATING) && p->dim % PAIR == 0) {                                                  \
+        register_sums(p, first, count, weights, output, group, ahead, (int)p->dim,                                     \
+                      (struct code){NULL, BITS, FLOATING});                                                         \
+        return;                                                                                                     \
+    }
+    WITH(16, 0) WITH(32, 0) WITH(8, 0) WITH(8, 1)
+#undef WITH
+    expanded_sums(p, first, count, weights, output, group, (int)p->dim, p->code);
+}
+
+static void piece(const struct pool *p, int64_t first, int64_t count, struct queries q, float softcap, struct found f,
+                  int group) {
+    const int64_t key_bytes = token_bytes(&p->key), value_bytes = token_bytes(&p->value);
+    logits_of(&p->key, first, count, q, f.logits, group,
+              (struct ahead){p->value.codes + first * value_bytes, value_bytes});
+    /* Whole vectors: what is beyond the last token gets no weight. */
+    const int64_t whole = (count + LANES - 1) / LANES * LANES;
+    for (int g = 0; g < group; g++) {
+        float *logits = f.logits + g * PIECE;
+        if (softcap != 0.0f)
+            for (int64_t i = 0; i < count; i++) logits[i] = softcap * hyperbolic_tangent(logits[i] / softcap);
+        for (int64_t i = count; i < whole; i++) logits[i] = -INFINITY;
+        vector largest = load(logits), total = {0};
+        for (int64_t i = LANES; i < whole; i += LANES) largest = larger(largest, load(logits + i));
+        const float peak = largest_of(largest);
+        for (int64_t i = 0; i < whole; i++) logits[i] = exponential(logits[i] - peak);
+        for (int64_t i = 0; i < whole; i += LANES) total += load(logits + i);
+        f.peak[g] = peak;
+        f.total[g] = sum_of(total);
+    }
+    sums_of(&p->value, first, count, f.logits, f.output, group,
+            (struct ahead){p->key.codes + (first + count) * key_bytes, key_bytes});
 }
 
 struct call {
@@ -257,8 +112,9 @@ struct task {
 
 /* Queries as every pool needs them. */
 struct turned {
-    float *query; /* pools x R x G x D, scaled and in the coordinates of the codes */
-    float *bias;  /* pools x R x G: their products with the centers */
+    float *query;       /* pools x R x G x D, scaled and in the coordinates of the codes */
+    struct asked *each; /* pools x R x G */
+    int8_t *digits;     /* pools x R x G x DIGITS x D */
 };
 
 /* The query of one head. */
@@ -268,6 +124,7 @@ static void turn(const struct call *c, int64_t item, const uint8_t *query, int64
     for (int64_t d = 0; d < dim; d++) scaled[d] = number(query, d, type) * c->scaling;
     for (int64_t pool = 0; pool < c->pool_count; pool++) {
         const struct plane *p = &c->pools[pool].key;
+        struct asked *asked = t.each + pool * items + item;
         float *to = t.query + (pool * items + item) * dim, sum = 0.0f;
         if (p->rotation) {
             memset(to, 0, sizeof(float) * (size_t)dim);
@@ -279,7 +136,15 @@ static void turn(const struct call *c, int64_t item, const uint8_t *query, int64
         if (p->center)
             for (int64_t d = 0; d < dim; d++)
                 sum += scaled[d] * number((const uint8_t *)p->center, row * dim + d, BFLOAT16);
-        t.bias[pool * items + item] = sum;
+        asked->bias = sum;
+#if INTEGERS
+        if (asks_in_digits(p)) {
+            int8_t *digits = t.digits + (pool * items + item) * DIGITS * dim;
+            asked->total = to_digits(to, (int)dim, digits, (int)dim, &asked->unit);
+            asked->sum = 0.0f;
+            for (int64_t d = 0; d < dim; d++) asked->sum += to[d];
+        }
+#endif
     }
 }
 
@@ -303,12 +168,7 @@ static void combine(const struct call *c, int64_t g, const struct task *tasks, i
         }
         const float *rotation = c->pools[pool].value.rotation;
         if (rotation) {
-            for (int64_t d = 0; d < dim; d++, rotation += dim) {
-                float product = 0.0f;
-#pragma omp simd reduction(+ : product)
-                for (int64_t j = 0; j < dim; j++) product += mine[j] * rotation[j];
-                sum[d] += product;
-            }
+            for (int64_t d = 0; d < dim; d++, rotation += dim) sum[d] += product_of(mine, rotation, dim);
         } else {
             for (int64_t d = 0; d < dim; d++) sum[d] += mine[d];
         }
@@ -317,12 +177,13 @@ static void combine(const struct call *c, int64_t g, const struct task *tasks, i
 }
 
 /* The mean over the query heads of what each token of a piece gets. */
-static void share_out(int group, int64_t count, const float *restrict logits, const float *restrict shares,
-                      float *restrict importance) {
+static void share_out(int group, int64_t count, const float *logits, const float *shares, float *importance) {
     float among = 1.0f / (float)group;
-    for (int64_t i = 0; i < count; i++) importance[i] = logits[i] * (shares[0] * among);
-    for (int g = 1; g < group; g++)
-        for (int64_t i = 0; i < count; i++) importance[i] += logits[g * PIECE + i] * (shares[g] * among);
+    for (int64_t i = 0; i < count; i += LANES) {
+        vector sum = load(logits + i) * (shares[0] * among);
+        for (int g = 1; g < group; g++) sum += load(logits + g * PIECE + i) * (shares[g] * among);
+        memcpy(importance + i, &sum, sizeof(float) * (size_t)(count - i < LANES ? count - i : LANES));
+    }
 }
 
 /* One layer's step. Strides in numbers; key and value have the types of pool 0.
@@ -342,17 +203,19 @@ int64_t arkv_attend(const struct pool *pools, int64_t pool_count, const int64_t 
     for (int64_t row = 0; row < rows; row++)
         for (int64_t pool = 0; pool < pool_count; pool++)
             count += (count_of(c->table + row * columns, pool) + PIECE - 1) / PIECE;
-    size_t numbers = (size_t)(pool_count * items * (dim + 1) + count * group * (2 + PIECE + value_dim));
+    size_t numbers = (size_t)(pool_count * items * dim + count * group * (2 + PIECE + value_dim));
     char *space = malloc((size_t)(rows + 1) * sizeof(int64_t) + (size_t)count * sizeof(struct task) +
-                         numbers * sizeof(float));
+                         numbers * sizeof(float) +
+                         (size_t)(pool_count * items) * (sizeof(struct asked) + (size_t)(DIGITS * dim)));
     if (!space) return 0;
     struct task *tasks = (struct task *)space;
     int64_t *first_task = (int64_t *)(tasks + count);
     struct turned t;
-    t.query = (float *)(first_task + rows + 1);
-    t.bias = t.query + pool_count * items * dim;
-    float *peaks = t.bias + pool_count * items, *totals = peaks + count * group, *logits = totals + count * group;
+    t.each = (struct asked *)(first_task + rows + 1);
+    t.query = (float *)(t.each + pool_count * items);
+    float *peaks = t.query + pool_count * items * dim, *totals = peaks + count * group, *logits = totals + count * group;
     float *partial = logits + count * group * PIECE;
+    t.digits = (int8_t *)(partial + count * group * value_dim);
     count = 0;
     for (int64_t row = 0; row < rows; row++) {
         const int64_t *mine = c->table + row * columns;
@@ -392,8 +255,8 @@ int64_t arkv_attend(const struct pool *pools, int64_t pool_count, const int64_t 
         for (int64_t task = 0; task < count; task++) {
             const struct task *w = tasks + task;
             int64_t first = w->pool * items + w->row * group;
-            any_piece(pools + w->pool, w->first, w->count, t.query + first * dim, t.bias + first, c->softcap,
-                      FOUND(task), (int)group);
+            const struct queries q = {t.query + first * dim, t.digits + first * DIGITS * dim, t.each + first};
+            piece(pools + w->pool, w->first, w->count, q, c->softcap, FOUND(task), (int)group);
         }
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < items; item++) {

@@ -1,6 +1,6 @@
 """Building the C functions for CPUs, and loading them.
 
-They are compiled for the machine they run on, once: by whatever needs them first, which takes a quarter of a minute, or
+They are compiled for the machine they run on, once: by whatever needs them first, which takes half a minute, or
 ahead of that by::
 
     python -m arkv.kernels
@@ -45,7 +45,10 @@ _OPTIONS = (
 )
 
 _FOLDER = Path(__file__).parent
-_HEADERS = [_FOLDER / name for name in ("numbers.h", "pools.h", "encode.h")]
+_HEADERS = [
+    _FOLDER / name
+    for name in ("numbers.h", "pools.h", "encode.h", "vectors.h", "expand.h", "integers.h", "registers.h")
+]
 _SOURCES = [_FOLDER / name for name in ("attend.c", "rows.c", "quantize.c", "score.c")]
 
 _INT, _REAL, _ADDRESS = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p

@@ -14,6 +14,11 @@ struct code {
     int64_t floating;    /* codes of 8 bits are e4m3 */
 };
 
+/* Codes of so many bits that stand for themselves; numbers as they are, likewise. */
+static inline int is_plain(struct code c, int64_t bits, int64_t floating) {
+    return c.bits == bits && c.floating == floating && !c.levels;
+}
+
 struct plane {
     uint8_t *codes;         /* of slot 0 */
     uint8_t *scale;         /* by slot; bfloat16 with a zero point, else float32; NULL: numbers are stored as they are */
