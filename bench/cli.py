@@ -16,7 +16,7 @@ from tasks.base import TaskError
 EXIT_CODES = {
     0: "done",
     1: "something failed on the way, or check found a regression",
-    2: "what was asked for makes no sense",
+    2: "usage error",
     130: "stopped by Ctrl-C",
     errors.NOBODY_READS: "nobody reads what it prints",
 }

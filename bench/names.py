@@ -22,8 +22,8 @@ TRISTATE = tuple(name for name in DESCRIPTIONS if name != FULL)
 HF, KVPRESS = "hf", "kvpress"
 """What precedes the colon in the names of methods of other libraries."""
 LIMITS = {
-    HF: "one size, whatever the budget; quantizes the newest prompt tokens too, and everything again every 128 tokens",
-    f"{HF}:fp8": "one size, whatever the budget; a scale for all keys and one for all values of a layer, of the prompt",
+    HF: "fixed size; quantizes the newest prompt tokens too, and everything again every 128 tokens",
+    f"{HF}:fp8": "fixed size; a scale for all keys and one for all values of a layer, of the prompt",
     KVPRESS: "compresses at prefill only, the answer's tokens come on top; some presses mask tokens and free no bytes",
 }
 """What the methods of a library, or one of them, cannot meet."""

@@ -19,7 +19,7 @@ def check(**typed: Any) -> None:
 
     Both must have answered the same documents with the same model. A change fails when its whole 95 % interval over
     the documents lies beyond the tolerance, and so does an answer that was right and is wrong now. Exit codes: 0
-    passed, 1 worse or incomplete, 2 must not be compared, or what was asked for makes no sense.
+    passed, 1 worse or incomplete, 2 must not be compared, or a usage error.
 
     [bold]arkv-bench run --preset ci --outdir runs/ci[/bold]
     [bold]arkv-bench check runs/ci --against results/ci --markdown check.md[/bold]

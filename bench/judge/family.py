@@ -3,7 +3,7 @@
 The more rows a table has, the likelier it is that one of them differs by luck. So the differences of all rows to their
 baseline are a family, whose 95 % intervals contain *all* the true differences in 95 % of the tables. Interval and
 p-value come from one statistic with one critical value: an interval contains 0 if and only if the adjusted p is 0.05 or
-more, which is what "not distinguishable" says.
+more, which is what "tied" says.
 
 The level of a row's interval follows from how the rows hang together (:mod:`bench.judge.joint`).
 

@@ -109,7 +109,7 @@ def of_rows(n: int, rows: int) -> Paired:
 
 
 def documents_needed(rows: int, difference: float = WORTH_FINDING) -> int | None:
-    """Documents with which each of so many rows that loses so much is told from its baseline in 4 of 5 cases."""
+    """Documents with which each of so many rows that loses so much is told from its baseline with a power of 80 %."""
     low, high = LEAST_DOCUMENTS - 1, MOST_DOCUMENTS
     if of_rows(high, rows).power(difference, difference) < POWER:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 LEVEL = 0.95
 """Confidence of every interval."""
 ALPHA = 1.0 - LEVEL
-"""Adjusted p-values below this are called distinguishable."""
+"""Adjusted p-values below this say which of two is better; others leave them tied."""
 POWER = 0.8
 """Chance of being found that the smallest detectable difference has."""
 
@@ -15,7 +15,7 @@ def verdict(difference: float, p_adjusted: float | None, *, higher_is_better: bo
     if p_adjusted is None:
         return ""
     if p_adjusted >= ALPHA or difference == 0:
-        return "not distinguishable"
+        return "tied"
     return f"{'better' if (difference > 0) == higher_is_better else 'worse'}, p {p_text(p_adjusted)}"
 
 

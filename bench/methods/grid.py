@@ -68,7 +68,7 @@ def other_method(name: str, own: Mapping[str, OwnMethod]) -> tuple[Method, str]:
         from bench.methods.kvpress import make_press
 
         return make_press(name)
-    raise UserError(f"unknown method {name!r}: methods of others begin with {HF}: or {KVPRESS}:", exit_code=2)
+    raise UserError(f"unknown method {name!r}: third-party methods begin with {HF}: or {KVPRESS}:", exit_code=2)
 
 
 def other_cell(name: str, own: Mapping[str, OwnMethod] | None = None, **budget: Any) -> Cell:

@@ -153,7 +153,7 @@ EVERYTHING = (
     Column("format", lambda row: row.quant_format or ""),
     Column("score", lambda row: score_text(row.score)),
     Column("95 % interval", lambda row: interval_text(row.score_low, row.score_high)),
-    Column("minus full", lambda row: score_text(row.difference, sign="+")),
+    Column("Δ vs full", lambda row: score_text(row.difference, sign="+")),
     Column("95 % interval", _difference_interval),
     AGAINST_FULL,
     RETENTION,
@@ -174,7 +174,7 @@ SCORE = Column("score", _score, needed=True)
 P = Column("p", lambda row: "" if (p := adjusted(row)) is None else p_text(p))
 P_RETENTION = Column("p\nkept", lambda row: _two_lines(P.cell(row), _kept(row)))
 """In the place of the p alone: 80 columns have no room for the interval of retention."""
-DIFFERENCE = Column("minus full", _difference, needed=True)
+DIFFERENCE = Column("Δ vs full", _difference, needed=True)
 SHARE = Column("KV\nof full", lambda row: _two_lines(_share(row), bytes_text(row.kv_bytes_mean)), needed=True)
 
 STACKED = (
@@ -190,9 +190,9 @@ STACKED = (
 """The same within 80 columns: intervals below their numbers, the format below the method, p in the place of words."""
 
 LEGEND = (
-    "[ , ]: 95 % interval over documents. minus full: paired difference to the full cache on the same documents; its "
+    "[ , ]: 95 % interval over documents. Δ vs full: paired difference to the full cache on the same documents; its "
     f"interval and p hold for all rows together, and with 0 in the one, or from {ALPHA:.2f} on in the other, the two "
-    "are not distinguishable.",
+    "are tied: so many documents do not tell which is better, or whether either is.",
     "score kept (retention): score over that of full on the same documents, with a 95 % interval of each row alone; "
     "empty where that says nothing of what was kept.",
     "KV of full: all bytes that the cache stores, scales, positions and scores of tokens included, over the keys and "

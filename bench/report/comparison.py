@@ -107,7 +107,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     if any(row.p_to_best is not None and row.difference is None for row in rows):
         notes.append(
             "a distance from full is not compared with full: each row is with the best at the same budget, paired, by "
-            "the ratio of the two where it cannot be negative; like the best: not distinguishable from it"
+            "the ratio of the two where it cannot be negative; like the best: tied with it"
         )
     if any(map(is_older, rows)):
         notes.append(
@@ -127,7 +127,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row.method != FULL and row.cache_size is None and row.cache_ratio is None:
             stands = f"{row.method} stands at {percent_text(row.kv_share_of_prompt)} of the prompt's bytes"
-            notes.append(f"{stands}: it is of one size, whatever the budget")
+            notes.append(f"{stands}: it is of a fixed size")
     truncated = max((row.truncated_documents or 0) for row in rows)
     if truncated:
         notes.append(f"{truncated:.0f} prompts were longer than the context or --max-length and were cut")
@@ -174,5 +174,5 @@ def detectable(rows: Sequence[Row]) -> list[str]:
     known = sorted({score_text(row.detectable_difference, 2) for row in compared} - {""}, key=float)
     if known:
         span = " to ".join(dict.fromkeys((known[0], known[-1])))
-        return [f"smallest difference to full that so many documents show in 4 of 5 cases: {span}"]
+        return [f"smallest difference to full that so many documents show with 80 % power: {span}"]
     return ["so few documents cannot show a difference to full"] if compared else []

@@ -19,7 +19,7 @@ from bench.report.paragraphs import in_words, named, tally
 LINES = 5
 """Of the table: more is for the tables below it."""
 HEADERS = ("budget", "best method", "cannot be told from it", "what it costs")
-FIXED = "one size, whatever the budget"
+FIXED = "fixed size"
 TOGETHER = 2
 """Tasks of a model whose budgets stand one by one; of more, each budget is counted over all of them."""
 

@@ -30,7 +30,7 @@ class Verdict:
 
     @property
     def words(self) -> str:
-        """``better, p 0.01``, or ``not distinguishable``."""
+        """``better, p 0.01``, or ``tied``."""
         return verdict(self.comparison.difference, self.comparison.p_adjusted, higher_is_better=self.higher_is_better)
 
 

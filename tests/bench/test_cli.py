@@ -67,7 +67,7 @@ def test_the_help_of_all_names_every_command_and_exit_code() -> None:
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.replace("│", " ").split())
     assert [command for command in COMMANDS if f" {command} " not in text] == []
-    for said in ("0 done", "1 something failed", "2 what was asked for makes no sense", "130 stopped by Ctrl-C"):
+    for said in ("0 done", "1 something failed", "2 usage error", "130 stopped by Ctrl-C"):
         assert said in text
 
 

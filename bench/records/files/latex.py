@@ -15,6 +15,7 @@ ESCAPES = str.maketrans(
         "|": r"\textbar{}",
         "…": r"\ldots{}",
         "×": r"$\times$",
+        "Δ": r"$\Delta$",
         **{char: f"\\{char}" for char in "&%$#_{}"},
     }
 )

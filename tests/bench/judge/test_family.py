@@ -99,7 +99,7 @@ def test_few_documents_that_change_may_hide_others_that_change_more() -> None:
 
 @pytest.mark.parametrize("kind", ["binary", "percent", "skewed", "mostly 0"])
 @pytest.mark.parametrize("n", [6, 8, 30])
-def test_an_interval_without_0_and_not_distinguishable_never_stand_in_one_row(kind: str, n: int) -> None:
+def test_an_interval_without_0_and_a_tie_never_stand_in_one_row(kind: str, n: int) -> None:
     scores, full, _ = tables(kind, 15, 5, n)
     bounds = BOUNDS.get(kind, (-math.inf, math.inf))
     for mine, baseline in zip(scores, full, strict=True):

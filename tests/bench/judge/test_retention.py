@@ -42,8 +42,8 @@ def told(scores: Scores, metric: Metric = RIGHT, **more: object) -> dict[str, Ro
         (11, 10, {"chance": 0.25}, "chance", "cannot tell: full scores 0.275, chance is 0.250"),
         (40, 40, {}, "ceiling", "cannot tell: full scores 1.000, the most is 1.000"),
         (40, 39, {}, "ceiling", "cannot tell: full scores 1.000, the most is 1.000"),
-        (30, 29, {}, None, "not distinguishable"),
-        (30, 29, {"chance": 0.25}, None, "not distinguishable"),
+        (30, 29, {}, None, "tied"),
+        (30, 29, {"chance": 0.25}, None, "tied"),
         # What is found to differ is told, wherever full stands.
         (2, 30, {}, None, "better, p <0.001"),
         (40, 20, {}, None, "worse, p <0.001"),
@@ -61,7 +61,7 @@ def test_a_fall_from_the_ceiling_shows_that_there_was_something_to_lose() -> Non
     """Another row below the interval of full: the questions are not too easy to tell methods apart."""
     rows = told({"full": share(40), "mix": share(40), "window": share(10)})
     assert rows["mix"].cannot_tell is None
-    assert AGAINST_FULL.cell(rows["mix"]) == "not distinguishable"
+    assert AGAINST_FULL.cell(rows["mix"]) == "tied"
 
 
 def test_a_metric_without_a_range_has_neither_floor_nor_ceiling() -> None:

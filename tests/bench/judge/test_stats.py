@@ -165,7 +165,7 @@ def test_adjustments_against_known_values() -> None:
 
 
 def test_wording() -> None:
-    assert verdict(-0.3, 0.2) == "not distinguishable"
+    assert verdict(-0.3, 0.2) == "tied"
     assert verdict(-0.3, 0.0311) == "worse, p 0.031"
     assert verdict(-0.3, 0.0001, higher_is_better=False) == "better, p <0.001"
     assert verdict(0.1, None) == ""

@@ -374,7 +374,7 @@ def test_a_key_follows_the_librarys_version() -> None:
     [
         ("hf:quanto-int3", "unknown method 'hf:quanto-int3': did you mean hf:quanto-int"),
         ("kvpress:snapkw", "unknown method 'kvpress:snapkw': did you mean kvpress:snapkv"),
-        ("vllm:fp8", "unknown method 'vllm:fp8': methods of others begin with hf: or kvpress:"),
+        ("vllm:fp8", "unknown method 'vllm:fp8': third-party methods begin with hf: or kvpress:"),
         ("kvpress:finch", "finch cannot be compared at a budget: it needs a delimiter"),
         ("kvpress:kvzap", "kvzap is not offered, since it needs another model"),
         ("kvpress:snapkv+tova", "SnapKVPress wraps no other press"),

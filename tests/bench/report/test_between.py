@@ -77,7 +77,7 @@ def pair(*folders: Path) -> Pair:
 def test_differences_are_paired_by_document(made: Made) -> None:
     found = pair(made("a"), made("b", 8))
     full, mix = found.changes
-    assert (full.n, full.difference, full.lost, full.found, full.said) == (N, 0.0, 0, 0, "not distinguishable")
+    assert (full.n, full.difference, full.lost, full.found, full.said) == (N, 0.0, 0, 0, "tied")
     assert (mix.before, mix.now, mix.difference) == pytest.approx((1.0, 1 / 3, -2 / 3))
     assert (mix.lost, mix.found) == (8, 0)
     assert mix.high is not None

@@ -127,7 +127,7 @@ def test_the_page_holds_the_figures_of_the_results(plain: Page) -> None:
     page = plain
     (table,) = Parsed(page.html).tables
     headers, *lines = table
-    assert headers[:4] == ["budget", "method", "score", "minus full"]
+    assert headers[:4] == ["budget", "method", "score", "Δ vs full"]
     assert [line[:4] for line in lines][:2] == [
         ["", "full", "1.000[0.90, 1.10]", ""],
         ["512", "window", "0.000[-0.10, 0.10]", "-1.000[-1.10, -0.90]"],
@@ -194,18 +194,18 @@ def test_the_answer_names_the_best_of_each_budget(tmp_path: Path) -> None:
             "C=1024 tokens per layer",
             "window and mix int8: 1.000 [0.90, 1.10]",
             "they score the same",
-            "25.0 % of full's bytes; 1.24 x its time per token; score not distinguishable: +0.000 [-0.10, 0.10]",
+            "25.0 % of full's bytes; 1.24 x its time per token; score tied: +0.000 [-0.10, 0.10]",
         ),
         (
             "C=512 tokens per layer",
             "mix int8: 0.875 [0.78, 0.97]",
             "origin",
-            "25.0 % of full's bytes; 1.24 x its time per token; score not distinguishable: -0.125 [-0.23, -0.03]",
+            "25.0 % of full's bytes; 1.24 x its time per token; score tied: -0.125 [-0.23, -0.03]",
         ),
     ]
     assert found.notes == [
         "On needle (exact_match, tiny, n=8), the full cache scores 1.000 [0.90, 1.10]. "
-        "Smallest difference to full that so many documents show in 4 of 5 cases: 0.52."
+        "Smallest difference to full that so many documents show with 80 % power: 0.52."
     ]
 
 

@@ -151,7 +151,7 @@ def test_full_on_top_budgets_grouped_and_most_bytes_first() -> None:
         ["window", "mix"],
     ]
     assert comparison.title == "needle, exact_match (higher is better), tiny, n=8"
-    said = "hf:quanto-int4 stands at 28.1 % of the prompt's bytes: it is of one size, whatever the budget"
+    said = "hf:quanto-int4 stands at 28.1 % of the prompt's bytes: it is of a fixed size"
     assert said in comparison.notes
 
 
@@ -198,7 +198,7 @@ def test_nothing_is_cut_off(width: int) -> None:
         "1024",
     )
     assert [item for item in shown if item not in text] == []
-    assert ("not distinguishable  " in text) == (width == 140)
+    assert ("tied  " in text) == (width == 140)
     assert ("0.400" in text) == (width == 80)
     for line in LEGEND:
         assert line.split()[-1] in text
@@ -240,9 +240,9 @@ def test_leaders_are_bold() -> None:
 
 def test_a_difference_is_never_called_more_than_it_is() -> None:
     markdown = to_markdown([ROWS])
-    assert "| not distinguishable |" in next(line for line in markdown.splitlines() if "0.875" in line)
+    assert "| tied |" in next(line for line in markdown.splitlines() if "0.875" in line)
     assert "| worse, p 0.030 |" in next(line for line in markdown.splitlines() if "| origin |" in line)
-    assert "- smallest difference to full that so many documents show in 4 of 5 cases: 0.52" in markdown
+    assert "- smallest difference to full that so many documents show with 80 % power: 0.52" in markdown
     nothing = [row("mix", 0.5, detectable_difference=None)]
     assert "- so few documents cannot show a difference to full" in to_markdown([nothing])
 
@@ -250,7 +250,7 @@ def test_a_difference_is_never_called_more_than_it_is() -> None:
 def test_an_older_file_shows_no_interval_beside_a_verdict_of_another_procedure() -> None:
     older = [row("full", 1.0), row("mix", 0.875, p_adjusted=None)]
     text = to_markdown([older])
-    assert "not distinguishable" in text
+    assert "| tied |" in text
     assert "[-0.23, -0.03]" not in text
     assert "is of an older suite: p by Holm" in text
 
@@ -383,7 +383,7 @@ def test_latex_has_every_row_and_obeys_no_name() -> None:
     assert len({line.replace(r"\&", "").count("&") for line in body}) == 1
     assert r"\textbf{mix}" in text
     assert "$-$0.125 & [$-$0.23, $-$0.03]" in text
-    assert "not distinguishable" not in text.split(r"\bottomrule")[0]
+    assert "& tied &" not in text.split(r"\bottomrule")[0]
     # Braces and environments are balanced.
     plain = text.replace(r"\{", "").replace(r"\}", "")
     assert plain.count("{") == plain.count("}")
