@@ -98,10 +98,9 @@ def _cells(config: SpeedConfig) -> list[Cell]:
     from bench.errors import UserError
     from bench.methods.grid import grid
     from bench.methods.plugins import Plugins
-    from bench.names import CEILING, FULL, FUSED
 
     plugins = Plugins(config.plugin or ())
-    methods = plugins.needed_methods([method for method in config.methods if method not in (FULL, FUSED, CEILING)])
+    methods = plugins.needed_methods(list(config.timed_methods))
     settings = config.method_settings
     cells = grid(methods, config.budgets, config.window_size, config.quant_format, settings, plugins.methods)
     least = config.new_tokens

@@ -7,6 +7,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from bench.methods.variants import name_of
+from bench.names import CEILING, FULL, FUSED
 from bench.settings.fields import Count, again, setting
 from bench.settings.run import OUTPUT, RunConfig, Variant
 
@@ -60,3 +62,13 @@ class SpeedConfig(RunConfig):
         panel=OUTPUT,
         unset=None,
     )
+
+    @property
+    def timed_methods(self) -> tuple[str | Variant, ...]:
+        """Those that were asked for, without the caches that stand beside them in any case."""
+        return tuple(method for method in self.methods if method not in (FULL, FUSED, CEILING))
+
+    @property
+    def method_names(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(map(name_of, self.timed_methods))
