@@ -21,7 +21,7 @@ from bench.report.columns import LEGEND
 from bench.report.figures.canvas import Figure, file_name
 from bench.report.figures.layers import states_figure
 from bench.report.paragraphs import problems_of
-from bench.report.sections import FIGURED, pair_sections, run_sections, speed_sections
+from bench.report.sections import DETAILED, FIGURED, pair_sections, run_sections, speed_sections
 from bench.report.verdicts import HEADERS, answer
 from bench.report.viewer import viewer_of
 
@@ -108,6 +108,7 @@ def build(runs: Sequence[Run], beside: Path | None = None, *, live: bool = False
         maps=maps,
         undrawn=undrawn,
         unfigured=max(len(sections) - FIGURED, 0),
+        undetailed=max(len(sections) - DETAILED, 0),
         averages=averages.run_averages(averages.together({run.name: run.rows for run in runs})),
         averages_legend=averages.LEGEND,
         drawn={figure.name: Markup(figure.inline_svg()) for figure in figures},

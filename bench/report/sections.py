@@ -57,8 +57,8 @@ _Sampled = TypeVar("_Sampled", bound=Measured)
 
 FIGURED = 40
 """Comparisons that get figures: more would make the page too large for a phone, and nobody looks at more."""
-SHARED = 12
-"""Comparisons that get a figure of time and memory shares, for the same reason."""
+DETAILED = 12
+"""Comparisons that get more than a figure of scores, for the same reason."""
 
 
 @dataclass(frozen=True)
@@ -238,11 +238,10 @@ def _of_task(
         if done + len(sections) < FIGURED:
             if beside is not None:
                 figures.append(score_figure(name, drawn, [row for row in beside if row.metric == mine[0].metric]))
-            if not sections:
+            if not sections and done < DETAILED:
                 figures.append(retention_figure(f"{name}-kept", drawn))
                 figures.append(time_figure(f"{name}-time", drawn))
-                if done < SHARED:
-                    figures.append(share_figure(f"{name}-shares", drawn, samples.clocked()))
+                figures.append(share_figure(f"{name}-shares", drawn, samples.clocked()))
                 figures.append(oq_figure(f"{name}-oq", drawn, samples.whole()))
                 figures.append(curve_figure(f"{name}-curve", drawn, samples.compared()))
                 figures += fact_figures(name, drawn, samples.whole())

@@ -70,7 +70,7 @@ class Figure:
         text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
         text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
         for place, said in self.tips.items():
-            text = text.replace(f'<g id="{place}">', f'<g id="{place}" class="tip"><title>{escape(said)}</title>', 1)
+            text = text.replace(f'<g id="{place}">', f"<g><title>{escape(said)}</title>", 1)
         # Several drawings on one page must not share ids.
         text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", text)
         # A hundredth of a point is less than anyone sees, and the page is half as large.

@@ -8,6 +8,8 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 
 from bench.names import FULL
 from bench.records.row import Row
@@ -121,7 +123,7 @@ def _figure(
     high = max(scores) if row.metric_low is None or row.metric_high is None else row.metric_high
     across = min(ACROSS, len(panels))
     lines = math.ceil(len(panels) / across)
-    colours = matplotlib.colormaps[COLOURS].resampled(LEVELS)
+    shades = ScalarMappable(Normalize(low, high), matplotlib.colormaps[COLOURS].resampled(LEVELS))
     tips: dict[str, str] = {}
     turned = any(isinstance(value, str) for value in right)
     each = 0.24 * len(down) + (1.6 if turned else 0.7)
@@ -130,9 +132,6 @@ def _figure(
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
         for number, (axes, (title, panel)) in enumerate(zip(grid.flat, panels.items(), strict=False)):
-            # Empty where no document is of that place.
-            cells = [[panel.get((y, x), math.nan) for x in right] for y in down]
-            mesh = axes.pcolormesh(cells, cmap=colours, vmin=low, vmax=high, edgecolors="none")
             axes.set_xticks([place + 0.5 for place in range(len(right))], map(_text, right), fontsize=7)
             axes.set_yticks([place + 0.5 for place in range(len(down))], map(_text, down), fontsize=7)
             axes.tick_params(length=0, axis="both")
@@ -141,16 +140,18 @@ def _figure(
             axes.set_title(title, fontsize=8)
             for (y, x), score in panel.items():
                 left, top = right.index(x), down.index(y)
-                tip = f"{name}-tip-{number}-{left}-{top}"
-                # What the pointer finds: an empty rectangle over each square.
-                axes.fill([left, left + 1, left + 1, left], [top, top, top + 1, top + 1], alpha=0.0, gid=tip)
+                tip = f"tip-{number}-{left}-{top}"
+                xs, ys = [left, left + 1, left + 1, left], [top, top, top + 1, top + 1]
+                axes.fill(xs, ys, color=shades.to_rgba(score), linewidth=0, gid=tip, clip_on=False)
                 tips[tip] = f"{', '.join(filter(None, (title, _text(y), _text(x))))}: {row.metric} {score:.3g}"
+        # Empty where no document is of that place.
+        grid.flat[0].set_xlim(0, len(right))
         grid.flat[0].set_ylim(len(down), 0)
         if said[1]:
             canvas.supxlabel(said[1], fontsize=8)
         if said[0]:
             canvas.supylabel(said[0], fontsize=8)
-        canvas.colorbar(mesh, ax=grid, aspect=30, pad=0.02)
+        canvas.colorbar(shades, ax=grid, aspect=30, pad=0.02)
     return Figure(name=name, caption=caption, canvas=canvas, tips=tips)
 
 

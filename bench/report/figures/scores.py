@@ -68,7 +68,7 @@ def score_figure(name: str, rows: Sequence[Row], beside: Sequence[Row] = ()) -> 
         sharing = canvas.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         looks = looks_of((series(row), row.method) for panel in panels for row in panel)
         for number, (axes, shown) in enumerate(zip(sharing, panels, strict=True)):
-            _draw(axes, shown, looks, f"{name}-tip-{number}", tips)
+            _draw(axes, shown, looks, f"tip-{number}", tips)
             if len(panels) > 1:
                 axes.set_title(shown[0].task, fontsize=9)
         sharing[0].set_ylabel(f"{panels[0][0].metric} ({'higher' if higher else 'lower'} is better)")
@@ -126,7 +126,7 @@ def retention_figure(name: str, rows: Sequence[Row]) -> Figure | None:
         axes = canvas.add_subplot()
         for place, row in enumerate(shown):
             kept = 100 * (row.retention or 0.0)
-            tip = f"{name}-tip-{place}"
+            tip = f"tip-{place}"
             axes.barh(place, kept, color=colour(row.method), height=0.7, gid=tip)
             tips[tip] = f"{series(row)} {BUDGET.cell(row)}: {RETENTION.cell(row)}"
             if row.retention_low is not None and row.retention_high is not None:

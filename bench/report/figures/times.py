@@ -43,7 +43,7 @@ def time_figure(name: str, rows: Sequence[Row]) -> Figure | None:
             points = [((row.kv_bytes_mean or 0.0) / 1e6, 1000 / (row.tpot_ms or 1.0)) for row in mine]
             axes.plot(*zip(*points, strict=True), linewidth=1, label=label, **looks[label])
             for place, (row, (x, y)) in enumerate(zip(mine, points, strict=True)):
-                tip = f"{name}-tip-{number}-{place}"
+                tip = f"tip-{number}-{place}"
                 axes.plot([x], [y], marker="o", markersize=14, alpha=0.0, gid=tip, color=looks[label]["color"])
                 compressed = "" if row.compress_s is None else f", compressed in {row.compress_s:.3g} s"
                 said = f"{y:.3g} tokens per s, {bytes_text(row.kv_bytes_mean)}{compressed}"

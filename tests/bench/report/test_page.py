@@ -250,6 +250,23 @@ def test_a_page_of_many_tasks_stays_small(tmp_path: Path) -> None:
     assert "The last 20 tables have no figures" in page.html
 
 
+@pytest.mark.slow
+def test_a_page_of_all_of_longbench_stays_small(tmp_path: Path) -> None:
+    methods = ["full", "window", "origin", "quant", "mix", *(f"kvpress:press{number}" for number in range(5))]
+    rows, samples = [], []
+    for task in (f"dataset{number}" for number in range(21)):
+        for place, method in enumerate(methods):
+            size = None if place == 0 else 512
+            rows.append(row(method, 1 - place / 20, size, task=task, n=10, kv_bytes_mean=1e7 * (11 - place)))
+            for number in range(10):
+                info = {"length": 1000 * (1 + number % 3), "depth": number / 10}
+                text = {"text": "words of an answer " * 20, "info": info, "cache_size": size}
+                samples.append(sample(f"{method}-{size}", f"d{number}", task=task, **text))
+    page = build(read_runs([make_run(tmp_path / "run", rows, samples)]), tmp_path / "page.samples")
+    assert len(page.html.encode()) < 5_000_000
+    assert sum("-depth-length" in figure.name for figure in page.figures) == 12
+
+
 # --- Several runs ---
 
 
