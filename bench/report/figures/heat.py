@@ -123,7 +123,7 @@ def _figure(
     high = max(scores) if row.metric_low is None or row.metric_high is None else row.metric_high
     across = min(ACROSS, len(panels))
     lines = math.ceil(len(panels) / across)
-    shades = ScalarMappable(Normalize(low, high), matplotlib.colormaps[COLOURS].resampled(LEVELS))
+    scale, colours = Normalize(low, high), matplotlib.colormaps[COLOURS].resampled(LEVELS)
     tips: dict[str, str] = {}
     turned = any(isinstance(value, str) for value in right)
     each = 0.24 * len(down) + (1.6 if turned else 0.7)
@@ -142,7 +142,7 @@ def _figure(
                 left, top = right.index(x), down.index(y)
                 tip = f"tip-{number}-{left}-{top}"
                 xs, ys = [left, left + 1, left + 1, left], [top, top, top + 1, top + 1]
-                axes.fill(xs, ys, color=shades.to_rgba(score), linewidth=0, gid=tip, clip_on=False)
+                axes.fill(xs, ys, color=colours(scale(score)), linewidth=0, gid=tip, clip_on=False)
                 tips[tip] = f"{', '.join(filter(None, (title, _text(y), _text(x))))}: {row.metric} {score:.3g}"
         # Empty where no document is of that place.
         grid.flat[0].set_xlim(0, len(right))
@@ -151,7 +151,7 @@ def _figure(
             canvas.supxlabel(said[1], fontsize=8)
         if said[0]:
             canvas.supylabel(said[0], fontsize=8)
-        canvas.colorbar(shades, ax=grid, aspect=30, pad=0.02)
+        canvas.colorbar(ScalarMappable(scale, colours), ax=grid, aspect=30, pad=0.02)
     return Figure(name=name, caption=caption, canvas=canvas, tips=tips)
 
 
