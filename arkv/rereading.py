@@ -144,7 +144,7 @@ def replay(model: PreTrainedModel, ids: torch.Tensor, prefill: PrefillCache, con
 
 @contextmanager
 def _stream_norms(model: PreTrainedModel) -> Iterator[dict[int, list[torch.Tensor]]]:
-    """Norms of the hidden states that layers read meanwhile, [B, m] float32 of every forward, by the number of the layer.
+    """Norms of the hidden states that layers read meanwhile, [B, m] float32 of every forward, by the layer's number.
 
     ``output_hidden_states`` of transformers would leave its hooks in the model.
     """

@@ -339,14 +339,15 @@ def coverage() -> str:
             *markdown_table(headers, lines, right=range(1, len(headers))),
             "",
             _paragraph(
-                f"""Of few right and wrong answers no interval holds in 95 % of the tables *whatever is true*, since few
-                counts are possible. The same of {few} tables by what the full cache and the methods truly get
+                f"""Of few right and wrong answers no interval holds in 95 % of the tables *whatever is true*, since
+                few counts are possible. The same of {few} tables by what the full cache and the methods truly get
                 right, with 8 and 20 documents, of four ways to judge them: *counted*, which tables use, mid-p of what
-                was counted, at a level that turned signs give; the same at the level of a normal distribution with the rows' correlation;
-                *score*, Tango's intervals at that level; and these with ends 0.9 as many standard errors away. *Drawn*
-                are truths that differ from table to table, of the full cache from 50 to 100 %, of each method from a
-                fifth to all of these: what is to be expected of tables whose truth is not known. The last
-                line is the mean share of rows that are told from `full`, of truths in which they differ from it:"""
+                was counted, at a level that turned signs give; the same at the level of a normal distribution with the
+                rows' correlation; *score*, Tango's intervals at that level; and these with ends 0.9 as many standard
+                errors away. *Drawn* are truths that differ from table to table, of the full cache from 50 to 100 %, of
+                each method from a fifth to all of these: what is to be expected of tables whose truth is not known.
+                The last line is the mean share of rows that are told from `full`, of truths in which they differ from
+                it:"""
             ),
             "",
             *markdown_table(
