@@ -175,7 +175,7 @@ def cells_of(options: argparse.Namespace, context_length: int) -> list[Cell]:
 
 def summary(rows: Sequence[dict[str, Any]], bandwidth: float) -> Table:
     """Median, smallest and largest of each cell's repetitions, and its share of ``bandwidth`` (bytes a second)."""
-    table = Table("attention", "format", "context", "KV MB", "ms", "min", "max", "GB/s", "of the memory's", "error")
+    table = Table("attention", "format", "context", "KV MB", "ms", "min", "max", "GB/s", "share", "error")
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault((row["context_length"], row["attention"], row["quant_format"]), []).append(row)
