@@ -374,7 +374,8 @@ class _Run:
         under_way.kept.add(name)
         first = document
         if document.id != name:
-            first = next(item for item in under_way.all_documents if item.id == name)
+            # Of an earlier start, the first repeat may have no answer.
+            first = next((item for item in under_way.all_documents if item.id == name), document)
         tokenizer = self.models[under_way.model].tokenizer
         self.folder.keep(prompt_of(under_way.model, under_way.task.name, first, tokenizer))
 
