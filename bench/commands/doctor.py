@@ -79,6 +79,9 @@ def _packages() -> Iterator[Finding]:
 
 def _kernels() -> Finding:
     """Compiles them, as the first use would: only that shows whether it works here."""
+    from bench.models.imports import import_lightly
+
+    import_lightly()
     from arkv.kernels.cpu import building
     from bench.models.kernels import announce_compiling
 

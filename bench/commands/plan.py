@@ -238,7 +238,8 @@ def _show_time(
 
     documents = sum(load.documents for plan in plans for load in plan.loads)
     prefills = sum(load.prefills for plan in plans for load in plan.loads)
-    console.print(f"In all: {documents:,} documents, {prefills:,} prefills, {workers} workers.", highlight=False)
+    on = "1 worker" if workers == 1 else f"{workers} workers"
+    console.print(f"In all: {documents:,} documents, {prefills:,} prefills, {on}.", highlight=False)
     if calibration is None:
         return
     total = sum(plan.seconds or 0.0 for plan in plans)
@@ -247,9 +248,10 @@ def _show_time(
     from bench.costs.plan import CALIBRATION_LENGTHS, CALIBRATION_STEPS
 
     lengths = " and ".join(f"{length:,}" for length in CALIBRATION_LENGTHS)
+    beside = "" if workers == 1 else f", {duration(total)} on one"
     faster = f", a worker taken as {speedup:g} times as fast as this machine" if speedup != 1 else ""
     console.print(
-        f"About {duration(total / workers)} on {workers} workers, {duration(total)} on one. How: prompts of {lengths} "
+        f"About {duration(total / workers)} on {on}{beside}. How: prompts of {lengths} "
         f"tokens and {CALIBRATION_STEPS} decoding steps were timed here for every method, with {calibration.model} "
         f"({calibration.parameters / 1e9:.3g} B parameters) on {calibration.device}; prefill is taken as a N + b N^2, "
         f"compression as linear in N, a decoding step as of one length, and all of them as proportional to the number "

@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 
 
+def _decimals(value: float, digits: int, sign: str = "") -> str:
+    """What rounds to zero has no minus."""
+    text = f"{value:{sign}.{digits}f}"
+    return f"{0.0:{sign}.{digits}f}" if float(text) == 0 else text
+
+
 def number_text(value: float | None, digits: int) -> str:
     """With so many decimals; empty for what is unknown."""
-    return "" if value is None else f"{value:.{digits}f}"
+    return "" if value is None else _decimals(value, digits)
 
 
 def score_text(value: float | None, digits: int = 3, sign: str = "") -> str:
@@ -18,7 +24,7 @@ def score_text(value: float | None, digits: int = 3, sign: str = "") -> str:
         digits = min(1 - math.floor(math.log10(abs(value))), 6)
     elif abs(value) >= 10:
         digits -= 2
-    return f"{value:{sign}.{digits}f}"
+    return _decimals(value, digits, sign)
 
 
 def interval_text(low: float | None, high: float | None) -> str:
@@ -26,12 +32,12 @@ def interval_text(low: float | None, high: float | None) -> str:
     if low is None or high is None:
         return ""
     digits = len(score_text(max(abs(low), abs(high)), 2).partition(".")[2])
-    return f"[{low:.{digits}f}, {high:.{digits}f}]"
+    return f"[{_decimals(low, digits)}, {_decimals(high, digits)}]"
 
 
 def percent_text(value: float | None, sign: str = "") -> str:
     """A share in percent."""
-    return "" if value is None else f"{100 * value:{sign}.1f} %"
+    return "" if value is None else f"{_decimals(100 * value, 1, sign)} %"
 
 
 def bytes_text(value: float | None) -> str:
