@@ -75,8 +75,13 @@ def test_every_package_of_the_library_is_named() -> None:
 
 IMPORTED_AS = {"lm-eval": "lm_eval", "pyyaml": "yaml"}
 """Where the name of an import is not that of its distribution."""
-COMES_WITH = {"huggingface_hub": "transformers", "tokenizers": "transformers", "markupsafe": "jinja2"}
-"""Imports that a requirement brings along, since its own interface is made of them."""
+COMES_WITH = {
+    "huggingface_hub": "transformers",
+    "tokenizers": "transformers",
+    "markupsafe": "jinja2",
+    "sklearn": "lm_eval",
+}
+"""Imports that a requirement brings along: its own interface is made of them, or it alone wants them (sklearn)."""
 
 
 def imported(*folders: str) -> set[str]:

@@ -34,15 +34,17 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
     from rich.console import Console
 
     from bench.commands.first_look import first_look
+    from bench.errors import UserError
     from bench.models.imports import import_lightly
     from bench.settings.presets import resolve
 
     config, _ = resolve(given(PlanConfig, typed), preset, PlanConfig)
     if not config.capacity:
+        if config.run is not None or config.bandwidth is not None:
+            raise UserError("--run and --bandwidth go with --capacity", exit_code=2)
         first_look(config)
     import_lightly()
     from bench.costs.plan import Load, ModelPlan, fit, model_size, parse_bytes
-    from bench.errors import UserError
     from bench.models.loading import describe
     from bench.runs.asked import documents_of, doubts, planned
     from bench.runs.failures import failure_lines
@@ -51,8 +53,6 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
     if config.capacity:
         _capacity(config, Console())
         return
-    if config.run is not None or config.bandwidth is not None:
-        raise UserError("--run and --bandwidth go with --capacity", exit_code=2)
     memory = parse_bytes(config.gpu_memory, "--gpu-memory")
     gpus, share = config.gpus, config.worker_gpus
     if share > gpus:

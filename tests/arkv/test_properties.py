@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from arkv import FORMATS, CacheConfig, ConfigError, kernels
@@ -100,6 +100,9 @@ def test_a_round_trip_moves_a_number_by_half_a_step_at_most(
     fused=st.booleans(),
     group=st.integers(1, 4),
 )
+@example(seed=0, scale=0.0, name="int2", fused=True, group=1)
+@example(seed=0, scale=1e-38, name="k4v3", fused=True, group=3)
+@example(seed=0, scale=1e30, name="int4", fused=True, group=3)
 @few
 def test_attention_to_codes_is_attention_to_values(seed: int, scale: float, name: str, fused: bool, group: int) -> None:
     """Kernels may fold scales, zero points, centers and the rotation in after the product.

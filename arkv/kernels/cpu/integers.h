@@ -27,6 +27,9 @@ typedef __m256 floats;
 
 #define WIDTH (4 * LANES) /* bytes of a register */
 #define TOP (126.0f * 65536.0f)
+#define SMALL 1e-20f
+#define LARGER 0x1p80f
+#define LEAST 1e-34f
 #define TOGETHER (LANES == 16 ? 4 : 2) /* query heads, as registers allow */
 
 static inline float middle_of(int64_t bits) { return (float)(1 << (bits - 1)); }
@@ -68,12 +71,12 @@ INLINE int32_t to_digits(const float *numbers, int count, int8_t *to, int stride
     vector largest = {0};
     for (int i = 0; i < count; i += LANES) largest = larger(largest, size_of(load(numbers + i)));
     const float most = largest_of(largest);
-    /* So little is nothing beside all that is added to it. */
-    const float factor = most < 1e-30f ? 0.0f : TOP / most;
+    /* In two steps where the factor has no number; what is less still is nothing beside all that is added to it. */
+    const float step = most < SMALL ? LARGER : 1.0f, factor = most < LEAST ? 0.0f : TOP / (most * step);
     integers sum = OF(set1_epi32)(0);
     const integers half = OF(set1_epi32)(128);
     for (int i = 0; i < count; i += LANES) {
-        vector scaled = load(numbers + i) * factor;
+        vector scaled = load(numbers + i) * step * factor;
         integers low = OF(cvtps_epi32)((floats)scaled);
         integers middle = OF(srai_epi32)(OF(add_epi32)(low, half), 8);
         integers high = OF(srai_epi32)(OF(add_epi32)(middle, half), 8);
@@ -229,6 +232,7 @@ INLINE void code_sums(const struct plane *p, int64_t first, int64_t count, const
                 interleave(plain + i * padded + v * WIDTH, padded,
                            side_by_side + ((at + i) * wide + 4 * v) * WIDTH);
     }
+    vector widest = {0};
     for (int i = 0; i < whole; i += LANES) {
         uint16_t last[2][LANES] = {{0}};
         const uint16_t *from[2] = {scales + i, zeros + i};
@@ -238,7 +242,18 @@ INLINE void code_sums(const struct plane *p, int64_t first, int64_t count, const
             for (int which = 0; which < 2; which++)
                 from[which] = memcpy(last[which], from[which], left * sizeof(uint16_t));
         }
-        vector mine = from_bfloat16(from[0]), its = from_bfloat16(from[1]) + mine * middle_of(bits);
+        vector mine = from_bfloat16(from[0]), its = from_bfloat16(from[1]);
+        widest = larger(widest, mine);
+        memcpy(scale + i, &mine, sizeof(mine));
+        memcpy(rest + i, &its, sizeof(its));
+    }
+    /* Numbers next to the smallest ones that there are, and those of a token that is zero, are made larger meanwhile, and
+     * their codes are taken as they are: a middle would leave its rounding where all codes are 0. */
+    const int small = largest_of(widest) < SMALL;
+    for (int i = 0; i < whole; i += LANES) {
+        vector mine = load(scale + i), its = load(rest + i);
+        if (small) mine *= LARGER;
+        else its += mine * middle_of(bits);
         memcpy(scale + i, &mine, sizeof(mine));
         memcpy(rest + i, &its, sizeof(its));
     }
@@ -254,7 +269,7 @@ INLINE void code_sums(const struct plane *p, int64_t first, int64_t count, const
         const int32_t total = to_digits(scaled, whole, digits, PIECE, &unit);
         for (int v = 0; v < wide; v++) {
             integers sums[4][DIGITS];
-            for (int i = 0; i < 4; i++) start_sums(sums[i], total, bits);
+            for (int i = 0; i < 4; i++) start_sums(sums[i], small ? 0 : total, bits);
             for (int four = 0; four < fours; four++) {
                 const uint8_t *from = side_by_side + 4 * (four * wide + v) * WIDTH;
                 integers weight[DIGITS];
@@ -267,7 +282,9 @@ INLINE void code_sums(const struct plane *p, int64_t first, int64_t count, const
             }
             float found[4][LANES];
             for (int i = 0; i < 4; i++) {
-                vector four = joined(sums[i]) * unit + sum;
+                vector four = joined(sums[i]) * unit;
+                if (small) four /= LARGER;
+                four += sum;
                 memcpy(found[i], &four, sizeof(four));
             }
             for (int d = v * WIDTH; d < (v + 1) * WIDTH && d < dim; d += 4)

@@ -121,7 +121,12 @@ def test_the_record_explains_the_run(done: Path) -> None:
     assert len(record["models"]["tiny"]["fingerprint"]) == 64
     assert {"commit", "dirty", "python", "packages", "hardware", "command"} <= set(record)
     assert record["packages"]["torch"]
-    assert record["tasks"]["needle"] == {"documents": 3, "truncated": 0, "data_sha256": None}
+    assert record["tasks"]["needle"] == {
+        "documents": 3,
+        "truncated": 0,
+        "data_sha256": None,
+        "higher_is_better": True,
+    }
 
 
 def test_continuing_measures_nothing_twice(done: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from bench.settings.run import FIELDS, RunConfig
 from bench.settings.score import ScoreConfig
 from bench.settings.speed import SpeedConfig
 from bench.settings.tune import TuneSettings
+from bench.settings.view import ViewConfig
 from tests.conftest import ROOT
 
 GROUP: Any = typer.main.get_command(app)
@@ -352,6 +353,7 @@ MODELS: dict[str, type[Settings]] = {
     "report": ReportConfig,
     "check": CheckConfig,
     "score": ScoreConfig,
+    "view": ViewConfig,
     "list": ListConfig,
     "doctor": DoctorConfig,
 }
