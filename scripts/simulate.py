@@ -280,7 +280,7 @@ def contexts(loaded: LoadedModel, length: int, count: int, questions: int, seed:
     for document in task.load(settings):
         assert isinstance(document.request, Generate)
         text = tokenizer.decode(document.request.prompt_ids)
-        pairs = re.findall(r"special magic number for (\S+) is: (\d+)\.", text)
+        pairs = re.findall(r"special magic numbers? for (\S+) is: (\d+)\.", text)
         asked = tokenizer.decode(document.request.question_ids)
         (key,) = {key for key, _ in pairs if f"for {key} mentioned" in asked}
         random.Random(f"{seed} {document.id}").shuffle(pairs)
