@@ -30,7 +30,10 @@ $(KERNEL): $(wildcard arkv/kernels/cpu/*.[ch]) arkv/kernels/cpu/building.py cons
 env-newest: env ## a second one beside it with the newest transformers, for the slow tests
 	@scripts/setup_env.sh --venv "$(NEWEST)" --base "$(VENV)" --newest-transformers
 
-demo: env ## the methods side by side on a small model, with the report: see runs/demo
+# A new environment has only what it needs; `make env` adds the rest.
+demo: ## the methods side by side on a small model, with the report: see runs/demo
+	@[ -x "$(VENV)/bin/arkv-bench" ] || scripts/setup_env.sh --venv "$(VENV)" --extras ""
+	@$(MAKE) --no-print-directory $(KERNEL)
 	@"$(VENV)/bin/arkv-bench" run --preset demo --outdir runs/demo
 	@"$(VENV)/bin/arkv-bench" report runs/demo --html runs/demo/page.html
 

@@ -7,7 +7,8 @@ A context of RULER's ``niah_multikey_2`` is read once and read again; then each 
 head whether it is Original, in a Quantized format or Evicted, and several questions about the context are read through
 what that leaves, with their right answers: attention to the context is to the tokens that stay, as their format has
 them. Nothing is evicted while questions are read. Bytes are counted as the cache counts them: keys, values, scales,
-positions, scores, channel means and rows. ``oracle`` ranks tokens by the attention of the question itself.
+positions, scores, channel means and rows; a variant whose newest tokens alone take more has no row. ``oracle`` ranks
+tokens by the attention of the question itself.
 
 A row is one variant at one share of the bytes: answers whose every token is the most likely one, the mean negative
 log-likelihood of an answer's tokens, and their divergence from those of the full cache. Writes ``simulated.csv`` and
@@ -217,15 +218,21 @@ class Context:
             found.append(Held(keys, values, bias))
         return found, float((states != EVICTED).float().mean())
 
+    def left(self, variant: Variant, ratio: float) -> float:
+        """Bytes of a KV head beside those of the newest tokens and the first ones; below 0 where these do not fit."""
+        dims = [item.shape[-1] for item in self.states[0]]
+        original = sum(dims) * NUMBER_BYTES
+        once = row_table_bytes(2 if variant.formats else 1)
+        once += (variant.n_recent + variant.n_sink) * (original + variant.slot_bytes)
+        once += max((number_format.bytes_per_head(dims[0]) for number_format, _ in variant.formats), default=0)
+        return ratio * self.length * original - once
+
     def chosen(self, variant: Variant, ratio: float, importance: torch.Tensor) -> torch.Tensor:
         """The state of every token, [L, H, N]."""
         layers, heads, length = importance.shape
         dims = [item.shape[-1] for item in self.states[0]]
-        original = sum(dims) * NUMBER_BYTES
-        slot = original + variant.slot_bytes
-        once = row_table_bytes(2 if variant.formats else 1) + (variant.n_recent + variant.n_sink) * slot
-        once += max((number_format.bytes_per_head(dims[0]) for number_format, _ in variant.formats), default=0)
-        left = ratio * length * original - once
+        slot = sum(dims) * NUMBER_BYTES + variant.slot_bytes
+        left = self.left(variant, ratio)
         past = slice(variant.n_sink, length - variant.n_recent)
         states = torch.full(importance.shape, ORIGINAL)
         groups = {"heads": layers * heads, "layer": layers, "all": 1}[variant.compete]
@@ -326,6 +333,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for number, context in enumerate(made, 1):
         whole = context.read(context.whole(), context.questions)
         for variant, ratio in cells:
+            if variant is not None and context.left(variant, ratio) < 0:
+                continue
             rows = found.setdefault((variant.name if variant else "full", ratio), [])
             outcomes = zip(context.questions, whole, measured(context, variant, ratio), strict=True)
             for question, reference, (scores, share) in outcomes:
@@ -337,6 +346,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"context {number} of {options.contexts}: {len(cells)} variants", flush=True)
     lines = []
     for (name, ratio), rows in found.items():
+        if len(rows) < len(found["full", 1.0]):
+            # Some context is too short for it.
+            continue
         right, nll, kl, share = (sum(column) / len(rows) for column in zip(*rows, strict=True))
         lines.append([name, ratio, len(rows), round(right * len(rows)), f"{nll:.4f}", f"{kl:.4f}", f"{share:.4f}"])
     options.outdir.mkdir(parents=True, exist_ok=True)
