@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench.harness.index import find_all
 from bench.harness.tasks import HarnessTasks
-from bench.methods.names import METHOD_GROUP, TASK_GROUP, check_methods
+from bench.methods.names import METHOD_GROUP, TASK_GROUP, check_methods, full_name
 from bench.models.references import resolve
 from bench.settings.run import RunConfig
 from tasks.base import TaskError
@@ -25,7 +25,8 @@ def first_look(config: RunConfig) -> None:
         UserError, TaskError: an unknown name, or a path where nothing is.
     """
     if not config.plugin:
-        check_methods(config.method_names, _installed(METHOD_GROUP))
+        own = _installed(METHOD_GROUP)
+        check_methods([full_name(name, own) for name in config.method_names], own)
         _check_tasks(config.tasks, [Path(folder) for folder in config.include_path or ()])
     if len(config.model) == 1:
         resolve(config.model[0], weights=False)

@@ -29,9 +29,9 @@ from bench.gate.findings import (
     MISSING,
     NEW,
     OK,
-    OPEN,
     OTHER_MACHINE,
     SAME_MACHINE,
+    SKIPPED,
     Finding,
     Report,
     Tolerances,
@@ -130,7 +130,7 @@ def check(run: Run, baseline: Run, tolerances: Tolerances, *, partial: bool = Fa
         if cell != twin:
             notes.append(f"{other.label(cell)}: other settings of the method than in the baseline")
     if partial:
-        findings = [replace(item, outcome=OPEN) if item.outcome == MISSING else item for item in findings]
+        findings = [replace(item, outcome=SKIPPED) if item.outcome == MISSING else item for item in findings]
     for failure in run.of_run.failures:
         where = ", ".join(filter(None, (failure.task, failure.cell, failure.document)))
         notes.append(f"failed in the run: {where}: {failure.error}")
@@ -150,7 +150,7 @@ def changes(run: Path, baseline: Path) -> list[str]:
         report = check(now, read(baseline), Tolerances(judge_speed=False), partial=True)
     except UserError as error:
         return [f"not compared with the baseline before: {error}"]
-    beyond = [item for item in report.findings if item.outcome not in (OK, OPEN)]
+    beyond = [item for item in report.findings if item.outcome not in (OK, SKIPPED)]
     return [
         *(printable(f"{item.outcome}: {item.what}, {item.cell}: {item.baseline} -> {item.run}") for item in beyond),
         *map(printable, report.notes),

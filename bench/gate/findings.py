@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bench.errors import UserError
 
-OK, WORSE, BETTER, MISSING, NEW, OPEN = "ok", "worse", "better", "missing", "new", "open"
+OK, WORSE, BETTER, MISSING, NEW, SKIPPED = "ok", "worse", "better", "missing", "new", "skipped"
 FAILING = (WORSE, MISSING)
 
 SAME_MACHINE, OTHER_MACHINE = 0.03, 0.25
@@ -50,7 +50,7 @@ class Finding:
     """One line of the gate: what was compared, and what came out."""
 
     outcome: str
-    """One of :data:`OK`, :data:`WORSE`, :data:`BETTER`, :data:`MISSING`, :data:`NEW`, and :data:`OPEN` where nothing
+    """One of :data:`OK`, :data:`WORSE`, :data:`BETTER`, :data:`MISSING`, :data:`NEW`, and :data:`SKIPPED` where nothing
     can be said."""
     model: str
     what: str

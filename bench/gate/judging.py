@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from bench.gate.findings import BETTER, OK, OPEN, WORSE, Finding
+from bench.gate.findings import BETTER, OK, SKIPPED, WORSE, Finding
 from bench.judge.stats import Interval, difference_interval, pseudomedian
 from bench.names import LEAST_DOCUMENTS
 from bench.records.files.numbers import bytes_text, percent_text, score_text
@@ -168,7 +168,7 @@ def speed_finding(
     change, interval = pseudomedian(changes) if changes else (0.0, None)
     if interval is None:
         note = f"{len(documents)} documents with times of it and of full: too few to judge speed"
-        return Finding(outcome=OPEN, **named, note=note)
+        return Finding(outcome=SKIPPED, **named, note=note)
     limit = -math.log1p(-tolerance)
     # The change at which the interval, as wide as it is, would lie beyond the tolerance.
     failing = -math.expm1(-limit - (interval.high - change))

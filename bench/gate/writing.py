@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from bench.gate.findings import BETTER, FAILING, MISSING, NEW, OK, OPEN, WORSE, Finding, Report
+from bench.gate.findings import BETTER, FAILING, MISSING, NEW, OK, SKIPPED, WORSE, Finding, Report
 from bench.records.files.markdown import in_markdown, markdown_table
 from bench.records.files.text import printable
 
@@ -14,7 +14,7 @@ def summary(report: Report) -> str:
     """The verdict in one line."""
     counts = Counter(finding.outcome for finding in report.findings)
     said = ", ".join(
-        f"{counts[outcome]} {outcome}" for outcome in (WORSE, MISSING, OK, BETTER, OPEN, NEW) if counts[outcome]
+        f"{counts[outcome]} {outcome}" for outcome in (WORSE, MISSING, OK, BETTER, SKIPPED, NEW) if counts[outcome]
     )
     return f"{'FAILED' if report.failed else 'passed'}: {said}"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from bench.errors import UserError
@@ -116,6 +117,19 @@ def library_of(method: str) -> str | None:
     return library if colon else None
 
 
+def full_name(method: str, own: Container[str] = ()) -> str:
+    """A method's name with its library: ``snapkv`` is ``kvpress:snapkv``, ``quanto-int4`` is ``hf:quanto-int4``.
+
+    Args:
+        own: methods of the user's own, which have their names to themselves, as the suite's do.
+    """
+    if method in DESCRIPTIONS or method in own:
+        return method
+    first = re.split(r"[+\[]", method, maxsplit=1)[0]
+    library = KVPRESS if first in PRESSES else HF if method in BACKENDS else None
+    return method if library is None else f"{library}:{method}"
+
+
 def check_methods(methods: Iterable[str], own: Iterable[str] = ()) -> None:
     """Raises :class:`UserError` (exit code 2) for the first unknown method, naming the nearest known one.
 
@@ -124,11 +138,8 @@ def check_methods(methods: Iterable[str], own: Iterable[str] = ()) -> None:
     """
     known = [*DESCRIPTIONS, *own]
     for method in methods:
-        if method in known or library_of(method) is not None:
-            continue
-        library = KVPRESS if method in PRESSES else HF if method in BACKENDS else None
-        meant = nearest(method, known) if library is None else f"did you mean {library}:{method}?"
-        raise UserError(f"unknown method {method!r}: {meant}", exit_code=2)
+        if method not in known and library_of(method) is None:
+            raise UserError(f"unknown method {method!r}: {nearest(method, known)}", exit_code=2)
 
 
 def limits_of(method: str) -> str:

@@ -27,9 +27,10 @@ from typing import Any
 from bench.errors import OthersCode, UserError, show_traceback
 from bench.methods.base import Method
 from bench.methods.grid import OwnMethod, is_known
-from bench.methods.names import METHOD_GROUP, TASK_GROUP
+from bench.methods.names import METHOD_GROUP, TASK_GROUP, full_name
 from bench.methods.own_tasks import OwnTask
 from bench.methods.variants import Variant
+from bench.progress import say
 from tasks.base import Task, TaskGroup
 from tasks.registry import TASKS as BUILT_IN_TASKS
 from tasks.registry import TaskSource
@@ -163,16 +164,24 @@ class Plugins:
                 self.failures.append({"plugin": _package(entry), "error": said})
 
     def usable_methods(self, methods: Sequence[str | Variant]) -> list[str | Variant]:
-        """``methods`` without those that a plugin which has failed may have had."""
+        """``methods`` by their full names, without those that a plugin which has failed may have had.
+
+        What a bare name is taken for is said on stderr.
+        """
         names = [method for method in methods if isinstance(method, str)]
         self.refuse_taken(METHODS, names, is_known)
         for name in names:
             if not is_known(name) and name not in self.methods:
                 self._load(METHODS, name)
-        lost = [name for name in names if self.failures and not is_known(name) and name not in self.methods]
+        meant = {name: full_name(name, self.methods) for name in names}
+        for name, full in meant.items():
+            if name != full:
+                say(f"{name} is taken as {full}")
+        full_names = [meant[method] if isinstance(method, str) else method for method in methods]
+        lost = [name for name in meant.values() if self.failures and not is_known(name) and name not in self.methods]
         for name in lost:
             self.lose(f"unknown method {name!r}")
-        return [method for method in methods if method not in lost]
+        return [method for method in full_names if method not in lost]
 
     def needed_methods(self, names: Sequence[str | Variant]) -> list[str | Variant]:
         """The same, for a command of one method: raises :class:`UserError` where a plugin has failed."""

@@ -101,7 +101,7 @@ def asked_for(
         else:
             asked += items
     failures = [*plugins.failures, *({"task": name, "error": str(error)} for name, error in errors.items())]
-    wanted = {cell.method for cell in cells} & set(config.method_names)
+    wanted = any(cell.method != FULL or FULL in config.methods for cell in cells)
     if asked and wanted:
         return cells, asked, failures
     if plugins.failures:

@@ -61,7 +61,7 @@ def test_the_gate_needs_statistics_and_the_page_figures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "--methods", "snapkv"], "unknown method 'snapkv': did you mean kvpress:snapkv?"),
+        (["run", "--methods", "snapkv,windo"], "unknown method 'windo': did you mean window"),
         (["run", "--tasks", "needel"], "unknown task 'needel': did you mean needle"),
         (["speed", "--model", "./nowhere"], "The model path ./nowhere does not exist"),
         (["tune", "--methods", "minx"], "unknown method 'minx': did you mean mix?"),

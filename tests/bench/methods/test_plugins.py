@@ -117,6 +117,18 @@ def test_the_text_that_was_hashed_is_what_runs(tmp_path: Path) -> None:
     assert set(Plugins([file]).methods) == {"two"}
 
 
+def test_a_bare_name_is_that_of_a_library_s_method_unless_it_is_one_s_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["mix", "snapkv", "adakv[alpha_safeguard=0.3]+knorm", "quanto-int4", "kvpress:tova"]
+    found = ["mix", "kvpress:snapkv", "kvpress:adakv[alpha_safeguard=0.3]+knorm", "hf:quanto-int4", "kvpress:tova"]
+    assert Plugins().usable_methods(asked) == found
+    assert capsys.readouterr().err.splitlines()[0] == "snapkv is taken as kvpress:snapkv"
+    mine = Plugins([write(tmp_path / "mine.py", NAMED.format("snapkv"))])
+    assert mine.usable_methods(["snapkv", "tova"]) == ["snapkv", "kvpress:tova"]
+    assert capsys.readouterr().err.splitlines() == ["tova is taken as kvpress:tova"]
+
+
 def test_a_method_is_pickled_with_the_text_of_its_file(tmp_path: Path) -> None:
     """As a worker gets it, which has neither the module nor the file."""
     file = write(tmp_path / "own.py", NAMED.format("own"))
