@@ -1,8 +1,11 @@
-"""transformers without scikit-learn, which it imports wherever that is installed, and no command needs."""
+"""transformers without what it imports wherever that is installed, and no command needs: scikit-learn, HQQ, Triton."""
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -11,30 +14,70 @@ def import_lightly() -> None:
 
     A step of its assisted generation takes a function of scikit-learn, which brings pandas and SciPy along, and which
     lm-eval has installed. Here it is imported when that step calls it.
+
+    Its quantized caches and weights take HQQ, which brings torch's compiler along. Here it is imported when one of them
+    is made, by the very check whether it is there.
+
+    The part of torch's compiler that it does import takes a type of Triton, whose library is large, and which compiles
+    for nothing but accelerators. Here it is imported where there is one.
     """
+    import torch.utils._triton
     import transformers.utils
 
-    name = "transformers.generation.candidate_generator"
-    if name in sys.modules:
+    if "transformers.cache_utils" in sys.modules:
         return
     utils: Any = transformers.utils
-    is_there = utils.is_sklearn_available
-    utils.is_sklearn_available = _is_not_there
-    try:
+    has_sklearn, has_hqq = utils.is_sklearn_available(), utils.is_hqq_available()
+    with (
+        _hidden(utils, "is_sklearn_available"),
+        _hidden(utils, "is_hqq_available"),
+        _hidden(torch.utils._triton, "has_triton_package", unless=torch.accelerator.is_available()),
+    ):
+        from transformers import cache_utils, masking_utils  # noqa: F401
         from transformers.generation import candidate_generator
+        from transformers.quantizers import quantizer_hqq
+    sampling: Any = candidate_generator
+    if has_sklearn:
+        sampling.roc_curve = _roc_curve
+    module: Any
+    for module in (cache_utils, quantizer_hqq) if has_hqq else ():
+        module.is_hqq_available = _import_hqq
+
+
+@contextmanager
+def _hidden(module: Any, name: str, *, unless: bool = False) -> Iterator[None]:
+    """Whatever is imported meanwhile finds by the check of this name that a library is not there; by the time that it
+    calls it, it is."""
+    check = getattr(module, name)
+
+    def is_not_there(*_: Any) -> bool:
+        return False
+
+    if not unless:
+        setattr(module, name, is_not_there)
+    try:
+        yield
     finally:
-        utils.is_sklearn_available = is_there
-    module: Any = candidate_generator
-    module.is_sklearn_available = is_there
-    if is_there():
-        module.roc_curve = _roc_curve
-
-
-def _is_not_there() -> bool:
-    return False
+        for found in list(sys.modules.values()):
+            if getattr(found, "__dict__", {}).get(name) is is_not_there:
+                setattr(found, name, check)
 
 
 def _roc_curve(*arguments: Any, **named: Any) -> Any:
     from sklearn.metrics import roc_curve
 
     return roc_curve(*arguments, **named)
+
+
+def _import_hqq() -> bool:
+    """The check that stands before every use of HQQ, the first time: the two modules get what they were imported
+    without."""
+    from hqq.core.quantize import Quantizer
+    from transformers import cache_utils, utils
+    from transformers.quantizers import quantizer_hqq
+
+    caches: Any = cache_utils
+    caches.HQQQuantizer, caches.is_hqq_available = Quantizer, utils.is_hqq_available
+    # Its own lines for HQQ's layers stand where it is imported.
+    importlib.reload(quantizer_hqq)
+    return True
