@@ -61,7 +61,7 @@ class Results:
 
     def samples(self) -> Iterator[Sample]:
         """Every answer with its scores, bytes and times, read one by one; :class:`UserError` for a damaged line."""
-        from bench.records.sample import Samples
+        from bench.records.samples import Samples
 
         found = Samples(self.path / SAMPLES)
         yield from found.whole(found.values())

@@ -16,7 +16,8 @@ from bench.records.files.text import read_bytes, write_atomic
 from bench.records.finished import Run
 from bench.records.record import read_record, record_text
 from bench.records.row import read_results
-from bench.records.sample import Samples, sample_line
+from bench.records.sample import sample_line
+from bench.records.samples import Samples
 
 ANSWER: dict[str, Any] = {
     "text": None,

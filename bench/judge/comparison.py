@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter
 
 from bench.judge.budgets import by_budget
 from bench.judge.family import Comparison, compare_over
@@ -43,8 +43,12 @@ def add_statistics(
     scores: dict[tuple[str, str], dict[tuple[str, str], float]] = {}
     sources: dict[tuple[str, str], tuple[str, str]] = {}
     unknown = set()
+    document = ("", "")
     # Resamples are drawn by place: the order in which a run was continued must not matter.
-    for document, sample in sorted(((_document(sample), sample) for sample in samples), key=itemgetter(0)):
+    for sample in sorted(samples, key=attrgetter("task", "document")):
+        if document != (sample.task, sample.document):
+            # One object for all cells.
+            document = (sample.task, sample.document)
         sources[document] = source_of(sample)
         for name, score in sample.scores.items():
             if score is None:
@@ -113,10 +117,6 @@ class _How:
             logarithm=self.logarithm,
             seed=self.seed,
         )
-
-
-def _document(sample: Measured) -> tuple[str, str]:
-    return sample.task, sample.document
 
 
 def _averages(row: Row, scores: Mapping[tuple[str, str], Scores]) -> bool:

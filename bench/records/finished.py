@@ -12,7 +12,8 @@ from bench.names import DOCUMENTS, RECORD, RESULTS, SAMPLES, SPEED
 from bench.records.document import Prompts
 from bench.records.record import Fingerprint, Record, read_record
 from bench.records.row import Row, read_results
-from bench.records.sample import Measured, Samples
+from bench.records.sample import Measured
+from bench.records.samples import Samples
 from bench.records.shown import run_names
 from bench.records.states import MapRecord, read_maps
 from bench.records.timing import SpeedRecord, Timing, read_speed_record, read_timings

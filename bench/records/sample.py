@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, field, fields
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from bench.records.files.json_ import read_lines
 from bench.records.files.validation import said
 from tasks.base import Answer, Compared, Generated, LogLikelihoods, Scored
 
@@ -22,7 +19,9 @@ Place = Literal["after", "before", "inside"]
 """Where a question stood: behind the compressed context; by choice before compression, inside the prompt; or inside it
 because its task tells no question from a context."""
 
-Count = Annotated[int, Field(ge=0)]
+LARGEST = 2**63 - 1
+"""Of whole numbers, so that each of them can be held in 8 bytes."""
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Amount = Annotated[float, Field(ge=0)]
 
 SOURCE = "source"
@@ -47,7 +46,8 @@ class NotFinite(ValueError):
 
 @dataclass(kw_only=True, slots=True, config=_CONFIG)
 class Measured:
-    """What a run keeps of a sample in memory: everything but the answer itself, which is read from the file.
+    """What a run keeps of a sample in memory, :mod:`packed <bench.records.packed>`: everything but the answer itself,
+    which is read from the file.
 
     Quantities are explained where they are measured, in :class:`bench.engine.engine.Measurement`.
     """
@@ -165,13 +165,6 @@ class Sample(Measured):
             return LogLikelihoods(scored=self.log_likelihoods)
         raise ValueError("a sample without an answer")
 
-    def measured(self) -> Measured:
-        """Without its answer."""
-        small = object.__new__(Measured)
-        for name in _KEPT:
-            setattr(small, name, getattr(self, name))
-        return small
-
 
 def _has_answer(sample: Sample) -> Sample:
     if sample.kind == "none":
@@ -179,11 +172,11 @@ def _has_answer(sample: Sample) -> Sample:
     return sample
 
 
-_KEPT = tuple(item.name for item in fields(Measured))
 LINE = tuple(item.name for item in fields(Sample) if item.init)
 """The fields of a line, in their order."""
-_SAMPLE: TypeAdapter[Sample] = TypeAdapter(Sample)
-_ANSWERED: TypeAdapter[Sample] = TypeAdapter(Annotated[Sample, AfterValidator(_has_answer)])
+SAMPLE: TypeAdapter[Sample] = TypeAdapter(Sample)
+ANSWERED: TypeAdapter[Sample] = TypeAdapter(Annotated[Sample, AfterValidator(_has_answer)])
+"""Reads a line, and one that must hold an answer."""
 
 
 def make_sample(**values: Any) -> Sample:
@@ -224,48 +217,3 @@ def _rounded(value: Any, digits: int | None) -> Any:
 def source_of(sample: Measured) -> tuple[str, str]:
     """What tells documents that are not independent: the same for those of one source."""
     return sample.task, sample.document if sample.source is None else f"source {sample.source}"
-
-
-class Samples(Mapping[Key, Measured]):
-    """The samples of a file by what they answer, without their answers, which are read when they are asked for.
-
-    Args:
-        path: the file; may be absent, and None is no file at all.
-        answered: refuse lines without an answer, which only a baseline may have.
-
-    Raises:
-        UserError: a line makes no sense (file, line and field are named).
-    """
-
-    def __init__(self, path: Path | None = None, *, answered: bool = False) -> None:
-        self.path = path
-        self._samples: dict[Key, Measured] = {}
-        if path is None:
-            return
-        adapter = _ANSWERED if answered else _SAMPLE
-        for place, sample in read_lines(path, lambda line: adapter.validate_json(line, strict=True), REMEDY):
-            self.add(sample, place)
-
-    def add(self, sample: Sample, place: int) -> None:
-        """One more, whose line begins at byte ``place``."""
-        small = sample.measured()
-        small.place = place
-        self._samples[small.key] = small
-
-    def whole(self, wanted: Iterable[Measured]) -> Iterator[Sample]:
-        """These with their answers, read one by one."""
-        if self.path is None or not self._samples:
-            return
-        with open(self.path, "rb") as file:
-            for item in wanted:
-                file.seek(item.place)
-                yield _SAMPLE.validate_json(file.readline(), strict=True)
-
-    def __getitem__(self, key: Key) -> Measured:
-        return self._samples[key]
-
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._samples)
-
-    def __len__(self) -> int:
-        return len(self._samples)

@@ -37,7 +37,8 @@ from bench.records.document import Prompt, Prompts, prompt_line
 from bench.records.files.text import write_atomic
 from bench.records.record import Record, read_record, record_text
 from bench.records.row import Row, rows_csv
-from bench.records.sample import NotFinite, Sample, Samples, sample_line
+from bench.records.sample import NotFinite, Sample, sample_line
+from bench.records.samples import Samples
 from bench.settings.secrets import redacted_arguments
 
 DATA, PLUGINS, DEFINITIONS, LIBRARIES, LOADED = "data", "plugins", "definitions", "libraries", "loaded"

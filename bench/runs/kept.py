@@ -120,13 +120,13 @@ def kept_curve(folder: Path) -> list[CurveRow]:
 
 def samples_of(
     model: str, task: Task, documents: Sequence[Document], cells: Sequence[AnyCell], folder: RunFolder
-) -> dict[tuple[str, str], Measured]:
-    """The folder's samples of the documents as they are asked now, by document id and cell key."""
-    found = {}
+) -> dict[str, dict[str, Measured]]:
+    """The folder's samples of the documents as they are asked now, by cell key and document id."""
+    found: dict[str, dict[str, Measured]] = {cell.key: {} for cell in cells}
     for document in documents:
         sha256 = prompt_hash(document)
-        for cell in cells:
-            sample = folder.samples.get((model, task.name, document.id, sha256, cell.key))
+        for key, mine in found.items():
+            sample = folder.samples.get((model, task.name, document.id, sha256, key))
             if sample is not None:
-                found[document.id, cell.key] = sample
+                mine[document.id] = sample
     return found

@@ -17,7 +17,8 @@ from pathlib import Path
 from bench.methods.own_tasks import own_task
 from bench.names import own_name
 from bench.records.files.text import write_atomic
-from bench.records.sample import Measured, Samples
+from bench.records.sample import Measured
+from bench.records.samples import Samples
 from bench.runs.kept import AnyCell
 from tasks.base import Document, Generated, Task
 from tasks.longbench.datasets import DATASETS
@@ -38,7 +39,7 @@ def write_predictions(
     task: Task,
     documents: Sequence[Document],
     cells: Sequence[AnyCell],
-    samples: Mapping[tuple[str, str], Measured],
+    samples: Mapping[str, Mapping[str, Measured]],
     stored: Samples,
     *,
     model: str | None,
@@ -47,7 +48,7 @@ def write_predictions(
 
     Args:
         run: the run folder.
-        samples: by document id and cell key.
+        samples: by cell key and document id.
         stored: where their answers are read from.
         model: the folder to keep the models of a run apart, if it has several.
     """
@@ -58,9 +59,9 @@ def write_predictions(
     documents = [document for document in documents if document.repeat in (None, 1)]
     folder = run / (FOLDER_E if task.extended else FOLDER) / (model or "").replace("/", "_")
     for cell in cells:
-        asked = ((document.id, cell.key) for document in documents)
-        mine = [samples[key] for key in asked if key in samples]
-        answers = {item.document: item.text or "" for item in stored.whole(mine)}
+        mine = samples[cell.key]
+        taken = [mine[document.id] for document in documents if document.id in mine]
+        answers = {item.document: item.text or "" for item in stored.whole(taken)}
         lines = [
             json.dumps(task.prediction(document, Generated(text=answers[document.id])), ensure_ascii=False)
             for document in documents

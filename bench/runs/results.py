@@ -12,7 +12,8 @@ from bench.judge.comparison import add_statistics
 from bench.names import FULL
 from bench.records.measured import columns_of
 from bench.records.row import Row
-from bench.records.sample import Measured, Place, Sample, Samples, make_sample
+from bench.records.sample import Measured, Place, Sample, make_sample
+from bench.records.samples import Samples
 from bench.records.starts import timed
 from bench.runs.documents import evaluation_of, group_evaluation, group_metrics, scores_of
 from bench.runs.repeats import best_of_repeats, complete, pass_metric
@@ -139,7 +140,8 @@ class TaskResults:
     Answers are read from the run's file one cell at a time, and not kept.
 
     Args:
-        samples: by document id and cell key. Scores are compared with ``full`` on the same documents only.
+        samples: by cell key and document id, in the order of the documents; a cell may have none. Scores are compared
+            with ``full`` on the same documents only.
         stored: where their answers are read from.
     """
 
@@ -148,19 +150,11 @@ class TaskResults:
         task: Task,
         documents: Sequence[Document],
         cells: Sequence[AnyCell],
-        samples: Mapping[tuple[str, str], Measured],
+        samples: Mapping[str, Mapping[str, Measured]],
         stored: Samples,
     ) -> None:
         self.task = task
-        self.samples: dict[str, dict[str, Measured]] = {
-            cell.key: {
-                document.id: samples[document.id, cell.key]
-                for document in documents
-                if (document.id, cell.key) in samples
-            }
-            for cell in cells
-        }
-        """By cell key and document id; a cell may have none."""
+        self.samples = samples
 
         def evaluate(taken: Iterable[Measured]) -> Evaluation:
             return evaluation_of(task, documents, {item.document: item.answer for item in stored.whole(taken)})

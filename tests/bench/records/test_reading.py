@@ -16,7 +16,8 @@ from bench.records.files.csv_ import csv_text
 from bench.records.finished import read_runs
 from bench.records.record import read_record, record_text
 from bench.records.row import COLUMNS, STATISTICS, read_results, rows_csv
-from bench.records.sample import LINE, Samples, sample_line
+from bench.records.sample import LINE, sample_line
+from bench.records.samples import Samples
 from bench.records.timing import read_speed_record, read_timings
 from bench.records.version import FORMAT_VERSION
 from bench.runs.folder import RunFolder
@@ -124,7 +125,9 @@ with RunFolder(Path(sys.argv[1]), {}) as folder:
     documents = task.load(None)
     stored = folder.samples
     assert len(stored) == 100_000
-    found = {(item.document, item.cell): item for item in stored.values()}
+    found = {cell.key: {} for cell in cells}
+    for item in stored.values():
+        found[item.cell][item.document] = item
     table = rows("m", TaskResults(task, documents, cells, found, stored), cells)
     assert [row.n for row in table] == [20_000] * 5
     assert all(row.p_adjusted is not None for row in table[1:])

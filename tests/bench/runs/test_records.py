@@ -21,7 +21,8 @@ from bench.names import RECORD, RESULTS, SAMPLES
 from bench.records.files import text
 from bench.records.files.text import write_atomic
 from bench.records.record import read_record
-from bench.records.sample import NotFinite, Samples, make_sample
+from bench.records.sample import NotFinite, make_sample
+from bench.records.samples import Samples
 from bench.runs.folder import RunFolder
 from bench.runs.run import execute
 from bench.settings.run import RunConfig

@@ -19,7 +19,7 @@ from bench.errors import UserError
 from bench.methods.grid import Cell
 from bench.names import CURVE, DOCUMENTS, RECORD, RESULTS, SAMPLES, STATES
 from bench.records.document import Prompts
-from bench.records.sample import Samples
+from bench.records.samples import Samples
 from bench.runs import asked
 from bench.runs.executors import base
 from bench.runs.folder import RunFolder
