@@ -60,8 +60,7 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
     workers = int(gpus // share) if share >= 1 else gpus * int(1 / share + 1e-9)
     cells, tasks, lost = planned(config)
     console = Console()
-    calibration = _calibration(config.calibration_model, config, cells, console) if config.calibrate else None
-    plans = []
+    described = []
     said: dict[str, None] = {}
     for reference in config.model:
         model = describe(reference, trust_remote_code=config.trust_remote_code, weights=False)
@@ -73,18 +72,23 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
             except (TaskError, UserError) as error:
                 if isinstance(error, TaskError) and error.usage:
                     raise
-                failures[task.name] = str(error)
+                failures[task.name] = str(error).removeprefix(f"{task.name}: ")
                 continue
             loads.append(Load.of(task.name, documents))
             if doubt := doubts(task, len(documents), [cell.method for cell in cells]):
                 said[f"{task.name}: {doubt}"] = None
+        described.append((model.name, size, loads, failures))
+    if not any(loads for _, _, loads, _ in described):
+        refused = [f"{name}: {task}: {said}" for name, _, _, failed in described for task, said in failed.items()]
+        raise UserError("; ".join([*refused, *failure_lines(lost)]))
+    calibration = _calibration(config.calibration_model, config, cells, console) if config.calibrate else None
+    plans = []
+    for name, size, loads, failures in described:
         seconds = None
         if calibration is not None:
             seconds = sum(calibration.seconds(load, cells, size.parameters) for load in loads) / config.speedup
         needs = fit(size, loads, config, int(memory * share))
-        plans.append(
-            ModelPlan(name=model.name, size=size, loads=tuple(loads), failures=failures, fit=needs, seconds=seconds)
-        )
+        plans.append(ModelPlan(name=name, size=size, loads=tuple(loads), failures=failures, fit=needs, seconds=seconds))
     for item in plans:
         _show(item, cells, workers, console)
     _show_time(plans, calibration, workers, config.speedup, console)

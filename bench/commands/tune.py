@@ -33,10 +33,13 @@ def tune(fresh: FRESH = False, **typed: Any) -> None:
 
     first_look(settings)
     import_lightly()
+    from bench.methods.plugins import Plugins
     from bench.runs.kinds import SEARCH, claim, new_folder
     from bench.search.config import TuneConfig
 
-    config = TuneConfig(run=settings)
+    plugins = Plugins(settings.plugin or ())
+    methods = plugins.needed_methods(settings.methods)
+    config = TuneConfig(run=settings.changed(methods=tuple(methods)), own=plugins.methods)
     if settings.outdir is not None:
         claim(settings.outdir, SEARCH)
     _tune(config, settings.outdir or new_folder("tune"), fresh=fresh)
@@ -55,7 +58,7 @@ def _tune(config: TuneConfig, folder: Path, *, fresh: bool) -> None:
     from bench.search.verdict import judge
 
     import_optuna()
-    config.configs({})
+    config.cells({})
     console = Console()
     console.print(f"Loading {escape(config.run.model[0])} ...", highlight=False)
     run = config.run
@@ -90,7 +93,26 @@ def _tune(config: TuneConfig, folder: Path, *, fresh: bool) -> None:
         if objective.fidelity.not_kept:
             prompts = f"{len(objective.fidelity.not_kept)} prompts did not fit --keep-gib={config.run.keep_gib:g}"
             _say(console, f"{prompts}: they were computed for every trial")
-        _say(console, f"wrote {preset}: arkv-bench run --preset {preset}")
+        _say(console, _ending(config, study))
+        plugins = "".join(f" --plugin {file}" for file in run.plugin or ())
+        _say(console, f"wrote {preset}: arkv-bench run --preset {preset}{plugins}")
+
+
+def _ending(config: TuneConfig, study: Study) -> str:
+    """The best trial, or that nothing was better than the method's own settings."""
+    from bench.search.study import said
+
+    chosen, own = study.chosen(), study.complete[0]
+    values = said({name: study.value(chosen, name) for name in study.directions})
+    if any(own.params[name] != config.own_value(name) for name in own.params):  # they are beyond what is searched
+        return f"The best of {len(study.complete)} trials is {chosen.number}: {values} on the tuning documents."
+    if chosen.values == own.values:
+        return f"No trial was better than the method's own settings: {values} on the tuning documents."
+    before = said({name: study.value(own, name) for name in study.directions})
+    return (
+        f"The best of {len(study.complete)} trials is {chosen.number}: {values} on the tuning documents, instead of "
+        f"{before} with the method's own settings."
+    )
 
 
 def sentence(config: TuneConfig, verdict: Verdict) -> str:
@@ -117,9 +139,9 @@ def _print(console: Console, config: TuneConfig, study: Study, verdicts: list[Ve
     table = Table(title="Settings found", title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
     for header in ("setting", "own", "found"):
         table.add_column(header, justify="left" if header == "setting" else "right")
-    base = config.base(0)
     for name in config.searched:
-        table.add_row(name, _shown(getattr(base, name)), _shown(chosen.params.get(name, getattr(base, name))))
+        mine = config.own_value(name)
+        table.add_row(name, _shown(mine), _shown(chosen.params.get(name, mine)))
     for name in study.directions:
         table.add_row(f"{name}, tuning", _shown(study.value(own, name)), _shown(study.value(chosen, name)))
     console.print(table)

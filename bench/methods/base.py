@@ -74,6 +74,9 @@ class Method(ABC):
     """Newest tokens that always stay at model precision, where the method has such a setting."""
     cache_config: CacheConfig | None = None
     """Settings of the tri-state cache, where the method is one with settings that can be searched."""
+    settings_space: Mapping[str, tuple[Any, ...]] = {}
+    """Settings that variants and ``tune`` may change, each an attribute: ``(low, high)`` of numbers, with ``"log"`` or
+    the step of whole numbers behind them, or the choices, as text."""
     has_budget: bool = True
     """False for a method of one size: it is measured once, whatever budgets are asked for."""
 
@@ -90,6 +93,13 @@ class Method(ABC):
     def resized(self, asked: Asked) -> Method:
         """The method with another budget, where the budget is among its own settings."""
         return self
+
+    def with_settings(self, **values: Any) -> Method:
+        """A copy with other values of settings of :attr:`settings_space`."""
+        twin = copy.copy(self)
+        for name, value in values.items():
+            setattr(twin, name, value)
+        return twin
 
     # --- What it makes of a prompt ---
 

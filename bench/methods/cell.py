@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -53,6 +54,8 @@ class Cell:
     """The budget."""
     version: str | None = None
     """Of the library or the user's own code, which changes answers as a setting would."""
+    chosen: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of a user's own method that a variant gives it."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Cell) and self.key == other.key
@@ -114,6 +117,7 @@ class Cell:
         if settings is None:
             budget = {"cache_size": self.cache_size, "cache_ratio": self.cache_ratio, "budget_unit": self.budget_unit}
             settings = {"name": self.method, "version": self.version, **budget}
+            settings |= {"settings": dict(self.chosen)} if self.chosen else {}
         if not settings:
             return self.method
         parts = [self.method]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from arkv import FORMATS, METHODS, CacheConfig, ConfigError
-from bench.errors import UserError
+from bench.errors import OthersCode, UserError
 from bench.methods.base import Method
 from bench.methods.cell import Cell
 from bench.methods.full import Full
@@ -81,6 +81,21 @@ def other_cell(name: str, own: Mapping[str, OwnMethod] | None = None, **budget: 
     return Cell(name, impl, Asked(**budget) if impl.has_budget else Asked(), version)
 
 
+def own_cell(name: str, base: str, own: OwnMethod, values: Mapping[str, Any], asked: Asked) -> Cell:
+    """A user's own method ``base`` with other settings, under a name of its own.
+
+    Raises :class:`UserError` for a setting that it does not have, and where its code refuses a value.
+    """
+    space = own.method.settings_space
+    for key in values:
+        if key not in space:
+            meant = nearest(key, space) if space else "the method declares no settings_space"
+            raise UserError(f"{name}: unknown setting {key!r} of {base}: {meant}", exit_code=2)
+    with OthersCode(base, placed=True):
+        impl = own.method.with_settings(**values)
+    return Cell(name, impl, asked if impl.has_budget else Asked(), own.version, dict(values))
+
+
 def grid(
     methods: Sequence[str | Variant],
     budgets: Sequence[Mapping[str, Any]],
@@ -92,7 +107,7 @@ def grid(
     """All cells in the order asked for, without the combinations that would be the same cache twice.
 
     Args:
-        methods: names, and variants of the suite's own methods, which have a row under their own name.
+        methods: names, and variants of the suite's and the user's own methods, which have a row under their own name.
         budgets: ``cache_size`` or ``cache_ratio`` of each budget.
         window_sizes: none take each method's own.
         formats: formats of Quantized tokens; None takes each method's own.
@@ -152,14 +167,18 @@ def _variant_cells(
     window_sizes: Sequence[int],
     formats: Sequence[str] | None,
     settings: Mapping[str, Any],
-    own: Iterable[str],
+    own: Mapping[str, OwnMethod],
 ) -> list[Cell]:
     """Cells of a variant. Raises :class:`UserError` for a name that is taken, and a base or settings that cannot be."""
     name, base = variant.name, variant.base
     if is_known(name) or name in own:
         raise UserError(f"variant {name!r}: there is a method of that name: give another one", exit_code=2)
+    if base in own:
+        unit = settings.get("budget_unit", "tokens")
+        return [own_cell(name, base, own[base], variant.settings, Asked(unit, **budget)) for budget in budgets]
     if base not in METHODS:
-        raise UserError(f"variant {name!r}: its base {base!r} is none of {', '.join(METHODS)}", exit_code=2)
+        known = ", ".join([*METHODS, *own])
+        raise UserError(f"variant {name!r}: its base {base!r} is none of {known}", exit_code=2)
     try:
         return _tristate_cells(name, base, variant.settings, budgets, window_sizes, formats, settings)
     except ConfigError as error:

@@ -170,7 +170,7 @@ class Plugins:
         """
         names = [method for method in methods if isinstance(method, str)]
         self.refuse_taken(METHODS, names, is_known)
-        for name in names:
+        for name in [*names, *(method.base for method in methods if isinstance(method, Variant))]:
             if not is_known(name) and name not in self.methods:
                 self._load(METHODS, name)
         meant = {name: full_name(name, self.methods) for name in names}
@@ -178,10 +178,11 @@ class Plugins:
             if name != full:
                 say(f"{name} is taken as {full}")
         full_names = [meant[method] if isinstance(method, str) else method for method in methods]
-        lost = [name for name in meant.values() if self.failures and not is_known(name) and name not in self.methods]
-        for name in lost:
+        sources = [method if isinstance(method, str) else method.base for method in full_names]
+        lost = [name for name in sources if self.failures and not is_known(name) and name not in self.methods]
+        for name in dict.fromkeys(lost):
             self.lose(f"unknown method {name!r}")
-        return [method for method in full_names if method not in lost]
+        return [method for method, source in zip(full_names, sources, strict=True) if source not in lost]
 
     def needed_methods(self, names: Sequence[str | Variant]) -> list[str | Variant]:
         """The same, for a command of one method: raises :class:`UserError` where a plugin has failed."""

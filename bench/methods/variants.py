@@ -13,16 +13,16 @@ NAME, BASE = "name", "base"
 
 
 class Variant(BaseModel):
-    """A tri-state method with some settings of its own, and a name that its row has.
+    """A tri-state method, or one of a plugin, with some settings of its own, and a name that its row has.
 
-    Further fields are settings of :class:`arkv.CacheConfig`, which checks them.
+    Further fields are settings of :class:`arkv.CacheConfig`, which checks them, or of the plugin's ``settings_space``.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
 
     name: str
     base: str
-    """``window``, ``origin``, ``quant`` or ``mix``."""
+    """``window``, ``origin``, ``quant``, ``mix`` or a method of a plugin."""
 
     @property
     def settings(self) -> dict[str, Any]:

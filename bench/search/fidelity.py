@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from arkv import CacheConfig, TriStateCache, attach
+from bench.methods.cell import Cell
 from bench.methods.prompt import Prompt
 from bench.methods.reading import kl_divergence, read, record
 from tasks.base import Compare
@@ -64,14 +64,15 @@ class FidelityBench:
         self._kept: dict[tuple[int, ...], _Recorded] = {}
 
     @torch.inference_mode()
-    def divergences(self, request: Compare, configs: Sequence[CacheConfig]) -> list[float]:
-        """Mean KL divergence over the continuation, in nats, of each cache."""
+    def divergences(self, request: Compare, cells: Sequence[Cell]) -> list[float]:
+        """Mean KL divergence over the continuation, in nats, of each cell's cache."""
         recorded = self._record(request)
         found = []
-        for config in configs:
-            cache = TriStateCache.from_prefill(recorded.prompt.cache, config)
-            with attach(self.model):
-                mine = self._read(cache, recorded.inputs)
+        for cell in cells:
+            cache = cell.compress(self.model, recorded.prompt).cache
+            chunk = self.chunk if cell.reads_blocks(cache) else 1
+            with cell.decoding(self.model, [cache]):
+                mine = self._read(cache, recorded.inputs, chunk)
             found.append(float(kl_divergence(recorded.reference, mine).mean()))
         return found
 
@@ -81,13 +82,14 @@ class FidelityBench:
             return self._kept[key]
         (prompt,) = record(self.model, [request.context_ids[:-1]], self.queries, self.prefill_chunk)
         inputs = request.context_ids[-1:] + request.continuation_ids[:-1]
-        recorded = _Recorded(prompt=prompt, inputs=inputs, reference=self._read(prompt.cache.to_dynamic(), inputs))
+        reference = self._read(prompt.cache.to_dynamic(), inputs, self.chunk)
+        recorded = _Recorded(prompt=prompt, inputs=inputs, reference=reference)
         if sum(item.nbytes for item in self._kept.values()) + recorded.nbytes <= self.keep_bytes:
             self._kept[key] = recorded
         else:
             self.not_kept.add(key)
         return recorded
 
-    def _read(self, cache: Any, inputs: Sequence[int]) -> torch.Tensor:
+    def _read(self, cache: Any, inputs: Sequence[int], chunk: int | None) -> torch.Tensor:
         """Log-probabilities [T, V] of what follows each of ``inputs``."""
-        return torch.cat([row for _, (row,) in read(self.model, [cache], [inputs], self.chunk)])
+        return torch.cat([row for _, (row,) in read(self.model, [cache], [inputs], chunk)])

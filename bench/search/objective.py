@@ -15,7 +15,6 @@ from bench.engine.engine import Engine, Failure
 from bench.engine.jobs import FAILURES, in_a_line
 from bench.errors import UserError, said_in_one_line
 from bench.methods.cell import Cell
-from bench.methods.grid import tristate_cell
 from bench.models.loading import LoadedModel
 from bench.search.config import FIDELITY, TuneConfig
 from bench.search.documents import Split
@@ -63,8 +62,8 @@ class Objective:
         results: list[dict[str, float] | str] = []
         for settings in found:
             try:
-                self.config.configs(settings)
-            except ConfigError as error:
+                self.config.cells(settings)
+            except (ConfigError, UserError) as error:
                 results.append(str(error))
             else:
                 results.append({})
@@ -83,7 +82,7 @@ class Objective:
         return results
 
     def _kl(self, found: Mapping[str, Any]) -> dict[str, float] | str:
-        configs = self.config.configs(found)
+        cells = self.config.cells(found)
         try:
             with in_a_line():
                 return {
@@ -93,7 +92,7 @@ class Objective:
                         if item.task.name == FIDELITY
                         for document in item.tuning
                         if isinstance(document.request, Compare)
-                        for kl in self.fidelity.divergences(document.request, configs)
+                        for kl in self.fidelity.divergences(document.request, cells)
                     )
                 }
         except FAILURES as error:
@@ -102,7 +101,7 @@ class Objective:
 
     def _scores(self, found: Sequence[Mapping[str, Any]]) -> list[float | str]:
         """Mean of the tasks' first metrics of each set of settings, all answered from the same prefills."""
-        cells = [[tristate_cell(self.config.method, config) for config in self.config.configs(item)] for item in found]
+        cells = [self.config.cells(item) for item in found]
         unique = list({cell.key: cell for mine in cells for cell in mine}.values())
         engine = self.engine(unique)
         scores: dict[str, list[float]] = {cell.key: [] for cell in unique}

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from bench.methods.variants import BASE, NAME
 from bench.models.loading import LoadedModel
 from bench.names import FULL
 from bench.records.files.csv_ import csv_text
@@ -47,16 +48,18 @@ def write_held_out(folder: Path, verdicts: Sequence[Verdict]) -> None:
 def write_preset(config: TuneConfig, found: Mapping[str, Any], description: str, folder: Path) -> Path:
     """``preset.yaml``: model, method, budgets and the settings found, for ``arkv-bench run --preset``."""
     run = config.run
+    own = config.method in config.own
+    tuned: Any = {NAME: f"{config.method}-tuned", BASE: config.method, **found} if own else config.method
     content: dict[str, Any] = {
         "description": description,
         "model": run.model[0],
-        "methods": [FULL, config.method],
+        "methods": [FULL, tuned],
         "budget-unit": run.budget_unit,
         **({"cache-ratio": list(run.cache_ratio)} if run.cache_ratio else {"cache-size": list(run.cache_size)}),
         **({"window-size": run.window_size[0]} if run.window_size else {}),
         **({} if run.quant_format is None else {"quant-format": list(run.quant_format)}),
     }
-    settings = {**run.method_settings, **found}
+    settings = {**run.method_settings, **({} if own else found)}
     content |= {name.replace("_", "-"): value for name, value in settings.items() if name != "budget_unit"}
     path = folder / PRESET
     write_atomic(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=1000))

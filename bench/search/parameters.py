@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from arkv import CacheConfig
+from bench.errors import UserError
 
 if TYPE_CHECKING:
     import optuna
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """The range of one setting of :class:`~arkv.CacheConfig`."""
+    """The range of one setting of :class:`~arkv.CacheConfig`, or of a method of the user's own."""
 
     low: float = 0.0
     high: float = 0.0
@@ -53,6 +54,29 @@ PARAMETERS: dict[str, Parameter] = {
     "decode_rate": Parameter(low=1 / 256, high=1 / 4, log=True),
 }
 """What can be searched, and within which range."""
+
+
+def declared(method: str, space: Mapping[str, tuple[Any, ...]]) -> dict[str, Parameter]:
+    """The ``settings_space`` of a user's own method. Raises :class:`UserError` for what is no range and no choice."""
+    return {name: _declared(method, name, values) for name, values in space.items()}
+
+
+def _declared(method: str, name: str, values: Any) -> Parameter:
+    match values:
+        case (int(low), int(high), *step) if low < high and (not step or (len(step) == 1 and type(step[0]) is int)):
+            return Parameter(low=low, high=high, step=step[0] if step else 1)
+        case (int() | float() as low, int() | float() as high) if low < high:
+            return Parameter(low=low, high=high)
+        case (int() | float() as low, int() | float() as high, "log") if 0 < low < high:
+            return Parameter(low=low, high=high, log=True)
+        case (str(), _, *_) if all(isinstance(value, str) for value in values):
+            return Parameter(choices=values)
+    raise UserError(
+        f"{method}: settings_space[{name!r}] is {values!r}: give (low, high), (low, high, step) of whole numbers, "
+        '(low, high, "log") or a tuple of texts'
+    )
+
+
 OF_MEAN_MAX = ("query_span", "max_pool_width")
 """Settings of the importance ``mean_max`` only."""
 DEFAULTS = {

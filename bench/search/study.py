@@ -15,7 +15,7 @@ from bench.runs import folder as records
 from bench.search.config import FIDELITY, TuneConfig
 from bench.search.documents import Split
 from bench.search.objective import KL, SCORE, Objective
-from bench.search.parameters import OF_MEAN_MAX, PARAMETERS
+from bench.search.parameters import OF_MEAN_MAX, PARAMETERS, Parameter
 
 if TYPE_CHECKING:
     import optuna
@@ -123,14 +123,14 @@ class Study:
         """Try these first."""
         self._study.enqueue_trial(dict(settings), skip_if_exists=True)
 
-    def ask(self, names: Sequence[str]) -> optuna.Trial:
+    def ask(self, names: Sequence[str], space: Mapping[str, Parameter] = PARAMETERS) -> optuna.Trial:
         """A new trial with values for all of ``names``; those that depend on a choice only where they matter."""
         trial = self._study.ask()
         for name in names:
-            importance = trial.params.get("importance")
+            importance = trial.params.get("importance") if space is PARAMETERS else None
             if importance is not None and name in (OF_MEAN_MAX if importance == "mean_var" else ("gamma",)):
                 continue
-            PARAMETERS[name].suggest(trial, name)
+            space[name].suggest(trial, name)
         return trial
 
     def tell(self, trial: optuna.Trial, result: Mapping[str, float] | str, seconds: float) -> None:
@@ -200,6 +200,7 @@ def fingerprint(config: TuneConfig, model: LoadedModel, splits: Sequence[Split])
         "model": {"name": model.name, "fingerprint": model.fingerprint, "dtype": model.dtype, "device": model.device},
         "versions": {name: packages.get(name) for name in ("arkv-bench", "torch", "transformers")},
         "quant_type": config.method,
+        **({"version": config.own[config.method].version} if config.method in config.own else {}),
         "budgets": run.budgets,
         "budget_unit": run.budget_unit,
         "window_size": list(run.window_size),
@@ -220,13 +221,13 @@ def search(study: Study, objective: Objective, advance: Callable[[str], None]) -
         advance: called after each trial with what it gave.
     """
     config = objective.config
-    base = config.base(0)
-    own = {name: getattr(base, name) for name in config.searched}
-    if all(PARAMETERS[name].holds(value) for name, value in own.items()):
+    space = config.space
+    own = {name: config.own_value(name) for name in config.searched}
+    if all(space[name].holds(value) for name, value in own.items()):
         study.enqueue(own)
     size = config.run.batch if objective.scored else 1
     while (left := config.run.n_trials - len(study.trials)) > 0:
-        trials = [study.ask(config.searched) for _ in range(min(size, left))]
+        trials = [study.ask(config.searched, space) for _ in range(min(size, left))]
         begin = time.perf_counter()
         results = objective.values([trial.params for trial in trials])
         seconds = (time.perf_counter() - begin) / len(trials)

@@ -9,7 +9,7 @@ from typing import Any
 from bench.errors import UserError
 from bench.judge.family import Comparison, compare
 from bench.judge.verdict import verdict
-from bench.methods.grid import full_cell, tristate_cell
+from bench.methods.grid import full_cell
 from bench.names import FULL
 from bench.search.objective import Objective, answer_all
 
@@ -44,7 +44,7 @@ def judge(objective: Objective, found: Mapping[str, Any], progress: Callable[[],
         UserError: a document could not be answered.
     """
     config = objective.config
-    own, tuned = ([tristate_cell(config.method, item) for item in config.configs(settings)] for settings in ({}, found))
+    own, tuned = config.cells({}), config.cells(found)
     cells = list({cell.key: cell for cell in [full_cell(), *own, *tuned]}.values())
     engine = objective.engine(cells)
     verdicts = []

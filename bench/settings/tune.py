@@ -20,7 +20,7 @@ class TuneSettings(RunConfig):
     not_offered: ClassVar[frozenset[str]] = frozenset(RunConfig.model_fields) - {
         *("tasks", "methods", "cache_size", "cache_ratio", "budget_unit", "quant_format", "window_size", "limit"),
         *("model", "lengths", "continuation", "text", "text_field", "haystack", "data_dir", "prefill_chunk"),
-        *("max_length", "device", "dtype", "seed", "outdir"),
+        *("max_length", "device", "dtype", "seed", "outdir", "plugin"),
     }
 
     tasks: tuple[str, ...] = again(
@@ -37,7 +37,7 @@ class TuneSettings(RunConfig):
     )
     params: tuple[str, ...] | None = setting(
         None,
-        f"Settings that are searched: {', '.join(METHOD_SETTINGS)}, window_size.",
+        f"Settings that are searched: {', '.join(METHOD_SETTINGS)}, window_size; those of a plugin's settings_space.",
         SEARCH,
         "answer",
         unset="in tokens the first four, in bytes those that matter there",

@@ -20,15 +20,17 @@ from bench.cli import main
 from bench.engine.engine import Engine, Measurement
 from bench.errors import UserError
 from bench.methods.grid import tristate_cell
+from bench.methods.plugins import Plugins
+from bench.runs.asked import cells_of
 from bench.search.config import TuneConfig
 from bench.search.documents import load_splits, overlap
 from bench.search.fidelity import FidelityBench
 from bench.search.objective import KL, SCORE, Objective
 from bench.search.output import write_preset
-from bench.search.parameters import DEFAULTS, PARAMETERS
+from bench.search.parameters import DEFAULTS, PARAMETERS, declared
 from bench.search.study import Study, search
 from bench.settings.presets import resolve
-from bench.settings.run import METHOD_SETTINGS
+from bench.settings.run import METHOD_SETTINGS, RunConfig
 from bench.settings.tune import TuneSettings
 from tasks.base import Compare
 
@@ -185,6 +187,104 @@ def test_a_chunk_makes_decoding_count(tmp_path: Path) -> None:
     assert config.searched == ("decode_rate",)
 
 
+# --- Methods of plugins ---
+
+PLUGIN = """
+import torch
+from bench.extend import Method, keep_tokens
+
+class Ends(Method):
+    name = "ends"
+    first = 2
+    kind = "newest"
+    settings_space = {"first": (0, 8, 2), "kind": ("newest", "none")}
+
+    def with_settings(self, **values):
+        if values.get("first", 0) % 2:
+            raise ValueError("first is odd")
+        return super().with_settings(**values)
+
+    def compress(self, model, prompt, budget):
+        n = prompt.tokens
+        last = range(n - 1, n) if self.kind == "none" else range(n - budget.tokens + self.first, n)
+        places = torch.tensor([*range(self.first), *last])
+        return keep_tokens(prompt, [places.expand(layer.keys.shape[1], -1) for layer in prompt.layers])
+
+class Plain(Ends):
+    name = "plain"
+    settings_space = {}
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    file = tmp_path / "ends.py"
+    file.write_text(PLUGIN)
+    return file
+
+
+def test_settings_of_a_plugin_are_searched_and_run(tiny_folder: Path, tmp_path: Path, plugin: Path, go: Any) -> None:
+    outdir = tmp_path / "study"
+    few = [
+        "--methods",
+        "ends",
+        "--plugin",
+        str(plugin),
+        "--cache-size",
+        "64",
+        "--lengths",
+        "250",
+        "--continuation",
+        "4",
+    ]
+    where = ["--text", str(tiny_folder / "text.txt"), "--device", "cpu", "--dtype", "float32", "--outdir", str(outdir)]
+    documents = ["--limit", "1", "--held-out", "5", "--n-trials", "3", "--chunk", "1"]
+    code, out, err = go(["tune", "--model", str(tiny_folder), *few, *where, *documents])
+    assert code == 0, err
+    assert "The best of 3 trials is" in out or "No trial was better than the method's own settings: kl" in out
+    assert f"run --preset {outdir / 'preset.yaml'} --plugin {plugin}" in out
+    with open(outdir / "trials.csv", newline="") as file:
+        first = next(csv.DictReader(file))
+    assert (first["first"], first["kind"]) == ("2", "newest"), "the first trial has the method's own"
+    chosen = json.loads((outdir / "tune.json").read_text())["chosen"]["params"]
+    config, _ = resolve({}, str(outdir / "preset.yaml"))
+    cells = cells_of(config, Plugins([plugin]))
+    assert [cell.method for cell in cells] == ["full", "ends-tuned"]
+    assert {name: getattr(cells[1].impl, name) for name in chosen} == chosen
+
+
+@pytest.mark.parametrize(
+    ("variant", "said"),
+    [
+        ({"frist": 2}, "x: unknown setting 'frist' of ends: did you mean first"),
+        ({"first": 3}, "ends: ValueError: first is odd"),
+        ({"base": "plain", "first": 2}, "unknown setting 'first' of plain: the method declares no settings_space"),
+        ({"base": "no"}, "variant 'x': its base 'no' is none of window, origin, quant, mix, ends, plain"),
+    ],
+)
+def test_variants_of_a_plugin_that_make_no_sense(plugin: Path, variant: dict[str, Any], said: str) -> None:
+    config = RunConfig(methods=[{"name": "x", "base": "ends", **variant}], cache_size=64)
+    with pytest.raises(UserError, match=said):
+        cells_of(config, Plugins([plugin]))
+
+
+def test_variants_of_a_plugin_are_cells_of_their_own(plugin: Path) -> None:
+    def keys(**values: Any) -> list[str]:
+        methods = ["ends", {"name": "x", "base": "ends", **values}]
+        return [cell.key for cell in cells_of(RunConfig(methods=methods, cache_size=64), Plugins([plugin]))]
+
+    assert keys(first=4) == keys(first=4)
+    assert keys(first=4)[1] == keys()[1]
+    assert keys(first=4)[2] != keys(first=2)[2]
+
+
+def test_a_plugin_without_a_space_cannot_be_tuned(plugin: Path) -> None:
+    with pytest.raises(UserError, match="--methods=plain: it declares no settings_space"):
+        TuneConfig(run=TuneSettings(methods=("plain",)), own=Plugins([plugin]).methods)
+    with pytest.raises(UserError, match=r"m: settings_space\['a'\] is \(2, 1\): give \(low, high\)"):
+        declared("m", {"a": (2, 1)})
+
+
 # --- Documents ---
 
 
@@ -223,11 +323,11 @@ def test_divergences_are_those_of_a_run(tiny: Any, objective: Objective) -> None
     (answered,) = Engine(tiny.model, tiny.tokenizer, [cell]).answer(document, [cell])
     assert isinstance(answered, Measurement)
     expected = objective.splits[0].task.score(document, answered.answer)["kl"]
-    found = FidelityBench(tiny.model, queries=8, chunk=1).divergences(document.request, [config])
+    found = FidelityBench(tiny.model, queries=8, chunk=1).divergences(document.request, [cell])
     assert found == [pytest.approx(expected, rel=1e-4)]
     # A budget that holds everything is the full cache.
     whole = CacheConfig.for_method("mix", cache_size=400, window_size=8)
-    assert FidelityBench(tiny.model, queries=8).divergences(document.request, [whole])[0] < 1e-6
+    assert FidelityBench(tiny.model, queries=8).divergences(document.request, [tristate_cell("mix", whole)])[0] < 1e-6
 
 
 def counted(model: Any, monkeypatch: pytest.MonkeyPatch) -> Counter[int]:
