@@ -351,10 +351,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         right, nll, kl, share = (sum(column) / len(rows) for column in zip(*rows, strict=True))
         lines.append([name, ratio, len(rows), round(right * len(rows)), f"{nll:.4f}", f"{kl:.4f}", f"{share:.4f}"])
+    settings = {name: value for name, value in vars(options).items() if name != "outdir"}
+    # Before the table, which is new in the working tree.
+    record = {"settings": settings, "finished": records.now(), **records.environment()}
     options.outdir.mkdir(parents=True, exist_ok=True)
     write_atomic(options.outdir / "simulated.csv", csv_text(COLUMNS, lines))
-    settings = {name: value for name, value in vars(options).items() if name != "outdir"}
-    record = {"settings": settings, "finished": records.now(), **records.environment()}
     write_atomic(options.outdir / "record.json", json_text(record))
     for line in lines:
         print(*line, sep="  ")
