@@ -82,7 +82,15 @@ class Sampling:
     """Of the draws of this answer."""
 
 
-@dataclass(frozen=True, kw_only=True)
+_IDS: dict[int, int] = {}
+
+
+def _shared(ids: Sequence[int]) -> tuple[int, ...]:
+    """The same tokens. Prompts share one object for each id, a fifth of the memory of ids of their own."""
+    return tuple([_IDS.setdefault(token, token) if type(token) is int else token for token in ids])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Generate:
     """Continuation of ``prompt_ids``, greedy or sampled, until a stop string, an end-of-sequence token or
     ``max_new_tokens``.
@@ -108,6 +116,9 @@ class Generate:
     """Generation settings of transformers, laid over the model's own: see :mod:`tasks.generation`."""
     sampling: Sampling | None = None
     """None is greedy."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_ids", _shared(self.prompt_ids))
 
     @property
     def input_ids(self) -> tuple[int, ...]:
@@ -201,7 +212,7 @@ class Compare:
 Request = Generate | LogLikelihood | Rolling | Compare
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
     """One question: its request, and what the score needs."""
 

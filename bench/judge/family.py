@@ -28,7 +28,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from bench.judge.joint import Joint, joint, quantile, unrelated
 from bench.judge.proportions import judge_proportions
@@ -44,6 +43,7 @@ from bench.judge.stats import (
     means,
     paired,
 )
+from bench.judge.tails import skewness_of, student_end, student_tail
 from bench.judge.unseen import unseen_changes
 from bench.judge.verdict import ALPHA, POWER
 from bench.names import LEAST_DOCUMENTS
@@ -122,7 +122,7 @@ def leans(changes: Array, *, together: bool = True) -> NDArray[np.bool_]:
     rows, n = changes.shape
     if n >= FEW_DOCUMENTS:
         return np.ones(rows, dtype=bool)
-    skewness = stats.skew(changes, axis=1)
+    skewness = skewness_of(changes)
     found: NDArray[np.bool_] = np.abs(skewness.mean(keepdims=True) if together else skewness) > LEANING
     return np.broadcast_to(found, rows)
 
@@ -152,13 +152,13 @@ def at_level(
         leaning: whether the row's resamples are asked at all, see :func:`leans`.
     """
     draws = drawn.shape[1]
-    student = float(stats.t.isf(level / 2, n - 1))
+    student = student_end(level / 2, n - 1)
     upper = np.where(leaning, np.maximum(quantile(drawn, 1.0 - level / 2), student), student)
     lower = np.where(leaning, np.minimum(quantile(drawn, level / 2), -student), -student)
     observed = resampled.estimate / resampled.error
     beyond = np.stack([np.searchsorted(row, value) for row, value in zip(drawn, observed, strict=True)])
     own = 2 * np.minimum(beyond + 1, draws - beyond + 1) / (draws + 1)
-    of_student = 2 * stats.t.sf(np.abs(observed), n - 1)
+    of_student = 2 * student_tail(np.abs(observed), n - 1)
     p_values = np.clip(np.where(leaning, np.maximum(own, of_student), of_student), 0.0, 1.0)
     outside = (observed > upper) | (observed < lower)
     p_values = np.where(outside, np.minimum(p_values, level * (1.0 - 1e-6)), np.maximum(p_values, level))
@@ -327,7 +327,7 @@ def _compare_means(
         largest = width if math.isfinite(width) else float(np.abs(changes).max())
         low[few], high[few], p_values[few] = unseen_changes(sums[known[few]], sizes, largest, judged.joint.level, seed)
     detectable = np.full(len(known), math.inf)
-    said = ~few & ((groups >= MANY_DOCUMENTS) | (np.abs(stats.skew(sums[known], axis=1)) <= SKEWED))
+    said = ~few if groups >= MANY_DOCUMENTS else ~few & (np.abs(skewness_of(sums[known])) <= SKEWED)
     if said.any():
         detectable[said] = detectable_means(resampled, judged, groups, said)
     adjusted = judged.joint.adjusted(p_values)

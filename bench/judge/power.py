@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from bench.judge.exact import MOST_COUNTED, mid_p_of_none
 from bench.judge.joint import independent_level
 from bench.judge.stats import Array
+from bench.judge.tails import normal_end
 from bench.judge.verdict import POWER
 from bench.names import LEAST_DOCUMENTS
 
@@ -100,7 +101,7 @@ def _detectable(test: Paired, changed: float) -> float | None:
 
 def of_level(n: int, level: float) -> Paired:
     """The test of so many independent documents at a row's own level."""
-    return Counted(n, level) if n <= MOST_COUNTED else McNemar(n, float(stats.norm.isf(level / 2)))
+    return Counted(n, level) if n <= MOST_COUNTED else McNemar(n, normal_end(level / 2))
 
 
 def of_rows(n: int, rows: int) -> Paired:

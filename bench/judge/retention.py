@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from scipy import stats
 
 from bench.judge.stats import Array, Interval, by_source, normal
+from bench.judge.tails import student_end
 from bench.judge.verdict import ALPHA
 from bench.names import FULL, LEAST_DOCUMENTS
 from bench.records.row import Row
@@ -127,7 +127,7 @@ def ratio_interval(
     # Sums over sources: their moments about the ratio of the two means need no centring.
     x, y = float(weights @ above), float(weights @ below)
     total = float(weights.sum())
-    critical = normal(groups, n) if binary else float(stats.t.isf(ALPHA / 2, groups - 1))
+    critical = normal(groups, n) if binary else student_end(ALPHA / 2, groups - 1)
 
     def moment(first: Array, second: Array) -> float:
         middle = float(weights @ first) * float(weights @ second) / total

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
+from bench.judge.tails import normal_end, student_end
 from bench.judge.verdict import ALPHA
 from bench.names import LEAST_DOCUMENTS
 
@@ -49,7 +49,7 @@ class Interval(NamedTuple):
 
 
 UNBOUNDED = (-math.inf, math.inf)
-NORMAL = float(stats.norm.isf(ALPHA / 2))
+NORMAL = normal_end(ALPHA / 2)
 """Standard errors to both ends of a 95 % interval of a normal estimate."""
 
 
@@ -160,7 +160,7 @@ def mean_interval(
 def normal(sources: int, documents: int, alpha: float = ALPHA) -> float:
     """Standard errors to both ends of an interval of proportions: those of Student's t where the scatter is taken from
     the sources."""
-    return float(stats.norm.isf(alpha / 2) if sources == documents else stats.t.isf(alpha / 2, sources - 1))
+    return normal_end(alpha / 2) if sources == documents else student_end(alpha / 2, sources - 1)
 
 
 def wilson(share: float, n: float, critical: float = NORMAL) -> Interval:
@@ -374,7 +374,7 @@ def pseudomedian(values: Sequence[float]) -> tuple[float, Interval | None]:
         beyond = int((np.cumsum(chances) <= ALPHA / 2).sum())
     else:
         deviation = math.sqrt(n * (n + 1) * (2 * n + 1) / 24)
-        beyond = int(total / 2 + stats.norm.ppf(ALPHA / 2) * deviation)
+        beyond = int(total / 2 + -normal_end(ALPHA / 2) * deviation)
     if not beyond:
         return estimate, None
     return estimate, Interval(float(means[beyond - 1]), float(means[total - beyond]))
@@ -394,7 +394,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     """Benjamini and Hochberg's adjusted p-values: the expected share of false claims stays below the level."""
-    return [float(value) for value in stats.false_discovery_control(p_values)] if len(p_values) else []
+    ranks = np.argsort(np.argsort(p_values, kind="stable"), kind="stable")
+    raised = np.sort(p_values) * (len(p_values) / np.arange(1, len(p_values) + 1))
+    # Of a smaller p-value none that is larger than a larger one's.
+    lowest = np.minimum.accumulate(raised[::-1])[::-1]
+    return [float(value) for value in np.clip(lowest, 0, 1)[ranks]]
 
 
 def paired(scores: Sequence[float], baseline: Sequence[float]) -> Array:

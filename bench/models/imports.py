@@ -1,4 +1,5 @@
-"""transformers without what it imports wherever that is installed, and no command needs: scikit-learn, HQQ, Triton."""
+"""transformers without what it imports wherever that is installed, and no command needs: scikit-learn, SciPy's
+optimizers, HQQ, Triton."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ def import_lightly() -> None:
     A step of its assisted generation takes a function of scikit-learn, which brings pandas and SciPy along, and which
     lm-eval has installed. Here it is imported when that step calls it.
 
+    Its losses of object detection take one of SciPy: likewise.
+
     Its quantized caches and weights take HQQ, which brings torch's compiler along. Here it is imported when one of them
     is made, by the very check whether it is there.
 
@@ -28,18 +31,24 @@ def import_lightly() -> None:
         return
     utils: Any = transformers.utils
     has_sklearn, has_hqq = utils.is_sklearn_available(), utils.is_hqq_available()
+    has_scipy = utils.is_scipy_available()
     with (
         _hidden(utils, "is_sklearn_available"),
         _hidden(utils, "is_hqq_available"),
+        _hidden(utils, "is_scipy_available"),
         _hidden(torch.utils._triton, "has_triton_package", unless=torch.accelerator.is_available()),
     ):
         from transformers import cache_utils, masking_utils  # noqa: F401
         from transformers.generation import candidate_generator
+        from transformers.loss import loss_utils  # noqa: F401
         from transformers.quantizers import quantizer_hqq
     sampling: Any = candidate_generator
     if has_sklearn:
         sampling.roc_curve = _roc_curve
     module: Any
+    for name, module in list(sys.modules.items()) if has_scipy else ():
+        if name.startswith("transformers.loss.") and hasattr(module, "is_scipy_available"):
+            module.linear_sum_assignment = _linear_sum_assignment
     for module in (cache_utils, quantizer_hqq) if has_hqq else ():
         module.is_hqq_available = _import_hqq
 
@@ -67,6 +76,12 @@ def _roc_curve(*arguments: Any, **named: Any) -> Any:
     from sklearn.metrics import roc_curve
 
     return roc_curve(*arguments, **named)
+
+
+def _linear_sum_assignment(*arguments: Any, **named: Any) -> Any:
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(*arguments, **named)
 
 
 def _import_hqq() -> bool:

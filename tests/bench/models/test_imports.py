@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, cache_utils
 from transformers.generation import candidate_generator
 from transformers.quantizers import quantizer_hqq
 import bench.runs.run
-heavy = {"sklearn", "pandas", "hqq"}
+heavy = {"sklearn", "pandas", "hqq", "scipy.optimize", "scipy.stats"}
 if not torch.accelerator.is_available():
     heavy.add("triton")
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
@@ -34,6 +34,9 @@ def is_real(check, real, late=()):
 
 is_real("is_sklearn_available", transformers.utils.is_sklearn_available)
 is_real("is_hqq_available", transformers.utils.is_hqq_available, late)
+is_real("is_scipy_available", transformers.utils.is_scipy_available)
+from transformers.loss import loss_for_object_detection
+assert [list(item) for item in loss_for_object_detection.linear_sum_assignment([[1, 0], [0, 1]])] == [[0, 1], [1, 0]]
 is_real("has_triton_package", torch.utils._triton.has_triton_package)
 rates, found, _ = candidate_generator.roc_curve([0, 1, 1], [0.1, 0.6, 0.9])
 assert (max(rates), max(found)) == (1.0, 1.0)
