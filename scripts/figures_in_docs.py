@@ -390,9 +390,33 @@ def snapkv() -> str:
     return "\n".join(markdown_table(["", "passkeys", "heads that hold the whole number"], lines, right=[1, 2]))
 
 
+def simulated() -> str:
+    """What variants of a compressed context keep, in the simulation."""
+    found: dict[str, dict[float, dict[str, str]]] = {}
+    names = ["variant", "ratio", "answers", "right", "nll", "kl", "held"]
+    for _, cells in read_cells(RESULTS / "quality" / "simulated" / "simulated.csv", names, "scripts/simulate.py"):
+        found.setdefault(cells["variant"], {})[float(cells["ratio"])] = cells
+    record = json.loads((RESULTS / "quality" / "simulated" / RECORD).read_text(encoding="utf-8"))["settings"]
+    whole = found.pop(FULL)[1.0]
+    ratios = sorted(found["base"], reverse=True)
+    lines = [
+        [name, *(rows.get(ratio, {}).get(cell, "") for ratio in ratios for cell in ("right", "kl"))]
+        for name, rows in found.items()
+    ]
+    heads = ["", *(head for ratio in ratios for head in (f"right at {_percent(ratio, 1)}", "KL"))]
+    said = _paragraph(
+        f"""{record["model"]}, {record["contexts"]} contexts of RULER's `niah_multikey_2` up to {record["length"]:,}
+        tokens, {whole["answers"]} answers asked after compression, of which the full cache has {whole["right"]} right;
+        shares of the full cache's bytes (`results/quality/simulated`):"""
+    )
+    table = markdown_table(heads, lines, right=range(1, len(heads)))
+    return "\n".join([said, "", *table])
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"figure": figure, "demo": demo},
     "docs/results.md": {"fidelity": fidelity, "tuning": tuning, "more": more},
     "docs/reading.md": {"coverage": coverage, "snapkv": snapkv},
+    "docs/negative.md": {"simulated": simulated},
 }
 """By page what stands between the marks of each name."""

@@ -18,15 +18,15 @@ from tasks.registry import TASKS, get_task, split_spec
 def first_look(config: RunConfig) -> None:
     """Refuse a method, a model or tasks that there are none of, as they would be where they are used.
 
-    What a plugin file brings is not known before it is run, and it may import torch. Where there are several models or
-    tasks, one that cannot be found fails alone.
+    What a plugin file brings is not known before it is run, and it may import torch; a variant is looked at where it is
+    made. Where there are several models or tasks, one that cannot be found fails alone.
 
     Raises:
         UserError, TaskError: an unknown name, or a path where nothing is.
     """
     if not config.plugin:
         own = _installed(METHOD_GROUP)
-        check_methods([full_name(name, own) for name in config.method_names], own)
+        check_methods([full_name(item, own) for item in config.methods if isinstance(item, str)], own)
         _check_tasks(config.tasks, [Path(folder) for folder in config.include_path or ()])
     if len(config.model) == 1:
         resolve(config.model[0], weights=False)

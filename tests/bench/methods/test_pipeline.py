@@ -91,7 +91,7 @@ def test_the_same_answer(tiny: Any, name: str) -> None:
     ["kvzip", "kvzip[kvzip_plus_normalization=true]", "adakv+expected_attention", "criticaladakv", "snapkv"],
 )
 def test_the_same_answer_of_the_default_model(default_model: Any, name: str) -> None:
-    """Real weights in bfloat16, the context a text and the question about it in words."""
+    """Real weights, the context a text and the question about it in words."""
     tokenizer = default_model.tokenizer
     text = "".join(f"The code of {person} is {71 * place + 1000}. " for place, person in enumerate(_names()))
     context = tokenizer("Remember these codes. " + text, return_tensors="pt")["input_ids"]
@@ -112,4 +112,5 @@ def _names() -> list[str]:
 
 @pytest.fixture(scope="module")
 def default_model() -> Any:
-    return load("smollm2-135m")
+    # One reads a question at once, the other token by token: how bfloat16 rounds that hangs on the machine.
+    return load("smollm2-135m", dtype="float32")

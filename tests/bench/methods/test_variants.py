@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from arkv import METHODS, CacheConfig
+from bench.commands.first_look import first_look
 from bench.errors import UserError
 from bench.methods.cell import Cell
 from bench.methods.grid import grid
@@ -166,3 +167,9 @@ def test_a_run_has_a_row_for_each(tiny_folder: Path, tmp_path: Path) -> None:
         "mix",
     }
     assert execute(config, tmp_path / "run", Console(file=io.StringIO())).measured == 0
+
+
+def test_variants_are_not_taken_for_methods_that_there_are_none_of() -> None:
+    first_look(RunConfig(methods=("mix", {"name": "own", "base": "mix", "window_size": 16}), model=("smollm2-135m",)))
+    with pytest.raises(UserError, match="unknown method 'mixx'"):
+        first_look(RunConfig(methods=("mixx",), model=("smollm2-135m",)))
