@@ -26,7 +26,8 @@ def first_look(config: RunConfig) -> None:
     """
     if not config.plugin:
         own = _installed(METHOD_GROUP)
-        check_methods([full_name(item, own) for item in config.methods if isinstance(item, str)], own)
+        variants = [method.name for method in config.methods if not isinstance(method, str)]
+        check_methods([full_name(name, own) for name in config.method_names if name not in variants], own)
         _check_tasks(config.tasks, [Path(folder) for folder in config.include_path or ()])
     if len(config.model) == 1:
         resolve(config.model[0], weights=False)
