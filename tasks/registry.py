@@ -137,6 +137,11 @@ register(
     "four questions about one text, one after the other on the same cache; generated, needs no download",
 )
 register(
+    "chain",
+    "tasks.chain:ChainTask",
+    "a long answer, counts kept over many steps; generated, needs no download",
+)
+register(
     "fidelity",
     "tasks.fidelity:FidelityTask",
     "next-token distributions against those of the full cache, on any text; needs no download",

@@ -14,6 +14,7 @@ from bench.settings.fields import Affects, Count, SettingError, Settings, Share,
 from bench.settings.mappings import read_mapping
 from bench.settings.secrets import redacted, redacted_text
 from tasks.base import Rolling
+from tasks.chain import ChainOptions
 from tasks.fidelity import FidelityOptions
 from tasks.longbench.options import LongBenchOptions
 from tasks.needle import NeedleOptions
@@ -139,7 +140,9 @@ class RunConfig(Settings):
         "grid",
     )
     lengths: tuple[Count, ...] = _of_task("needle, turns, fidelity, ruler", NeedleOptions, "lengths", "grid")
-    samples: Count = _of_task("needle, turns, fidelity, ruler", NeedleOptions, "samples", "answer")
+    samples: Count = _of_task("needle, turns, chain, fidelity, ruler", NeedleOptions, "samples", "answer")
+    steps: Annotated[int, Field(ge=2)] = _of_task("chain", ChainOptions, "steps", "answer", sparse=True)
+    variables: Annotated[int, Field(ge=1, le=4)] = _of_task("chain", ChainOptions, "variables", "answer", sparse=True)
     haystack: Path | None = _of_task("needle, ruler", NeedleOptions, "haystack", "answer", by_content=True)
     text: Path | None = _of_task("fidelity", FidelityOptions, "text", "answer", by_content=True)
     text_field: str = _of_task("fidelity", FidelityOptions, "text_field", "answer", sparse=True)
