@@ -171,8 +171,9 @@ def evaluate(
         tasks: names, or tasks of your own.
         methods: names, or variants as mappings, ``{"name": "mix-equal", "base": "mix", "layer_budgets": "equal"}``;
             ``full``, the baseline, is measured beside them unless ``full=False``.
-        budgets: whole numbers are tokens held per layer, fractions shares of each prompt; None is the default.
-        budget_unit: what a budget counts, tokens or bytes.
+        budgets: whole numbers are tokens held per layer, fractions shares of each prompt; None is a quarter and an
+            eighth.
+        budget_unit: what a budget counts: by itself, shares are of the bytes and whole numbers tokens.
         outdir: the run folder. Default: ``runs/TIME``.
         fresh: forget what an earlier run left in the folder.
         preset: settings by name or from a YAML file, under those given here.

@@ -37,7 +37,7 @@ def inspect(run: RUN_OF_PROMPT = None, preset: PRESET = None, **typed: Any) -> N
 
     [bold]arkv-bench inspect runs/demo --doc 2[/bold]
     [bold]arkv-bench inspect --text README.md --cache-size 512[/bold]
-    [bold]arkv-bench inspect --task needle --doc 3 --cache-ratio 0.125 --budget-unit bytes --html look.html[/bold]
+    [bold]arkv-bench inspect --task needle --doc 3 --cache-ratio 0.125 --html look.html[/bold]
     """
     from bench.settings.presets import resolve
 

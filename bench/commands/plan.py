@@ -29,7 +29,7 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
     With --capacity it says what memory buys: how many tokens and sequences fit with each method, and how fast they
     could be decoded.
 
-    [bold]arkv-bench plan --capacity h100,24GB --model org/name --cache-ratio 0.25 --budget-unit bytes[/bold]
+    [bold]arkv-bench plan --capacity h100,24GB --model org/name --cache-ratio 0.25[/bold]
     """
     from rich.console import Console
 

@@ -22,7 +22,7 @@ def speed(fresh: FRESH = False, **typed: Any) -> None:
     cache read by the suite's own kernel, and a stock cache that holds only C tokens (ceiling).
 
     [bold]arkv-bench speed --context-lengths 2048,7900 --cache-size 1024[/bold]
-    [bold]arkv-bench speed --batch-sizes 1,4,16 --cache-ratio 0.25 --budget-unit bytes --kv-memory 1GB[/bold]
+    [bold]arkv-bench speed --batch-sizes 1,4,16 --cache-ratio 0.25 --kv-memory 1GB[/bold]
     """
     from pydoc_data.topics import topics
 

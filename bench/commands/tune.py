@@ -24,7 +24,7 @@ def tune(fresh: FRESH = False, **typed: Any) -> None:
     All trials share the prefills. The first trial has the method's own settings.
 
     [bold]arkv-bench tune --cache-size 512[/bold]
-    [bold]arkv-bench tune --tasks fidelity,needle --cache-ratio 0.25 --budget-unit bytes --outdir runs/tuned[/bold]
+    [bold]arkv-bench tune --tasks fidelity,needle --cache-ratio 0.25 --outdir runs/tuned[/bold]
     [bold]arkv-bench run --preset runs/tuned/preset.yaml --tasks longbench[/bold]
     """
     settings = TuneSettings(**given(TuneSettings, typed))

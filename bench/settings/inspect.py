@@ -7,8 +7,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from bench.settings.fields import again, setting
-from bench.settings.run import OUTPUT, RunConfig, Variant
+from bench.settings.fields import Share, again, setting
+from bench.settings.run import BUDGETS, OUTPUT, RunConfig, Variant
 
 PROMPT = "The prompt"
 
@@ -29,6 +29,9 @@ class InspectConfig(RunConfig):
     doc: str = setting("0", "Which one: its number, from 0, or its id.", PROMPT, "nothing")
     methods: tuple[str | Variant, ...] = again(
         RunConfig, "methods", ("mix",), help="The method: one, at one budget.", unset=None
+    )
+    cache_ratio: tuple[Share, ...] | None = again(
+        RunConfig, "cache_ratio", BUDGETS[:1], unset="0.25, unless --cache-size is given"
     )
     steps: Annotated[int, Field(ge=0)] = setting(16, "Decoding steps that are followed.", PROMPT, "nothing")
     html: Path | None = setting(None, "Write it as one page.", OUTPUT, "nothing")

@@ -25,6 +25,8 @@ __all__ = ["EXECUTORS", "FIELDS", "METHOD_SETTINGS", "RunConfig", "Variant"]
 
 GRID, SETTINGS, DATA, OUTPUT = "The grid", "Settings of the methods", "Models and data", "Output"
 WHERE = "Where it runs"
+BUDGETS = (0.25, 0.125)
+"""Shares of a run that is told no budget."""
 
 
 def _of_task(tasks: str, options: type[TaskOptions], name: str, affects: Affects, **more: Any) -> Any:
@@ -79,13 +81,26 @@ class RunConfig(Settings):
     )
     full: bool = setting(True, "Measure full beside whatever is asked for; it shares the prefill.", GRID, "grid")
     cache_size: tuple[Annotated[int, Field(ge=2)], ...] = setting(
-        (512,), "Budgets: tokens held per layer.", GRID, "grid"
+        (),
+        "Budgets: tokens held per layer, in the place of shares.",
+        GRID,
+        "grid",
+        unset="none",
+        may_be_empty=True,
     )
     cache_ratio: tuple[Share, ...] | None = setting(
-        None, "Budgets as a share of each prompt, in the place of --cache-size: 0.25,0.125.", GRID, "grid"
+        BUDGETS,
+        "Budgets as a share of each prompt.",
+        GRID,
+        "grid",
+        unset="0.25,0.125, unless --cache-size is given",
     )
     budget_unit: Literal["tokens", "bytes"] = setting(
-        "tokens", "tokens (published), or bytes: what quantization saves buys more tokens.", GRID, "grid"
+        "bytes",
+        "bytes, in which what quantization saves buys more tokens, or tokens (published).",
+        GRID,
+        "grid",
+        unset="bytes; tokens with --cache-size",
     )
     window_size: tuple[Count, ...] = setting(
         (), "Newest tokens that always stay at model precision.", GRID, "grid", unset="32", may_be_empty=True
@@ -296,6 +311,14 @@ class RunConfig(Settings):
         OUTPUT,
         "nothing",
     )
+
+    def __init__(self, **values: Any) -> None:
+        # A number of tokens is the published budget, and takes the place of shares unless they are given too.
+        if values.get("cache_ratio") is not None:
+            values = {"budget_unit": "bytes", **values}
+        elif values.get("cache_size"):
+            values = {"budget_unit": "tokens", **values, "cache_ratio": None}
+        super().__init__(**values)
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

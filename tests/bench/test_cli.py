@@ -109,7 +109,13 @@ def test_shells_are_completed(name: str) -> None:
 
 def test_defaults_stand_in_the_help(say: Any) -> None:
     text = say("run", "--help")
-    for said in ("Default: smollm2-135m", "Default: needle", "Default: all five", "Default: 512", "Default: 32"):
+    for said in (
+        "Default: smollm2-135m",
+        "Default: needle",
+        "Default: all five",
+        "Default: 0.25,0.125, unless",
+        "Default: 32",
+    ):
         assert said in text
 
 

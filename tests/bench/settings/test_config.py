@@ -281,7 +281,7 @@ def example(name: str, tmp_path: Path) -> object:
         return tmp_path / "text.txt"
     shape, default = shape_of(FIELDS[name].annotation), FIELDS[name].default
     if name == "budget_unit":
-        return "bytes"
+        return "tokens"
     if name == "question":
         return "before"
     if name == "executor":
@@ -422,3 +422,23 @@ def test_full_is_measured_beside_whatever_is_asked_for() -> None:
     assert RunConfig(methods="full,mix", full=False).measured_methods == ("mix",)
     with pytest.raises(UserError, match="--no-full leaves no method"):
         _ = RunConfig(methods="full", full=False).measured_methods
+
+
+@pytest.mark.parametrize(
+    ("given", "budgets", "unit"),
+    [
+        ({}, [{"cache_ratio": 0.25}, {"cache_ratio": 0.125}], "bytes"),
+        ({"cache_ratio": "0.5"}, [{"cache_ratio": 0.5}], "bytes"),
+        ({"cache_size": "64,128"}, [{"cache_size": 64}, {"cache_size": 128}], "tokens"),
+        ({"cache_size": "64", "budget_unit": "bytes"}, [{"cache_size": 64}], "bytes"),
+        ({"cache_size": "64", "cache_ratio": "0.5"}, [{"cache_ratio": 0.5}], "bytes"),
+        ({"budget_unit": "tokens"}, [{"cache_ratio": 0.25}, {"cache_ratio": 0.125}], "tokens"),
+    ],
+)
+def test_shares_of_the_bytes_unless_a_number_of_tokens_is_given(
+    given: dict[str, str], budgets: list[dict[str, float]], unit: str
+) -> None:
+    config = RunConfig(**given)
+    assert (config.budgets, config.budget_unit) == (budgets, unit)
+    again = config.changed(seed=3)
+    assert (again.budgets, again.budget_unit) == (budgets, unit)
