@@ -56,8 +56,8 @@ class ScoreSettings:
 class CacheConfig:
     """Settings of one tri-state cache. The defaults are those published for ARKV (arXiv 2603.08727).
 
-    The methods ``window``, ``origin``, ``quant`` and ``mix`` are settings of the same mechanism: see :data:`METHODS`
-    and :meth:`for_method`.
+    The methods ``window``, ``origin``, ``quant``, ``mix`` and ``mix-replay`` are settings of the same mechanism: see
+    :data:`METHODS` and :meth:`for_method`.
     """
 
     cache_size: int | None = None
@@ -341,6 +341,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "quant": {"original_share": 0.0},
     # ARKV: Original and Quantized by each layer's OQ ratio.
     "mix": {},
+    # The same by a second reading of the prompt (KVzip, arXiv 2505.23416): see :func:`arkv.replay`.
+    "mix-replay": {"importance": "replay"},
 }
 """The compressing methods as published, in token units, each as settings of the one tri-state cache."""
 
@@ -358,5 +360,7 @@ BYTE_METHODS: dict[str, dict[str, Any]] = {
     "origin": {"original_share": 1.0},
     "quant": {"original_share": 0.0},
     "mix": {"original_share": 0.05, "layer_budgets": "oq"},
+    # What a question behind the prompt needs lies in few layers and heads: tokens of all of them compete.
+    "mix-replay": {"original_share": 0.05, "importance": "replay", "head_budgets": "all", "n_recent": 4},
 }
 """The methods in byte units."""

@@ -28,7 +28,7 @@ class TriState(Method):
         self.description = DESCRIPTIONS.get(name, "")
         self.cache_config = config
         self.quant_format = config.quant_format if config.original_share != 1.0 else None
-        self.window_size = config.window_size
+        self.window_size = config.recent
         self.queries = config.recorded_queries
 
     def resized(self, asked: Asked) -> Method:
@@ -129,7 +129,7 @@ class TriState(Method):
 
     def named_settings(self) -> tuple[str, ...]:
         """Window and format."""
-        return (f"W{self.window_size}", self.quant_format or "")
+        return (f"W{self.config.window_size}", self.quant_format or "")
 
     def shown_settings(self) -> tuple[str, ...]:
         """The format."""

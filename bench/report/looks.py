@@ -7,8 +7,8 @@ import zlib
 from bench.names import DESCRIPTIONS, FULL, HF, KVPRESS
 
 COLOURED = (
-    *("mix", "origin", "window", "quant"),
-    *(f"{KVPRESS}:snapkv", f"{KVPRESS}:kvzip", f"{KVPRESS}:adakv", f"{HF}:quanto-int4"),
+    *("mix", "origin", "window", "quant", "mix-replay"),
+    *(f"{KVPRESS}:snapkv", f"{KVPRESS}:kvzip", f"{HF}:quanto-int4"),
 )
 """Methods that have a colour of their own; the others share the later half of them."""
 

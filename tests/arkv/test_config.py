@@ -30,7 +30,7 @@ def test_defaults_are_the_published_ones() -> None:
 
 
 def test_each_method_is_a_handful_of_settings() -> None:
-    assert set(METHODS) == {"window", "origin", "quant", "mix"}
+    assert set(METHODS) == {"window", "origin", "quant", "mix", "mix-replay"}
     window, origin, quant, mix = (
         CacheConfig.for_method(name, cache_size=64) for name in ("window", "origin", "quant", "mix")
     )
@@ -40,6 +40,7 @@ def test_each_method_is_a_handful_of_settings() -> None:
     assert (mix.ranking, mix.original_share) == ("heavy_hitter", None)
     assert [item.quantizes for item in (window, origin, quant, mix)] == [False, False, True, True]
     assert [item.uses_oq for item in (window, origin, quant, mix)] == [False, False, False, True]
+    assert CacheConfig.for_method("mix-replay", cache_size=64) == dataclasses.replace(mix, importance="replay")
 
 
 def test_each_method_has_settings_of_its_own_in_byte_units() -> None:
@@ -47,9 +48,10 @@ def test_each_method_has_settings_of_its_own_in_byte_units() -> None:
         config = CacheConfig.for_method(name, cache_size=512, budget_unit="bytes")
         assert config.budget_unit == "bytes"
         assert config.original_share is not None
-        assert config.quantizes == (name in ("quant", "mix"))
+        assert config.quantizes == (name in ("quant", "mix", "mix-replay"))
         assert config.uses_oq == (name == "mix")
         assert (config.ranking == "recency") == (name == "window")
+        assert (config.head_budgets == "all") == (config.importance == "replay") == (name == "mix-replay")
     assert CacheConfig.for_method("mix", cache_size=512, budget_unit="bytes", quant_format="fp8").quant_format == "fp8"
 
 

@@ -27,7 +27,7 @@ def test_the_grid_holds_no_cache_twice() -> None:
     assert [cell.method for cell in cells].count(FULL) == 1
     # window and origin quantize nothing: a format makes no difference to them.
     counts = {method: sum(cell.method == method for cell in cells) for method in ALL}
-    assert counts == {"full": 1, "window": 2, "origin": 2, "quant": 4, "mix": 4}
+    assert counts == {"full": 1, "window": 2, "origin": 2, "quant": 4, "mix": 4, "mix-replay": 4}
     assert len({cell.key for cell in cells}) == len(cells)
     assert [cell.method for cell in cells] == sorted((cell.method for cell in cells), key=ALL.index)
 
