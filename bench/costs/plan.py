@@ -235,7 +235,9 @@ class Calibration:
         """Estimate for one worker; both parts grow with the parameters of the model."""
         tokens = sum(load.context_lengths)
         prefill = self.linear_s * tokens + self.square_s * sum(length**2 for length in load.context_lengths)
-        total = prefill
+        # Cells that share a prefill of their own have one beside that of all others.
+        groups = {cell.impl.prefill_group for cell in cells} - {None}
+        total = prefill * (1 + len(groups))
         for cell in cells:
             total += self.compress_s[cell.key] * tokens
             total += self.step_s[cell.key] * load.steps + self.linear_s * load.block_tokens

@@ -207,7 +207,7 @@ class SpeedBench:
     def _begin(self, timed: Timed, prompt: Prompt) -> Begun:
         peak = Peak(self.device)
         cell, keeps_all = timed.cell, timed.name in (FULL, FUSED, CEILING)
-        # Of a press, which compresses during its prefill, there is no such time.
+        # Of a press that compresses during a prefill of its own there is no such time.
         compress_s = None
         if self.shared_prefill:
             made = cell.compress(self.model, prompt)

@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from arkv import storage_bytes
-from bench.engine.jobs import Job, cells_of, noting
+from bench.engine.jobs import Job, cells_of, noting, waiting_cells
 from bench.engine.measurement import Measurement, Reading
 from bench.engine.scored import score, total
 from bench.engine.shared import Source
@@ -18,7 +18,7 @@ from bench.methods.cell import Cell, Held
 from bench.methods.prompt import Prompt
 from bench.methods.reading import read, read_on
 from bench.methods.rope import factors_for
-from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
+from bench.telemetry import Stopwatch, reset_peak_memory
 from tasks.base import LogLikelihood, Scored
 
 
@@ -101,30 +101,31 @@ def _read_contexts(
 ) -> None:
     """Score what is asked behind contexts, with all cells."""
     prompts = steps.prefills([([context.job for context in same], same[0].ids) for same in prefilled])
-    for cell in cells_of(context.job for same in prefilled for context in same):
-        waiting = [
-            place for place, same in enumerate(prefilled) if any(context.job.waits_for(cell) for context in same)
-        ]
-        for group in steps.groups(cell, waiting):
-            reset_peak_memory(steps.device)
-            begun: list[_Begun] = []
-            for place in group:
-                same = [context for context in prefilled[place] if context.job.waits_for(cell)]
-                with noting([context.job for context in same], [cell]):
-                    begun += _begin(steps, cell, same, prompts[place], len(prefilled[place]))
-            together: Sequence[Sequence[_Begun]] = []
-            with noting([item.context.job for item in begun], [cell]):
-                together = list(steps.together(cell, begun, [item.source.compressed.cache for item in begun]))
-            for mine in together:
-                with noting([item.context.job for item in mine], [cell]):
-                    _read_group(steps, cell, mine, readings)
+
+    def waiting(cell: Cell) -> list[int]:
+        return [place for place, same in enumerate(prefilled) if any(context.job.waits_for(cell) for context in same)]
+
+    for cell, group in steps.turns(cells_of(context.job for same in prefilled for context in same), waiting):
+        reset_peak_memory(steps.device)
+        begun: list[_Begun] = []
+        for place in group:
+            same = [context for context in prefilled[place] if context.job.waits_for(cell)]
+            with noting([context.job for context in same], [cell]):
+                begun += _begin(steps, cell, same, prompts[place], len(prefilled[place]))
+        together: Sequence[Sequence[_Begun]] = []
+        with noting([item.context.job for item in begun], [cell]):
+            together = list(steps.together(cell, begun, [item.source.compressed.cache for item in begun]))
+        for mine in together:
+            with noting([item.context.job for item in mine], [cell]):
+                _read_group(steps, cell, mine, readings)
 
 
 def _begin(
     steps: Steps, cell: Cell, contexts: Sequence[Context], prompt: Prompt | None, prefilled_for: int
 ) -> list[_Begun]:
     """Compress what ``contexts`` have in common."""
-    source = Source.of(cell, steps.compress(cell, prompt), len(contexts), prefilled_for)
+    compressed = steps.compress(cell, prompt, waiting_cells([context.job for context in contexts]))
+    source = Source.of(cell, compressed, len(contexts), prefilled_for)
     held = cell.held(source.compressed.cache, prompt)
     return [_Begun(context=context, source=source, held=held) for context in contexts]
 
@@ -136,11 +137,11 @@ def _read_group(steps: Steps, cell: Cell, begun: Sequence[_Begun], readings: Map
     clock = Stopwatch(steps.device)
     with steps.attention(cell, caches), clock:
         scored = _choices(steps, cell, caches, [item.context for item in begun])
-    seconds, peak = clock.seconds / len(begun), peak_memory_bytes(steps.device)
+    seconds = clock.seconds / len(begun)
     for item, compressed, found in zip(begun, taken, scored, strict=True):
         reading = readings[item.context.job, cell.key]
         reading.scored |= found
-        reading.add(compressed, item.held, seconds, peak)
+        reading.add(compressed, item.held, seconds, compressed.peak_memory_bytes(steps.device))
 
 
 def _choices(steps: Steps, cell: Cell, caches: Sequence[Cache], contexts: Sequence[Context]) -> list[dict[int, Scored]]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.engine.jobs import Job, noting
+from bench.engine.jobs import Job, noting, waiting_cells
 from bench.engine.measurement import Measurement
 from bench.engine.steps import Steps
 from bench.methods.cell import Cell
@@ -18,7 +18,7 @@ from bench.methods.prompt import Prompt
 from bench.methods.reading import kl_divergence, read
 from bench.methods.rope import factors_for
 from bench.names import FULL
-from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
+from bench.telemetry import Stopwatch, reset_peak_memory
 from tasks.base import Compare, Compared
 
 
@@ -50,7 +50,7 @@ def _compare(steps: Steps, job: Job) -> Iterator[tuple[Job, Measurement]]:
             yield job, full
             continue
         with noting([job], [cell]):
-            yield job, _compared(steps, cell, request, prompt, reference)
+            yield job, _compared(steps, cell, request, prompt, reference, waiting_cells([job]))
 
 
 def _length(request: Compare) -> int:
@@ -58,11 +58,18 @@ def _length(request: Compare) -> int:
     return len(request.context_ids) + len(request.continuation_ids) - 1
 
 
-def _compared(steps: Steps, cell: Cell, request: Compare, prompt: Prompt | None, reference: list[_Step]) -> Measurement:
+def _compared(
+    steps: Steps,
+    cell: Cell,
+    request: Compare,
+    prompt: Prompt | None,
+    reference: list[_Step],
+    beside: Sequence[Cell] = (),
+) -> Measurement:
     """Read token by token; ``full`` leaves its steps in ``reference``."""
     reset_peak_memory(steps.device)
     inputs = request.context_ids[-1:] + request.continuation_ids[:-1]
-    compressed = steps.compress(cell, prompt)
+    compressed = steps.compress(cell, prompt, beside)
     clock = Stopwatch(steps.device)
     differences: list[tuple[float, bool, float]] = []
     errors: list[torch.Tensor] = []
@@ -99,7 +106,7 @@ def _compared(steps: Steps, cell: Cell, request: Compare, prompt: Prompt | None,
         context_tokens=request.prompt_tokens,
         scored_tokens=len(request.continuation_ids),
         decode_s=clock.seconds,
-        peak_memory_bytes=peak_memory_bytes(steps.device),
+        peak_memory_bytes=compressed.peak_memory_bytes(steps.device),
     )
 
 

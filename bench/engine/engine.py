@@ -78,7 +78,8 @@ class Engine(Steps):
         return f"{done}; not compressed: {', '.join(cold)}" if cold else done
 
     def answer(self, document: Document, cells: Sequence[Cell]) -> Iterator[Measurement | Failure]:
-        """Compute the document's contexts once, then answer with each of ``cells``, in their order.
+        """Compute the document's contexts once, then answer with each of ``cells``, in their order, but for those that
+        share a prefill of their own, which come together.
 
         Cells that fail come last and do not stop the others. What all share is the failure of all.
         """

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from arkv import TriStateCache
 from bench.engine.decoding import Decoder, check, choose_all
-from bench.engine.jobs import Job, cells_of, noting
+from bench.engine.jobs import Job, cells_of, noting, waiting_cells
 from bench.engine.measurement import Measurement
 from bench.engine.shared import Source, context_of
 from bench.engine.steps import Steps, block_of, count
@@ -23,7 +23,7 @@ from bench.methods.cell import Cell
 from bench.methods.prompt import Compressed, Prompt
 from bench.methods.reading import forward, padded, read_on
 from bench.methods.rope import factors_for
-from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
+from bench.telemetry import Stopwatch, reset_peak_memory
 from tasks.base import Generate, Generated
 
 
@@ -114,27 +114,29 @@ def answer(steps: Steps, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measurement
 def _answers(steps: Steps, jobs: Sequence[Job]) -> Iterator[tuple[Job, Measurement]]:
     contexts = _contexts(jobs)
     prompts = steps.prefills([(context.jobs, context.ids) for context in contexts])
-    for cell in cells_of(jobs):
-        waiting = [place for place, context in enumerate(contexts) if any(job.waits_for(cell) for job in context.jobs)]
-        for group in steps.groups(cell, waiting):
-            reset_peak_memory(steps.device)
-            rows: list[Answering] = []
-            for place in group:
-                mine = [job for job in contexts[place].jobs if job.waits_for(cell)]
-                with noting(mine, [cell]):
-                    rows += _begin(steps, cell, contexts[place], mine, prompts[place])
-            with noting([row.job for row in rows], [cell]):
-                together = list(steps.together(cell, rows, [row.compressed.cache for row in rows]))
-            for side_by_side in together if rows else ():
-                with noting([row.job for row in side_by_side], [cell]):
-                    for row in side_by_side:
-                        row.compressed = row.source.take()
-                    decode(steps, cell, side_by_side)
-                    while further := [row for row in side_by_side if len(row.answers) < len(row.request.turns)]:
-                        for row in further:
-                            _next_turn(steps, row)
-                        decode(steps, cell, further)
-                    yield from [(row.job, _measured(steps, cell, row)) for row in side_by_side]
+
+    def waiting(cell: Cell) -> list[int]:
+        return [place for place, context in enumerate(contexts) if any(job.waits_for(cell) for job in context.jobs)]
+
+    for cell, group in steps.turns(cells_of(jobs), waiting):
+        reset_peak_memory(steps.device)
+        rows: list[Answering] = []
+        for place in group:
+            mine = [job for job in contexts[place].jobs if job.waits_for(cell)]
+            with noting(mine, [cell]):
+                rows += _begin(steps, cell, contexts[place], mine, prompts[place])
+        with noting([row.job for row in rows], [cell]):
+            together = list(steps.together(cell, rows, [row.compressed.cache for row in rows]))
+        for side_by_side in together if rows else ():
+            with noting([row.job for row in side_by_side], [cell]):
+                for row in side_by_side:
+                    row.compressed = row.source.take()
+                decode(steps, cell, side_by_side)
+                while further := [row for row in side_by_side if len(row.answers) < len(row.request.turns)]:
+                    for row in further:
+                        _next_turn(steps, row)
+                    decode(steps, cell, further)
+                yield from [(row.job, _measured(steps, cell, row)) for row in side_by_side]
 
 
 def _contexts(jobs: Sequence[Job]) -> list[Context]:
@@ -153,7 +155,8 @@ def _begin(steps: Steps, cell: Cell, context: Context, jobs: Sequence[Job], prom
         raise UserError("an empty prompt: there is nothing to go on from")
     requests = [job.request(Generate) for job in jobs]
     decoders = [Decoder(steps.model, steps.tokenizer, request) for request in requests]
-    source = Source.of(cell, steps.compress(cell, prompt), len(jobs), len(context.jobs))
+    compressed = steps.compress(cell, prompt, waiting_cells(context.jobs))
+    source = Source.of(cell, compressed, len(jobs), len(context.jobs))
     return [
         Answering(
             job=job,
@@ -205,7 +208,7 @@ def _measured(steps: Steps, cell: Cell, row: Answering) -> Measurement:
         question_s=sum(row.questions_s) if has_questions else None,
         decode_s=row.decode_s,
         tpot_ms=1000.0 * row.decode_s / later if later else None,
-        peak_memory_bytes=peak_memory_bytes(steps.device),
+        peak_memory_bytes=compressed.peak_memory_bytes(steps.device),
     )
 
 

@@ -54,6 +54,11 @@ def cells_of(jobs: Iterable[Job]) -> list[Cell]:
     return list({cell.key: cell for job in jobs for cell in job.cells}.values())
 
 
+def waiting_cells(jobs: Sequence[Job]) -> list[Cell]:
+    """The cells that one of the jobs waits for, each once."""
+    return [cell for cell in cells_of(jobs) if any(job.waits_for(cell) for job in jobs)]
+
+
 @contextlib.contextmanager
 def noting(jobs: Sequence[Job], cells: Sequence[Cell]) -> Iterator[None]:
     """Note in ``jobs`` that ``cells`` could not do what is under this, as far as they have not done it."""

@@ -57,10 +57,10 @@ class Measurement:
     full_kv_bytes: int
     """Keys and values of the same tokens at model precision."""
     prefill_s: float
-    """The document's prefills, shared by all cells but presses. Questions to one context have equal parts of it, and of
-    its compression."""
+    """The document's prefills, shared by all cells but presses, most of which share another. Questions to one context
+    have equal parts of it, and of its compression."""
     compress_s: float | None
-    """None for a press, which compresses during a prefill of its own."""
+    """None for a press that compresses during a prefill of its own."""
     ttft_ms: float | None = None
     """Prefill, compression, the first question behind them, and the choice of the first token; None where nothing is
     generated."""

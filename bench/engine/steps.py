@@ -8,7 +8,7 @@ for all.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from transformers.cache_utils import Cache
@@ -132,20 +132,30 @@ class Steps:
 
     # --- Caches of a cell ---
 
-    def compress(self, cell: Cell, prompt: Prompt | None) -> Compressed:
-        """The cell's own cache of a context, which may be empty."""
-        return cell.compress(self.model, prompt)
+    def compress(self, cell: Cell, prompt: Prompt | None, beside: Iterable[Cell] = ()) -> Compressed:
+        """The cell's own cache of a context, which may be empty; the cells ``beside`` it wait for the same one."""
+        return cell.compress(self.model, prompt, beside)
 
     def attention(self, cell: Cell, caches: Sequence[Cache]) -> contextlib.AbstractContextManager[None]:
         """Under this, the model can read the cell's caches and copies of them."""
         return cell.decoding(self.model, caches, side_by_side=self.batch_size != 1)
 
     @staticmethod
-    def groups(cell: Cell, waiting: Sequence[_T]) -> Iterator[Sequence[_T]]:
-        """What waits for the cell: all at once, or one by one where its method goes so."""
-        size = 1 if cell.impl.one_by_one else len(waiting)
-        for start in range(0, len(waiting), size or 1):
-            yield waiting[start : start + size]
+    def turns(cells: Sequence[Cell], waiting: Callable[[Cell], Sequence[_T]]) -> Iterator[tuple[Cell, Sequence[_T]]]:
+        """Each cell with the contexts that it answers at once: all that are ``waiting`` for it, or one by one where its
+        method goes so. Cells that share a prefill take turns at each context, so that no more than what they have made
+        of one is held."""
+        groups: dict[object, list[Cell]] = {}
+        for cell in cells:
+            groups.setdefault(cell if cell.impl.prefill_group is None else cell.impl.prefill_group, []).append(cell)
+        for shared, group in groups.items():
+            if isinstance(shared, Cell):
+                cell, found = shared, waiting(shared)
+                size = 1 if cell.impl.one_by_one else len(found)
+                yield from ((cell, found[start : start + size]) for start in range(0, len(found), size or 1))
+                continue
+            for context in dict.fromkeys(context for cell in group for context in waiting(cell)):
+                yield from ((cell, [context]) for cell in group if context in waiting(cell))
 
     def together(self, cell: Cell, rows: Sequence[_T], caches: Sequence[Cache]) -> Iterator[Sequence[_T]]:
         """Rows that can go through the model side by side: as many as a batch has, or each alone.

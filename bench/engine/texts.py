@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from transformers.cache_utils import Cache
 
-from bench.engine.jobs import Job, noting
+from bench.engine.jobs import Job, noting, waiting_cells
 from bench.engine.measurement import Measurement, Reading
 from bench.engine.scored import score, total
 from bench.engine.steps import BLOCK, Steps
 from bench.methods.prompt import Prompt
 from bench.methods.reading import read, recorded
 from bench.methods.rope import factors_for
-from bench.telemetry import Stopwatch, peak_memory_bytes, reset_peak_memory
+from bench.telemetry import Stopwatch, reset_peak_memory
 from tasks.base import Continuation, Rolling, Scored
 
 
@@ -51,7 +51,7 @@ def _window(steps: Steps, job: Job, readings: Mapping[str, Reading], place: int,
         steps.watch(f"{cell.label}: text {place + 1} of {len(request.windows)}")
         reset_peak_memory(steps.device)
         with noting([job], [cell]):
-            compressed = steps.compress(cell, prompt)
+            compressed = steps.compress(cell, prompt, waiting_cells([job]))
             # Some caches can be read as they decode, and in no other way.
             chunk = request.chunk if cell.reads_blocks(compressed.cache) else 1
             clock = Stopwatch(steps.device)
@@ -62,7 +62,7 @@ def _window(steps: Steps, job: Job, readings: Mapping[str, Reading], place: int,
             held = cell.held(compressed.cache, prompt)
             reading = readings[cell.key]
             reading.scored[place] = total(mine)
-            reading.add(compressed, held, clock.seconds, peak_memory_bytes(steps.device))
+            reading.add(compressed, held, clock.seconds, compressed.peak_memory_bytes(steps.device))
 
 
 def _scored_prefill(steps: Steps, window: Continuation, ids: tuple[int, ...]) -> tuple[Prompt | None, list[Scored]]:

@@ -89,6 +89,9 @@ class Method(ABC):
     """W, how many of the newest queries the prompt's layers keep for :meth:`compress`."""
     one_by_one: bool = False
     """Documents are answered one after the other, even where others go side by side."""
+    prefill_group: str | None = None
+    """Methods with the same word here make their caches of a prompt in one prefill, which is not the prompt's, by
+    :meth:`make_all` of any of them, one prompt after the other; None where a method needs none or has its own."""
 
     def resized(self, asked: Asked) -> Method:
         """The method with another budget, where the budget is among its own settings."""
@@ -128,6 +131,13 @@ class Method(ABC):
             compress_s=clock.seconds,
             kv_bytes=storage_bytes(cache),
         )
+
+    def make_all(
+        self, model: PreTrainedModel, prompt: Prompt, wanted: Sequence[tuple[Method, Asked]]
+    ) -> Sequence[Compressed | Exception]:
+        """What :meth:`make` of each of ``wanted``, which have one :attr:`prefill_group`, gives within its budget: the
+        same, in one prefill, whose time counts for each. An exception stands for a method that could not."""
+        raise NotImplementedError(f"{self.name} says that it shares a prefill, and has no make_all")
 
     def empty(self, model: PreTrainedModel) -> Cache:
         """A cache without a context, which compresses what is read through it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from arkv import CacheConfig, ConfigError, attach, storage_bytes
 from bench.errors import OthersCode, UserError
 from bench.methods.base import Method, Sizes
 from bench.methods.prompt import Asked, Compressed, Prompt
-from bench.telemetry import Stopwatch
+from bench.telemetry import Stopwatch, peak_memory_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,8 +147,12 @@ class Cell:
         file = getattr(sys.modules.get(module), "__file__", None) if own else None
         return OthersCode(self.method, ConfigError, placed=True, file=file)
 
-    def compress(self, model: PreTrainedModel, prompt: Prompt | None) -> Compressed:
+    def compress(self, model: PreTrainedModel, prompt: Prompt | None, beside: Iterable[Cell] = ()) -> Compressed:
         """The cell's own cache of a prompt; None for an empty one.
+
+        Args:
+            beside: cells that are to be asked for the same prompt later. Those that can share a prefill with this one
+                have their caches made with its.
 
         Raises:
             UserError, arkv.ConfigError: the model or the prompt is not one that the method can do, or its code failed.
@@ -161,7 +165,7 @@ class Cell:
                 return Compressed(
                     cache=cache, logits=None, prefill_s=0.0, compress_s=clock.seconds, kv_bytes=storage_bytes(cache)
                 )
-            made = self.impl.make(model, prompt, self.asked)
+            made = self._made(model, prompt, beside)
             seen = self.impl.tokens_seen(made.cache)
         if seen != prompt.tokens:
             raise UserError(
@@ -169,6 +173,22 @@ class Cell:
                 "the positions of later tokens would be wrong (get_seq_length; bench.extend.KeptLayer has it right)"
             )
         return made
+
+    def _made(self, model: PreTrainedModel, prompt: Prompt, beside: Iterable[Cell]) -> Compressed:
+        """In a prefill for all of the group, where the method shares one."""
+        group = self.impl.prefill_group
+        if group is None:
+            return self.impl.make(model, prompt, self.asked)
+        if self.key not in prompt.waiting:
+            cells = [self, *(cell for cell in beside if cell.impl.prefill_group == group and cell != self)]
+            found = self.impl.make_all(model, prompt, [(cell.impl, cell.asked) for cell in cells])
+            peak = peak_memory_bytes(model.device)
+            for cell, made in zip(cells, found, strict=True):
+                prompt.waiting[cell.key] = made if isinstance(made, Exception) else replace(made, peak_bytes=peak)
+        mine = prompt.waiting.pop(self.key)
+        if isinstance(mine, Exception):
+            raise mine
+        return mine
 
     def prefill(self, model: PreTrainedModel, ids: torch.Tensor) -> tuple[Cache, torch.Tensor]:
         """Read a prompt [1, N] and compress it, as where the method is all that is used: the cache, and logits

@@ -2,7 +2,8 @@
 another, such as ``chunkkv``, wraps ``snapkv``; ``kvpress:chunkkv+tova`` names another. Behind ``+quanto-int4`` (or
 another backend) what the press leaves goes into transformers' ``QuantizedCache``.
 
-A press runs inside kvpress' own context manager during a prefill of its own, since it may look at anything there, and
+A press runs inside kvpress' own context manager. Those that work in hooks of the attention, and KVzip's, share one
+prefill (:mod:`bench.methods.pressing`); another one has a prefill of its own, since it may look at anything there, and
 act as late as where that is left. Neither transformers nor the model keeps a trace of it.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from bench.methods.hf import repeat_quantized, stored_bytes
 from bench.methods.names import BACKENDS, limits_of
 from bench.methods.pressed import Pressed, PressedLayer, ShrinkingLayer, quantized
 from bench.methods.presses import least_prompt, library, patched, plan_press, quiet, traceless
+from bench.methods.pressing import Pressing, press_together, reads_twice, telling, works_in_hooks
 from bench.methods.prompt import Asked, Budget, Compressed, Prompt
 from bench.methods.versions import installed_version
 from bench.names import KVPRESS
@@ -50,6 +53,8 @@ class Press(Method):
         self.limits = limits_of(name)
         # What is removed leaves no sign of which tokens these were.
         self.knows_states = self.plan.masks
+        if works_in_hooks(self.plan.kind) or reads_twice(self.plan.kind):
+            self.prefill_group = KVPRESS
         self.backend: str | None = None
         """What quantizes the tokens that stay."""
         self.bits = 0
@@ -58,57 +63,67 @@ class Press(Method):
             self.quant_format = self.plan.asked.backend.rpartition("-")[2]
 
     def compress(self, model: PreTrainedModel, prompt: Prompt, budget: Budget) -> Cache:
-        """The cache alone, of a prefill of the press's own."""
-        asked = Asked(budget.unit, cache_size=budget.tokens)
-        return self._pressed(model, prompt.ids, asked, Stopwatch(model.device))[0]
+        """The cache alone."""
+        return self._made(model, prompt.ids, Asked(budget.unit, cache_size=budget.tokens)).cache
 
     def make(self, model: PreTrainedModel, prompt: Prompt, asked: Asked) -> Compressed:
-        """In a prefill of its own."""
-        clock = Stopwatch(model.device)
-        cache, logits = self._pressed(model, prompt.ids, asked, clock)
-        return Compressed(
-            cache=cache,
-            logits=logits,
-            prefill_s=clock.seconds,
-            compress_s=None,
-            kv_bytes=storage_bytes(cache),
-        )
+        """In a prefill that is not the prompt's."""
+        return self._made(model, prompt.ids, asked)
+
+    def make_all(
+        self, model: PreTrainedModel, prompt: Prompt, wanted: Sequence[tuple[Method, Asked]]
+    ) -> Sequence[Compressed | Exception]:
+        """In one prefill that is not the prompt's."""
+        presses = [(method, asked) for method, asked in wanted if isinstance(method, Press)]
+        return in_one_prefill(model, prompt.ids, presses)
 
     def prefill(self, model: PreTrainedModel, ids: torch.Tensor, asked: Asked) -> tuple[Cache, torch.Tensor]:
         """As :meth:`make` does."""
-        return self._pressed(model, ids, asked, Stopwatch(model.device))
+        made = self._made(model, ids, asked)
+        assert made.logits is not None
+        return made.cache, made.logits
 
-    def _pressed(
-        self, model: PreTrainedModel, ids: torch.Tensor, asked: Asked, clock: Stopwatch
-    ) -> tuple[Cache, torch.Tensor]:
-        """Read a prompt [1, N] under the press: its cache, and logits [1, vocabulary] of the token that follows.
+    def _made(self, model: PreTrainedModel, ids: torch.Tensor, asked: Asked) -> Compressed:
+        """Of a prompt [1, N]. Raises :class:`UserError` for a model or a prompt that the press cannot do."""
+        if self.prefill_group is None:
+            return self._by_itself(model, ids, asked)
+        (made,) = in_one_prefill(model, ids, [(self, asked)])
+        if isinstance(made, UserError):
+            raise made
+        return made
 
-        Raises:
-            UserError: the model or the prompt is not one that the press can do.
-        """
+    def _by_itself(self, model: PreTrainedModel, ids: torch.Tensor, asked: Asked) -> Compressed:
+        """Under the press's own context, which may do anything. Raises as :meth:`_made`."""
         tokens = ids.shape[1]
+        press = self.press(model, tokens, asked)
+        cache, clock = DynamicCache(config=model.config), Stopwatch(model.device)
+        with (
+            telling(self.name, tokens),
+            traceless(model) as modules,
+            patched(model),
+            drawing_the_same(model),
+            quiet(),
+        ):
+            with clock, press(model):
+                logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+            # Some presses choose only when their own context is left.
+            masks = [getattr(module, "masked_key_indices", None) for module in modules]
+        with clock:
+            left = self.left(press, cache, masks, tokens)
+        return Compressed(
+            cache=left, logits=logits, prefill_s=clock.seconds, compress_s=None, kv_bytes=storage_bytes(left)
+        )
+
+    def press(self, model: PreTrainedModel, tokens: int, asked: Asked) -> Any:
+        """kvpress' own, for a prompt of so many tokens. Raises :class:`UserError` for a model that it cannot do."""
         with quiet():
             press = self.plan.press(tokens, self._kept(model, tokens, asked), asked.cache_size)
         if tokens <= least_prompt(press) and not self.plan.decodes:
             press.compression_ratio = 0.0
-        cache = DynamicCache(config=model.config)
-        if any(cache.is_sliding):
-            self._spare_windows(press, cache)
-        try:
-            with traceless(model) as modules, patched(model), drawing_the_same(model), quiet():
-                with clock, press(model):
-                    logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
-                # Some presses choose only when their own context is left.
-                masks = [getattr(module, "masked_key_indices", None) for module in modules]
-        except (AssertionError, KeyError, OSError, ValueError) as error:
-            said = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(
-                f"{self.name}: kvpress cannot do a prompt of {tokens} tokens with this model: {said}"
-            ) from error
-        with clock:
-            return self._left(press, cache, masks, tokens), logits
+        self._check_windows(DynamicCache(config=model.config).is_sliding)
+        return press
 
-    def _left(self, press: Any, cache: DynamicCache, masks: Sequence[Any], tokens: int) -> Cache:
+    def left(self, press: Any, cache: DynamicCache, masks: Sequence[Any], tokens: int) -> Cache:
         """The cache that decoding goes on from."""
         turned = isinstance(press, library(self.name).KeyRerotationPress)
         layers: list[Any] = []
@@ -153,29 +168,25 @@ class Press(Method):
             most -= 1
         return most
 
-    def _spare_windows(self, press: Any, cache: DynamicCache) -> None:
-        """Keep ``press`` away from the layers of ``cache`` that have a sliding window.
+    def _check_windows(self, is_sliding: Sequence[bool]) -> None:
+        """Presses are kept away from layers with a sliding window.
 
         Raises:
-            UserError: no layer is left for it, or it works on the cache as a whole.
+            UserError: no other layer is left, or the press works on the cache as a whole.
         """
-        if all(cache.is_sliding):
+        if not any(is_sliding):
+            return
+        if all(is_sliding):
             raise UserError(f"{self.name}: the model has a sliding window in all layers: there is nothing to compress")
-        if type(press).__call__ is not library(self.name).BasePress.__call__:
+        if not works_in_hooks(self.plan.kind):
             raise UserError(
                 f"{self.name}: the model has layers with a sliding window, and this press works on the cache as a whole"
             )
-        if isinstance(press, library(self.name).KeyRerotationPress):
+        if issubclass(self.plan.kind, library(self.name).KeyRerotationPress):
             raise UserError(
                 f"{self.name}: the model has layers with a sliding window, whose tokens keep their positions, and this "
                 "press turns what it keeps to new positions"
             )
-        compress = press.forward_hook
-
-        def hook(module: Any, inputs: Any, options: Any, output: Any) -> Any:
-            return output if cache.is_sliding[module.layer_idx] else compress(module, inputs, options, output)
-
-        press.forward_hook = hook
 
     def decoding(self, model: PreTrainedModel, cache: Cache) -> AbstractContextManager[Any]:
         """Where tokens of single heads are masked, kvpress' attention, which knows of masks; a press that compresses
@@ -267,6 +278,37 @@ def make_press(name: str) -> tuple[Press, str]:
     if press.backend is not None:
         version += f", {press.backend} {installed_version(name, press.backend)}"
     return press, version
+
+
+def in_one_prefill(
+    model: PreTrainedModel, ids: torch.Tensor, wanted: Sequence[tuple[Press, Asked]]
+) -> list[Compressed | UserError]:
+    """What presses that share a prefill make of a prompt [1, N], each within the budget asked for; an error stands for
+    one that could not."""
+    tokens, logits, seconds = ids.shape[1], None, 0.0
+    pressings = [
+        Pressing(model, press.name, tokens, partial(press.press, model, tokens, asked)) for press, asked in wanted
+    ]
+    if able := [pressing for pressing in pressings if pressing.error is None]:
+        logits, seconds = press_together(model, ids, able)
+    found: list[Compressed | UserError] = []
+    for (press, _), pressing in zip(wanted, pressings, strict=True):
+        if pressing.error is None:
+            with pressing.at_work([]):
+                left = press.left(pressing.press, pressing.cache, pressing.masks, tokens)
+        if pressing.error is not None:
+            found.append(pressing.error)
+            continue
+        found.append(
+            Compressed(
+                cache=left,
+                logits=logits,
+                prefill_s=seconds,
+                compress_s=pressing.clock.seconds,
+                kv_bytes=storage_bytes(left),
+            )
+        )
+    return found
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

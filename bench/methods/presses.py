@@ -37,6 +37,11 @@ class PressPlan:
     """Of every part, as its class takes them."""
 
     @property
+    def kind(self) -> Any:
+        """The class of the press, of the outer one where it wraps another."""
+        return getattr(library(self.name), PRESSES[self.asked.names[0]].class_name)
+
+    @property
     def decodes(self) -> bool:
         """Whether it compresses while tokens are read and written, beside the prefill or in its place."""
         return PRESSES[self.asked.names[0]].decodes is not None
@@ -50,7 +55,7 @@ class PressPlan:
         """A press that keeps ``kept`` of ``tokens`` tokens of a prompt, and ``size`` (as many, if None) of all tokens
         while decoding where it decodes."""
         kvpress = library(self.name)
-        outer, *inner = [getattr(kvpress, PRESSES[part.name].class_name) for part in self.asked.parts]
+        outer, inner = self.kind, [getattr(kvpress, PRESSES[part.name].class_name) for part in self.asked.parts[1:]]
         own, *others = self.options
         # Presses truncate or round the number that the ratio gives: a quarter above a whole one is safe for both.
         ratio = 0.0 if kept >= tokens else 1.0 - (kept + 0.25) / tokens

@@ -17,6 +17,7 @@ from arkv.memory import storage_bytes
 from arkv.prefill import PrefillLayer
 from arkv.watched import copy_stock
 from bench.names import budget_text
+from bench.telemetry import peak_memory_bytes
 
 
 class StockPrefill(PrefillCache):
@@ -74,6 +75,9 @@ class Prompt:
     """That reading it took."""
     shared_s: dict[Any, float] = field(default_factory=dict)
     """Seconds that took what several methods share, by what it is."""
+    waiting: dict[str, Compressed | Exception] = field(default_factory=dict)
+    """Caches that were made beside another's, or why they could not be, until they are asked for; by the key of the
+    cell."""
 
     @property
     def tokens(self) -> int:
@@ -144,3 +148,11 @@ class Compressed:
     """None where compression is a part of a prefill of the method's own."""
     kv_bytes: int
     """All storage of the cache."""
+    peak_bytes: int | None = None
+    """Most device memory while it was made beside others; None where it was made for itself, and where memory is not
+    counted."""
+
+    def peak_memory_bytes(self, device: torch.device) -> int | None:
+        """Most device memory since the last reset, and while the cache was made; None where it is not counted."""
+        now = peak_memory_bytes(device)
+        return now if now is None or self.peak_bytes is None else max(now, self.peak_bytes)

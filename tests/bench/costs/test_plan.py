@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,18 @@ def test_the_estimate_grows_with_the_work(tiny: Any) -> None:
     assert timed.seconds(two, cells, 1000) == pytest.approx(2 * timed.seconds(one, cells, 1000))
     assert timed.seconds(one, cells, 5000) == pytest.approx(5 * timed.seconds(one, cells, 1000))
     assert timed.seconds(one, cells[:1], 1000) < timed.seconds(one, cells, 1000)
+
+
+@pytest.mark.skipif(find_spec("kvpress") is None, reason="kvpress is not installed")
+def test_presses_are_planned_with_one_prefill_more(tiny: Any) -> None:
+    cells = grid(
+        ["full", "kvpress:knorm", "kvpress:snapkv"], [{"cache_ratio": 0.5}, {"cache_ratio": 0.2}], [], None, {}
+    )
+    timed = calibrate(Engine(tiny.model, tiny.tokenizer, cells), "tiny", 1000, 300)
+    load = Load.of("toy", [Document(id="a", request=Generate(prompt_ids=(1,) * 100, max_new_tokens=10))])
+    prefill = 100 * timed.linear_s + 100**2 * timed.square_s
+    own = [timed.compress_s[cell.key] * 100 + timed.step_s[cell.key] * load.steps for cell in cells]
+    assert timed.seconds(load, cells, 1000) == pytest.approx(2 * prefill + sum(own))
 
 
 @pytest.mark.parametrize(("text", "size"), [("80GB", 80 * 10**9), ("24 GiB", 24 * 2**30), ("1000", 1000)])

@@ -747,10 +747,10 @@ def test_a_document_that_fails_leaves_its_batch_alone(tiny: Any, monkeypatch: py
     alone = side_by_side(tiny, grid_, questions, 1)
     original = Engine.compress
 
-    def failing(self: Engine, cell: Cell, prefill: Any) -> Any:
+    def failing(self: Engine, cell: Cell, prefill: Any, beside: Any) -> Any:
         if cell.method == "window" and prefill.tokens == 90:
             raise torch.OutOfMemoryError("no memory is left")
-        return original(self, cell, prefill)
+        return original(self, cell, prefill, beside)
 
     monkeypatch.setattr(Engine, "compress", failing)
     engine = Engine(tiny.model, tiny.tokenizer, grid_, batch_size=8)

@@ -54,9 +54,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     done: list[str] = []
     compress = Steps.compress
 
-    def counting(self: Steps, cell: Cell, prompt: Any) -> Any:
+    def counting(self: Steps, cell: Cell, prompt: Any, beside: Any) -> Any:
         done.append(cell.method)
-        return compress(self, cell, prompt)
+        return compress(self, cell, prompt, beside)
 
     with monkeypatch.context() as patch:
         patch.setattr(Steps, "compress", counting)

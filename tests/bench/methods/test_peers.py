@@ -332,7 +332,7 @@ def test_fp8_says_what_it_needs() -> None:
 
 
 def test_a_row_of_the_grid(tiny: Any) -> None:
-    """Peers run beside the others in one engine, a press on a prefill of its own."""
+    """Peers run beside the others in one engine, presses on a prefill of their own."""
     cells = grid(
         ["full", "mix", "hf:quanto-int4", "kvpress:streaming_llm"],
         [{"cache_ratio": 0.5}, {"cache_ratio": 0.25}],
@@ -358,7 +358,8 @@ def test_a_row_of_the_grid(tiny: Any) -> None:
     assert (half.tokens_evicted, quarter.tokens_evicted) == (100.0, 150.0)
     assert full.kv_bytes > half.kv_bytes > quarter.kv_bytes
     assert half.kv_bytes / full.kv_bytes == pytest.approx((100 + 3) / (200 + 3))
-    assert (quantized.prefill_s, half.compress_s) == (full.prefill_s, None)
+    assert quantized.prefill_s == full.prefill_s != half.prefill_s == quarter.prefill_s
+    assert min(half.compress_s, quarter.compress_s) > 0
     assert len(half.answer.token_ids) == 4
 
 
