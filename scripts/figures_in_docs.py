@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from bench.judge.verdict import ALPHA
-from bench.names import FULL, RECORD
+from bench.names import FULL, RECORD, own_name
 from bench.records.files.csv_ import read_cells
 from bench.records.files.markdown import markdown_table
 from bench.records.row import Row, read_results
@@ -413,10 +413,101 @@ def simulated() -> str:
     return "\n".join([said, "", *table])
 
 
+EXAM = "exam/qwen2.5-coder-0.5b-1024"
+ASKED = {"ruler:niah_multikey_2": "one of many keyed numbers", "ruler:vt": "variables of one value"}
+"""The tasks of the exam in a few words."""
+
+
+def exam_figure() -> str:
+    """The figure on top: the exam's score against true bytes."""
+    rows = _rows(EXAM, "string_match")
+    n, ratio = rows[0].n, _least(rows)
+    (task,) = [row.task for row in rows if row.method == FULL and "niah" in row.task]
+    found = [row for row in _at(rows, ratio) if row.task == task]
+    said = ", ".join(f"{row.method} {row.score:.0f}" for row in sorted(found, key=lambda row: -row.score))
+    alt = f"Score of {ASKED[own_name(task)]} against true KV bytes; at {_percent(ratio, 1)} of the bytes: {said}"
+    caption = _paragraph(
+        f"""*{ASKED[own_name(task)].capitalize()} in a text of up to {_asked_length(EXAM):,} tokens, asked for after
+        compression: RULER's `{own_name(task).partition(":")[2]}`, {n} documents, {_model(EXAM)}, with 95 % intervals;
+        `results/{EXAM}` has the record.*"""
+    )
+    return f"![{alt}](results/{EXAM}/score.png)\n\n{caption}"
+
+
+def _model(folder: str) -> str:
+    """The model of a run, and what it computed in."""
+    record = json.loads((RESULTS / folder / RECORD).read_text(encoding="utf-8"))
+    ((name, about),) = record["models"].items()
+    return f"{name} ({about['dtype']}, CPU)"
+
+
+def _asked_length(folder: str) -> int:
+    """Tokens of the prompts of a run, as they were asked for."""
+    record = json.loads((RESULTS / folder / RECORD).read_text(encoding="utf-8"))
+    (length,) = record["settings"]["lengths"]
+    return int(length)
+
+
+def exam() -> str:
+    """What each method keeps of the exam, with the question behind the compressed context."""
+    rows = _rows(EXAM, "string_match")
+    ratios = sorted({row.cache_ratio for row in rows if row.cache_ratio is not None}, reverse=True)
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    cells = {(row.method, row.task, row.cache_ratio): row for row in rows}
+    methods = list(dict.fromkeys(row.method for row in rows if row.method != FULL))
+    heads = ["method", *(f"{ASKED[own_name(task)]}, {_percent(ratio, 1)}" for task in tasks for ratio in ratios)]
+    heads += [f"bytes held at {_percent(ratios[-1], 1)}", "TTFT s"]
+    heads = [head.replace(".0 %", " %") for head in heads]
+    lines = []
+    for method in methods:
+        mine = [cells.get((method, task, ratio)) for task in tasks for ratio in ratios]
+        there = [row for row in mine if row is not None]
+        held = fmean(row.kv_share_of_prompt or 0.0 for row in there if row.cache_ratio == ratios[-1])
+        times = [row.ttft_ms / 1000 for row in there if row.ttft_ms is not None]
+        lines.append([method, *map(_interval, mine), _percent(held), f"{fmean(times):.1f}" if times else ""])
+    whole = "; ".join(f"{ASKED[own_name(task)]} {_interval(cells[FULL, task, None])}" for task in tasks)
+    said = _paragraph(
+        f"""RULER at {_asked_length(EXAM):,} tokens, the question read through what was left of the context,
+        {_model(EXAM)}, {rows[0].n} documents of each task, score in percent with 95 % interval, by shares of the context's bytes. The
+        full cache: {whole}. A press that masks tokens of single heads still stores them: the last column has the bytes
+        that were truly held."""
+    )
+    return "\n".join([said, "", *markdown_table(heads, lines, right=range(1, len(heads)))])
+
+
+def _interval(row: Row | None) -> str:
+    if row is None:
+        return ""
+    known = row.score_low is not None and row.score_high is not None
+    return f"{row.score:.0f} [{row.score_low:.0f}, {row.score_high:.0f}]" if known else f"{row.score:.0f}"
+
+
+REREADING = "quality/rereading"
+
+
+def rereading() -> str:
+    """What mix-replay is made of, apart and together."""
+    rows = [row for row in _rows(REREADING, "string_match") if row.part_of is None]
+    ratios = sorted({row.cache_ratio for row in rows if row.cache_ratio is not None}, reverse=True)
+    cells = {(row.method, row.cache_ratio): row for row in rows}
+    methods = list(dict.fromkeys(row.method for row in rows if row.method != FULL))
+    lines = [[method, *(_interval(cells.get((method, ratio))) for ratio in ratios)] for method in methods]
+    heads = ["", *(_percent(ratio, 2).replace(".00 %", " %").replace("0 %", " %") for ratio in ratios)]
+    full = cells[FULL, None]
+    parts = [row for row in _rows(REREADING, "string_match") if row.part_of and row.method == FULL]
+    tasks = " and ".join(f"`{own_name(row.task)}`" for row in parts)
+    said = _paragraph(
+        f"""{_model(REREADING)}, {full.n} documents of {tasks} of up to {_asked_length(REREADING):,} tokens, asked
+        after compression, mean score in percent with 95 % interval; the full cache {_interval(full)}
+        (`results/{REREADING}`):"""
+    )
+    return "\n".join([said, "", *markdown_table(heads, lines, right=range(1, len(heads)))])
+
+
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"figure": figure, "demo": demo},
     "docs/results.md": {"fidelity": fidelity, "tuning": tuning, "more": more},
     "docs/reading.md": {"coverage": coverage, "snapkv": snapkv},
-    "docs/negative.md": {"simulated": simulated},
+    "docs/negative.md": {"rereading": rereading, "simulated": simulated},
 }
 """By page what stands between the marks of each name."""

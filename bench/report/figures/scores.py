@@ -71,7 +71,7 @@ def score_figure(name: str, rows: Sequence[Row], beside: Sequence[Row] = ()) -> 
             _draw(axes, shown, looks, f"tip-{number}", tips)
             if len(panels) > 1:
                 axes.set_title(shown[0].task, fontsize=9)
-        sharing[0].set_ylabel(f"{panels[0][0].metric} ({'higher' if higher else 'lower'} is better)")
+        sharing[0].set_ylabel(f"{panels[0][0].metric}\n({'higher' if higher else 'lower'} is better)")
         legend(canvas, sharing[0])
     caption = (
         "Bars: 95 % intervals over documents. Dashed and ringed: the Pareto front of the scores as measured (no other "
