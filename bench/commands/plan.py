@@ -47,7 +47,7 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
     from bench.costs.plan import Load, ModelPlan, fit, model_size, parse_bytes
     from bench.models.loading import describe
     from bench.runs.asked import documents_of, doubts, planned
-    from bench.runs.failures import failure_lines
+    from bench.runs.failures import failure_lines, without_name
     from tasks.base import TaskError
 
     if config.capacity:
@@ -72,10 +72,10 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
             except (TaskError, UserError) as error:
                 if isinstance(error, TaskError) and error.usage:
                     raise
-                failures[task.name] = str(error).removeprefix(f"{task.name}: ")
+                failures[task.name] = without_name(task.name, str(error))
                 continue
             loads.append(Load.of(task.name, documents))
-            if doubt := doubts(task, len(documents), [cell.method for cell in cells]):
+            if doubt := doubts(config, task, len(documents), [cell.method for cell in cells]):
                 said[f"{task.name}: {doubt}"] = None
         described.append((model.name, size, loads, failures))
     if not any(loads for _, _, loads, _ in described):

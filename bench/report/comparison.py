@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.judge.budgets import by_budget
+from bench.judge.power import documents_needed
 from bench.methods.names import limits_of
-from bench.names import BUDGET_UNITS, FULL, RECORD, RESULTS, TRISTATE
+from bench.names import BUDGET_UNITS, FULL, LEAST_DOCUMENTS, RECORD, RESULTS, TRISTATE
 from bench.records.files.numbers import percent_text, score_text
 from bench.records.finished import Run, comparable
 from bench.records.row import Row
@@ -175,4 +176,15 @@ def detectable(rows: Sequence[Row]) -> list[str]:
     if known:
         span = " to ".join(dict.fromkeys((known[0], known[-1])))
         return [f"smallest difference to full that so many documents show with 80 % power: {span}"]
-    return ["so few documents cannot show a difference to full"] if compared else []
+    return [f"so few documents cannot show a difference to full{_enough(compared)}"] if compared else []
+
+
+def _enough(rows: Sequence[Row]) -> str:
+    """How many documents there are, and how many could show one: as far as that is known before they are scored."""
+    n = min(row.n if row.sources is None else row.sources for row in rows)
+    needed = documents_needed(len(rows)) if all(row.binary for row in rows) else LEAST_DOCUMENTS
+    if needed is None or n >= needed:
+        return f" (n = {n})"
+    shown = "could, where half of the answers is lost" if all(row.binary for row in rows) else "give intervals"
+    options = "--samples, or --limit for given documents"
+    return f" (n = {n}); {needed} {shown}: {options}"

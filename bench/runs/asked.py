@@ -1,19 +1,24 @@
-"""What a run is asked for: its grid, its tasks and their documents."""
+"""What a run is asked for: its models, its grid, its tasks and their documents."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.errors import UserError
+from rich.console import Console
+from rich.markup import escape
+
+from bench.errors import UserError, show_traceback
 from bench.harness.tasks import HarnessTasks
-from bench.judge.power import too_few
+from bench.judge.power import documents_needed, too_few
 from bench.methods.grid import Cell, grid
+from bench.methods.own_tasks import own_task
 from bench.methods.plugins import TASKS, Plugins
 from bench.methods.questions import behind
-from bench.models.loading import DescribedModel
+from bench.models.loading import DescribedModel, LoadedModel, describe
 from bench.names import FULL, LEAST_DOCUMENTS
 from bench.runs.documents import load_documents
 from bench.runs.failures import failure_lines
@@ -47,6 +52,41 @@ def task_settings(config: RunConfig, model: DescribedModel, task: Task) -> TaskS
         data_dir=config.data_dir,
         options={name: getattr(config, name) for name in task.option_names if getattr(config, name, None) is not None},
     )
+
+
+def models_of(
+    config: RunConfig, own_models: Sequence[LoadedModel], console: Console
+) -> tuple[dict[str, DescribedModel], list[dict[str, str]]]:
+    """The models of a run by name, and what failed of those that cannot be read while others can.
+
+    Args:
+        own_models: models given as objects, which ``config`` names.
+
+    Raises:
+        UserError: none can be read, a name is unknown, or two of them have one name.
+    """
+    models: dict[str, DescribedModel] = {model.name: model for model in own_models}
+    unread = []
+    for reference in config.model:
+        if reference in models:
+            continue
+        console.print(f"Loading {escape(reference)} ...", highlight=False)
+        # On a cluster, workers fetch the weights that this process has no use for.
+        weights = config.executor == "local"
+        try:
+            model = describe(reference, trust_remote_code=config.trust_remote_code, weights=weights)
+        except UserError as error:
+            # One of several that cannot be read fails alone; a name that nobody knows is a slip.
+            if error.exit_code == 2 or (reference == config.model[-1] and not models):
+                raise
+            show_traceback(error)
+            console.print(f"[red]{escape(str(error))}[/red]", highlight=False)
+            unread.append({"model": reference, "error": str(error), "reason": str(error)})
+            continue
+        if model.name in models:
+            raise UserError(f"--model: {reference!r} has the name of another one, {model.name!r}; rename its folder")
+        models[model.name] = model
+    return models, unread
 
 
 def make_task(name: str, include_path: Sequence[Path] = ()) -> Task | TaskGroup:
@@ -146,8 +186,8 @@ def planned(config: RunConfig) -> tuple[list[Cell], list[Task], list[dict[str, s
     return cells, [task for task, _ in tasks_of(asked)], failures
 
 
-def doubts(task: Task, documents: int, methods: Sequence[str]) -> str:
-    """Why so many documents of a task cannot tell its rows apart, and how many could; empty where they can.
+def doubts(config: RunConfig, task: Task, documents: int, methods: Sequence[str]) -> str:
+    """Why so many documents of a task cannot tell its rows apart, and what gives enough; empty where they can.
 
     Of scores that are not right or wrong nothing is known before they are measured but that few give no interval.
 
@@ -156,10 +196,28 @@ def doubts(task: Task, documents: int, methods: Sequence[str]) -> str:
     """
     rows = sum(method != FULL for method in methods)
     if documents < LEAST_DOCUMENTS:
-        return f"{documents} documents give no interval and no verdict; {LEAST_DOCUMENTS} give intervals"
+        doubt = f"{documents} documents give no interval and no verdict; {LEAST_DOCUMENTS} give intervals"
+        return doubt + _option(config, task, documents, LEAST_DOCUMENTS)
     if not task.metrics or not task.metrics[0].binary:
         return ""
-    return too_few(documents, rows)
+    doubt, needed = too_few(documents, rows), documents_needed(rows)
+    return doubt + _option(config, task, documents, needed) if doubt and needed is not None else doubt
+
+
+def _option(config: RunConfig, task: Task, documents: int, needed: int) -> str:
+    """What asks for so many documents; empty where the task has no more."""
+    options = own_task(task).Options
+    fields = {} if options is None else options.model_fields
+    found = []
+    if config.limit is not None and documents >= config.limit:
+        found.append(f"--limit {needed}")
+    if {"samples", "lengths"} <= fields.keys():
+        samples, lengths = (getattr(config, name) or fields[name].default for name in ("samples", "lengths"))
+        # As many of them as now are drawn from, and fit; without the limit all of them do.
+        of_each = needed / len(lengths) if found else samples * needed / documents
+        if of_each > samples:
+            found.append(f"--samples {math.ceil(of_each)}")
+    return f": {' '.join(found)}" if found else ""
 
 
 def documents_of(config: RunConfig, model: DescribedModel, task: Task) -> list[Document]:

@@ -21,7 +21,7 @@ def failure_lines(failures: Iterable[Mapping[str, str]]) -> list[str]:
             tasks.setdefault(failure.get("reason") or failure["error"], []).append(failure)
     for reason, mine in tasks.items():
         if len(mine) == 1:
-            lines.append(f"{_task(mine[0])}: {mine[0]['error']}")
+            lines.append(f"{_task(mine[0])}: {without_name(mine[0]['task'], mine[0]['error'])}")
         else:
             models = list(dict.fromkeys(failure.get("model", "") for failure in mine))
             names = [failure["task"] for failure in mine] if len(models) == 1 else list(map(_task, mine))
@@ -31,8 +31,13 @@ def failure_lines(failures: Iterable[Mapping[str, str]]) -> list[str]:
         first = mine[0]
         more = f" and {len(mine) - 1} more documents" if len(mine) > 1 else ""
         where = f"{first['document']}{more}" if first.get("document") else "all documents together"
-        lines.append(f"{what}, {cell}, {where}: {first['error']}")
+        lines.append(f"{what}, {cell}, {where}: {without_name(first['task'], first['error'])}")
     return lines
+
+
+def without_name(task: str, error: str) -> str:
+    """What went wrong with a task, without its name in front: for a line that begins with it."""
+    return error.removeprefix(f"{task}: ")
 
 
 def _task(failure: Mapping[str, str]) -> str:

@@ -25,10 +25,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from bench.errors import UserError
 from bench.names import CURVE, DOCUMENTS, RECORD, RESULTS, SAMPLES, STATES
@@ -39,6 +36,7 @@ from bench.records.record import Record, read_record, record_text
 from bench.records.row import Row, rows_csv
 from bench.records.sample import NotFinite, Sample, sample_line
 from bench.records.samples import Samples
+from bench.runs.locked import LockedFolder
 from bench.settings.secrets import redacted_arguments
 
 DATA, PLUGINS, DEFINITIONS, LIBRARIES, LOADED = "data", "plugins", "definitions", "libraries", "loaded"
@@ -58,23 +56,6 @@ DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What a file that cannot grow any more is reported with."""
 BLOCK = 1 << 16
 """Bytes that are looked through at a time for the end of a line."""
-
-
-def lock_folder(path: Path, what: str) -> FileLock:
-    """Make the folder if absent and take its lock, which ends with the process at the latest.
-
-    Raises:
-        UserError: another process (doing ``what``) holds it, or the folder cannot be written to.
-    """
-    lock = FileLock(path / ".lock")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{path}: another {what} writes here; wait for it or give another --outdir") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot write there ({error.strerror}); give another --outdir") from None
-    return lock
 
 
 class _Appended:
@@ -100,7 +81,7 @@ class _Appended:
         self._file.close()
 
 
-class RunFolder:
+class RunFolder(LockedFolder):
     """A run folder that is open for writing; a context manager that holds its lock.
 
     Args:
@@ -113,6 +94,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, fingerprint: Mapping[str, Any], *, fresh: bool = False) -> None:
+        super().__init__(path, "run")
         self.path = path
         self.fresh = fresh
         self.fingerprint = json.loads(json.dumps(fingerprint))
@@ -125,16 +107,7 @@ class RunFolder:
         self._asked: _Appended | None = None
         """The file of prompts, once there is one to write."""
 
-    def __enter__(self) -> RunFolder:
-        self._lock = lock_folder(self.path, "run")
-        try:
-            self._open()
-        except BaseException:
-            self._lock.release()
-            raise
-        return self
-
-    def _open(self) -> None:
+    def _open(self, folder: Path) -> None:
         if self.fresh:
             # Only now that the lock is held: another run may be writing.
             clear(self.path)
@@ -185,13 +158,10 @@ class RunFolder:
             if complete < end:
                 file.truncate(complete)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def _close(self) -> None:
         self._file.close()
         if self._asked is not None:
             self._asked.close()
-        self._lock.release()
 
     def append(self, sample: Sample) -> None:
         """Write one sample; it survives the process.

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bench.records.document import Part, Prompt, Role
+from bench.records.document import Key, Part, Prompt, Role
 from bench.records.sample import own_id
 from bench.runs.documents import prompt_hash
 from tasks.base import Compare, Document, Generate, LogLikelihood, Request
 
 UNFINISHED = "\ufffd"
 """What a tokenizer writes for bytes that are no character yet."""
+
+
+def prompt_key(model: str, task: str, document: Document) -> Key:
+    """What a document's prompt is found by; ``document`` as for :func:`prompt_of`."""
+    return model, task, own_id(document.id, document.repeat), prompt_hash(document)
 
 
 def prompt_of(model: str, task: str, document: Document, tokenizer: Any) -> Prompt:
@@ -28,13 +33,8 @@ def prompt_of(model: str, task: str, document: Document, tokenizer: Any) -> Prom
             continue
         parts.append(part)
         newest[part.role] = part
-    return Prompt(
-        model=model,
-        task=task,
-        document=own_id(document.id, document.repeat),
-        prompt_sha256=prompt_hash(document),
-        parts=tuple(parts),
-    )
+    model, task, name, sha256 = prompt_key(model, task, document)
+    return Prompt(model=model, task=task, document=name, prompt_sha256=sha256, parts=tuple(parts))
 
 
 def _parts(request: Request, tokenizer: Any) -> Iterator[Part]:

@@ -14,31 +14,31 @@ from rich.progress import Progress
 from bench.engine.engine import AUTO_DOCUMENTS, Failure, Measurement
 from bench.engine.inspect import cells_to_map
 from bench.errors import UserError, show_traceback
-from bench.judge.curve import curve_rows
 from bench.methods.grid import Cell
 from bench.models.kernels import prepare_kernels
-from bench.models.loading import DescribedModel, LoadedModel, describe, find_device
+from bench.models.loading import DescribedModel, LoadedModel, find_device
 from bench.names import SAMPLES
 from bench.progress import Ending, ProgressReporter, progress_bars
 from bench.records.curve import CurveRow
 from bench.records.row import Row
-from bench.records.sample import own_id
 from bench.records.starts import terms
 from bench.records.states import MapRecord, write_maps
 from bench.runs import folder as records
-from bench.runs.asked import asked_for, documents_of, doubts, plugins_of, tasks_of
+from bench.runs.asked import asked_for, documents_of, doubts, models_of, plugins_of, tasks_of
 from bench.runs.documents import prompt_hash
 from bench.runs.executors import Answered, Executor, Unit, make_executor
 from bench.runs.executors.base import batches, cost_of
-from bench.runs.failures import failure_lines
-from bench.runs.kept import all_cells, earlier_documents, kept_curve, kept_rows, samples_of
+from bench.runs.failures import failure_lines, without_name
+from bench.runs.kept import all_cells, earlier_documents
 from bench.runs.kinds import RUN, claim
 from bench.runs.order import turned
-from bench.runs.predictions import clear_predictions, write_predictions
-from bench.runs.prompts import prompt_of, token_texts
+from bench.runs.predictions import clear_predictions
+from bench.runs.prompts import token_texts
 from bench.runs.repeats import not_sampled, questions
-from bench.runs.results import TaskResults, group_rows, rows, to_sample
+from bench.runs.results import to_sample
 from bench.runs.starts import ENVIRONMENT, VERSIONS, earlier_starts, loaded_as, loaded_before, made_by, new_start
+from bench.runs.tables import Tables
+from bench.runs.task_run import TaskRun
 from bench.settings.run import RunConfig
 from tasks.base import Document, Generated, Task, TaskError, TaskGroup
 
@@ -107,27 +107,8 @@ def execute(
     if config.executor == "local":
         prepare_kernels(find_device(config.device))  # before the record says whether they are there
     started = records.now()
-    models: dict[str, DescribedModel] = {model.name: model for model in own_models}
-    for reference in config.model:
-        if reference in models:
-            continue
-        console.print(f"Loading {escape(reference)} ...", highlight=False)
-        # On a cluster, workers fetch the weights that this process has no use for.
-        weights = config.executor == "local"
-        try:
-            model = describe(reference, trust_remote_code=config.trust_remote_code, weights=weights)
-        except UserError as error:
-            # One of several that cannot be read fails alone; a name that nobody knows is a slip.
-            if error.exit_code == 2 or (reference == config.model[-1] and not models):
-                raise
-            show_traceback(error)
-            console.print(f"[red]{escape(str(error))}[/red]", highlight=False)
-            unread = {"model": reference, "error": str(error), "reason": str(error)}
-            outcome.failures += [{"task": task.name, **unread} for task, _ in tasks]
-            continue
-        if model.name in models:
-            raise UserError(f"--model: {reference!r} has the name of another one, {model.name!r}; rename its folder")
-        models[model.name] = model
+    models, unread = models_of(config, own_models, console)
+    outcome.failures += [{"task": task.name, **failure} for failure in unread for task, _ in tasks]
     fingerprints = {name: model.fingerprint for name, model in models.items()}
     samples = path / SAMPLES
     continues = not fresh and samples.is_file() and samples.stat().st_size > 0
@@ -145,31 +126,6 @@ def execute(
             run.take(answered)
         run.close()
     return outcome
-
-
-@dataclass
-class _TaskRun:
-    """One task of one model while it is measured."""
-
-    model: str
-    task: Task
-    part_of: str | None
-    documents: list[Document]
-    earlier: list[Document]
-    """Those of earlier starts that are not asked for now."""
-    left: int
-    """Answers that are still to come."""
-    costs: Mapping[str, float]
-    """Of an answer to a document, by its id, as :func:`~bench.runs.executors.base.cost_of` has it."""
-    progress: ProgressReporter
-    failures: list[dict[str, str]] = field(default_factory=list)
-    kept: set[str] = field(default_factory=set)
-    """Documents whose prompts have been written down."""
-
-    @property
-    def all_documents(self) -> list[Document]:
-        """What results are over."""
-        return [*self.documents, *self.earlier]
 
 
 class _Run:
@@ -193,17 +149,10 @@ class _Run:
         started: str,
         origin: Mapping[str, str],
     ) -> None:
-        self.config, self.models, self.asked, self.tasks, self.cells = config, models, asked, tasks, cells
+        self.config, self.models, self.tasks, self.cells = config, models, tasks, cells
         self.folder, self.executor, self.console, self.bars = folder, executor, console, bars
         self.outcome = outcome
-        self._under_way: dict[tuple[str, str], _TaskRun] = {}
-        self._rows: dict[tuple[str, str], list[Row]] = {}
-        """By model and task, or group of tasks."""
-        self._curves: dict[tuple[str, str], list[CurveRow]] = {}
-        """By model and task."""
-        self._results: dict[str, dict[str, TaskResults]] = {name: {} for name in models}
-        """By model and task, as long as tasks of the model are to be measured."""
-        self._open = {name: {task.name for task, _ in tasks} for name in models}
+        self._under_way: dict[tuple[str, str], TaskRun] = {}
         self._ending = Ending()
         self._claim_loaded()
         start = new_start(config, started)
@@ -218,8 +167,8 @@ class _Run:
         """By model and task: the newest prompt's hash of each document that earlier starts have answered."""
         for sample in folder.samples.values():
             self._stored.setdefault((sample.model, sample.task), {})[sample.document] = sample.prompt_sha256
-        self._kept = (kept_rows(folder.path), kept_curve(folder.path))
-        """What results hold from before, for the tasks that are not asked for now."""
+        measured = [task for task, _ in tasks]
+        self._tables = Tables(models, asked, measured, self._all_cells, folder, self._terms, self._note)
         first, *again = self._starts
         self._record = {
             "started": first["started"],
@@ -289,7 +238,8 @@ class _Run:
         kept = f"{len(earlier)} documents of earlier starts stay in its results" if earlier else ""
         for said in filter(None, (*task.notes, as_it_is, not_sampled(self.config, documents), kept, missing)):
             self.console.print(f"{task.name}: {said}", markup=False, highlight=False, soft_wrap=True)
-        if doubt := doubts(task, questions([*documents, *earlier]), [cell.method for cell in self._all_cells]):
+        methods = [cell.method for cell in self._all_cells]
+        if doubt := doubts(self.config, task, questions([*documents, *earlier]), methods):
             self.console.print(f"{task.name}: {doubt}", style="yellow", markup=False, highlight=False, soft_wrap=True)
         work = []
         for place, document in enumerate(documents):
@@ -306,7 +256,7 @@ class _Run:
         costs = {document.id: cost_of(document, left) for document, left in work}
         cost = sum(len(left) * costs[document.id] for document, left in work)
         progress = ProgressReporter(self.console, f"{name} {task.name}", total, done, cost=cost, bars=self.bars)
-        under_way = _TaskRun(name, task, part_of, documents, earlier, answers_left, costs, progress)
+        under_way = TaskRun(name, task, part_of, documents, earlier, answers_left, costs, progress)
         if not work:
             self._finish(under_way)
             return
@@ -353,11 +303,11 @@ class _Run:
         """For a line of progress: what is being done, how the executor does, and when the run will have ended."""
         left = [under_way.progress.left_s for under_way in self._under_way.values()]
         known = [seconds for seconds in left if seconds is not None]
-        waiting = sum(map(len, self._open.values())) - len(left)
+        waiting = self._tables.open_tasks - len(left)
         ends = self._ending.said(max(known) if known else None, waiting)
         return "; ".join(filter(None, (doing, self.executor.status(), ends)))
 
-    def _end(self, under_way: _TaskRun) -> None:
+    def _end(self, under_way: TaskRun) -> None:
         """No more answers of a task are taken."""
         if self._under_way.pop((under_way.model, under_way.task.name), None) is None:
             return
@@ -366,18 +316,9 @@ class _Run:
             self.console.print(f"[red]{escape(line)}[/red]", highlight=False)
         self.outcome.failures += under_way.failures
 
-    def _keep_prompt(self, under_way: _TaskRun, document: Document) -> None:
-        """Write down what a document asks, once for all of its repeats and cells."""
-        name = own_id(document.id, document.repeat)
-        if not self.config.prompts or name in under_way.kept:
-            return
-        under_way.kept.add(name)
-        first = document
-        if document.id != name:
-            # Of an earlier start, the first repeat may have no answer.
-            first = next((item for item in under_way.all_documents if item.id == name), document)
-        tokenizer = self.models[under_way.model].tokenizer
-        self.folder.keep(prompt_of(under_way.model, under_way.task.name, first, tokenizer))
+    def _keep_prompt(self, under_way: TaskRun, document: Document) -> None:
+        if self.config.prompts:
+            under_way.keep_prompt(document, self.models[under_way.model].tokenizer, self.folder)
 
     def _append(self, unit: Unit, task: Task, document: Document, result: Measurement) -> str | None:
         """Keep a sample. Returns why it cannot be kept, or None."""
@@ -396,26 +337,18 @@ class _Run:
         self.outcome.measured += 1
         return None
 
-    def _finish(self, under_way: _TaskRun) -> None:
+    def _finish(self, under_way: TaskRun) -> None:
         """Everything of a task has been answered, as far as it can be."""
-        name, task, cells, stored = under_way.model, under_way.task, self._all_cells, self.folder.samples
-        documents = under_way.all_documents
-        for document in documents:
+        name, task = under_way.model, under_way.task
+        for document in under_way.all_documents:
             # Of a folder that was begun without them.
             self._keep_prompt(under_way, document)
-        found = samples_of(name, task, documents, cells, self.folder)
-        results = self._results[name][task.name] = TaskResults(task, documents, cells, found, stored)
+        results = self._tables.results(under_way)
         self.outcome.failures += [
             {"model": name, "task": task.name, "cell": key, "error": str(error)}
             for key, error in results.failures.items()
         ]
-        self._rows[name, task.name] = rows(name, results, cells, under_way.part_of, self._terms)
-        self._curves[name, task.name] = curve_rows(
-            stored.whole(item for item in results.all_samples() if item.kind == "compared")
-        )
-        several = len(self.models) > 1
-        model = name if several else None
-        write_predictions(self.folder.path, task, documents, cells, found, stored, model=model)
+        self._tables.add(under_way, results)
         if self.config.states:
             self._leave_maps(name, task, under_way.documents[0])
         self._close_task(name, task)
@@ -445,30 +378,11 @@ class _Run:
         self.outcome.failures.append(failure | ({"reason": reason} if reason else {}))
         if not said:
             # One of many that lack the same is told now, all of them at the end.
-            self.console.print(f"[red]{escape(task)}: {escape(reason or str(error))}[/red]", highlight=False)
+            text = reason or without_name(task, str(error))
+            self.console.print(f"[red]{escape(task)}: {escape(text)}[/red]", highlight=False)
 
     def _close_task(self, name: str, task: Task) -> None:
-        """The last task of a model makes the rows of its groups."""
-        self._open[name].discard(task.name)
-        if not self._open[name]:
-            results = self._results.pop(name)
-            for group in self.asked:
-                if isinstance(group, TaskGroup):
-                    try:
-                        self._rows[name, group.name] = group_rows(
-                            name, group, results, self._all_cells, terms=self._terms
-                        )
-                    except (TaskError, UserError) as error:
-                        self._note(name, group.name, error)
-        order = [*(task.name for task, _ in self.tasks), *(item.name for item in self.asked)]
-        found = dict.fromkeys((name, item) for name in self.models for item in order)
-        kept, kept_curve = self._kept
-        self.outcome.rows = [row for key in found for row in self._rows.get(key, ())]
-        self.outcome.rows += [row for row in kept if (row.model, row.task) not in found]
-        self.outcome.curve = [row for key in found for row in self._curves.get(key, ())]
-        self.outcome.curve += [row for row in kept_curve if (row.model, row.task) not in found]
-        self.folder.write_results(self.outcome.rows)
-        self.folder.write_curve(self.outcome.curve)
+        self.outcome.rows, self.outcome.curve = self._tables.close(name, task.name)
         self._write_record()
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from bench.errors import UserError
@@ -12,13 +11,14 @@ from bench.names import RECORD, SPEED
 from bench.records.files.text import write_atomic
 from bench.records.timing import SpeedRecord, Timing, Untimed, read_speed_record, read_timings, timings_csv
 from bench.records.timing import speed_record_text as record_text
-from bench.runs.folder import REMEDY, command_line, environment, lock_folder, now, source_sha256
+from bench.runs.folder import REMEDY, command_line, environment, now, source_sha256
+from bench.runs.locked import LockedFolder
 
 CODE = ("arkv/", "bench/costs/", "bench/methods/")
 """Source that times depend on."""
 
 
-class Timings:
+class Timings(LockedFolder):
     """What has been timed; a context manager that holds the lock of its folder, where it has one.
 
     Args:
@@ -34,6 +34,7 @@ class Timings:
     def __init__(
         self, path: Path | None, model: Mapping[str, Any], settings: Mapping[str, Any], *, fresh: bool = False
     ) -> None:
+        super().__init__(path, "speed")
         self.path = path
         self.rows: list[Timing] = []
         self.failures: list[Untimed] = []
@@ -42,31 +43,14 @@ class Timings:
         terms = {**settings, "packages": about["packages"], "code": source_sha256(CODE)}
         self._record = {"command": command_line(), "finished": None, "model": dict(model), "terms": terms, **about}
 
-    def __enter__(self) -> Timings:
-        if self.path is None:
-            return self
-        self._lock = lock_folder(self.path, "speed")
-        try:
-            self._open(self.path)
-        except BaseException:
-            self._lock.release()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.path is not None:
-            self._lock.release()
-
-    def _open(self, path: Path) -> None:
+    def _open(self, folder: Path) -> None:
         if self._fresh:
             for name in (SPEED, RECORD):
-                (path / name).unlink(missing_ok=True)
-        if (path / SPEED).is_file():
-            if different := self._differences(path):
-                raise UserError(f"{path} holds timings of other terms: {', '.join(different)}; {REMEDY}")
-            self.rows = read_timings(path / SPEED)
+                (folder / name).unlink(missing_ok=True)
+        if (folder / SPEED).is_file():
+            if different := self._differences(folder):
+                raise UserError(f"{folder} holds timings of other terms: {', '.join(different)}; {REMEDY}")
+            self.rows = read_timings(folder / SPEED)
             self._write_record()
 
     def _differences(self, path: Path) -> list[str]:

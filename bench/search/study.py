@@ -6,12 +6,12 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import UserError
 from bench.models.loading import LoadedModel
 from bench.runs import folder as records
+from bench.runs.locked import LockedFolder
 from bench.search.config import FIDELITY, TuneConfig
 from bench.search.documents import Split
 from bench.search.objective import KL, SCORE, Objective
@@ -28,7 +28,7 @@ ERROR = "error"
 """Attribute of a trial whose settings make no sense together; one that was interrupted has none."""
 
 
-class Study:
+class Study(LockedFolder):
     """An Optuna study in a folder, open for one search at a time; a context manager that holds the folder's lock.
 
     Args:
@@ -44,35 +44,22 @@ class Study:
     def __init__(
         self, folder: Path, settings: Mapping[str, Any], directions: Mapping[str, str], *, seed: int, fresh: bool
     ) -> None:
+        super().__init__(folder, "search")
         self.folder, self.directions, self.seed, self.fresh = folder, dict(directions), seed, fresh
         self.settings = json.loads(json.dumps(settings))
         self._study: optuna.Study
 
-    def __enter__(self) -> Study:
-        self._lock = records.lock_folder(self.folder, "search")
-        try:
-            self._open()
-        except BaseException:
-            self._lock.release()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._lock.release()
-
-    def _open(self) -> None:
+    def _open(self, folder: Path) -> None:
         optuna = import_optuna()
         from optuna.storages import journal
 
-        file, lock_file = self.folder / STUDY, self.folder / f"{STUDY}.lock"
+        file, lock_file = folder / STUDY, folder / f"{STUDY}.lock"
         if self.fresh:
             for name in (STUDY, OLDER_STUDY, RECORD, TRIALS, HELD_OUT, PRESET):
-                (self.folder / name).unlink(missing_ok=True)
-        elif (self.folder / OLDER_STUDY).exists():
+                (folder / name).unlink(missing_ok=True)
+        elif (folder / OLDER_STUDY).exists():
             raise UserError(
-                f"{self.folder / OLDER_STUDY} is a study of an older arkv-bench, which cannot be continued; "
+                f"{folder / OLDER_STUDY} is a study of an older arkv-bench, which cannot be continued; "
                 "give another --outdir, or --fresh to replace it"
             )
         broken = UserError(f"{file} is not a study of arkv-bench tune; give another --outdir, or --fresh to replace it")

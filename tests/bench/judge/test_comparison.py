@@ -218,7 +218,19 @@ def test_a_table_of_one_document_says_the_difference_and_nothing_more() -> None:
         assert {getattr(row, name) for name in unknown} <= {None, False}
         assert row.sources in (1, None)
     notes = compare(list(rows.values()))[0].notes
-    assert "so few documents cannot show a difference to full" in notes
+    how = "12 could, where half of the answers is lost: --samples, or --limit for given documents"
+    assert f"so few documents cannot show a difference to full (n = 1); {how}" in notes
+
+
+def test_a_table_says_how_many_documents_could_show_a_difference() -> None:
+    others = {name: [0.0, 0.0, 1.0, 1.0, 1.0] for name in ("mix", "quant", "window")}
+    rows = statistics({"full": [1.0, 0.0, 1.0, 0.0, 1.0], **others}, [Metric(name="exact_match", low=0.0, high=1.0)])
+    how = "12 could, where half of the answers is lost: --samples, or --limit for given documents"
+    assert f"so few documents cannot show a difference to full (n = 5); {how}" in compare(list(rows.values()))[0].notes
+    partly = {name: [score / 2 for score in scores[:3]] for name, scores in others.items()}
+    rows = statistics({"full": [1.0, 0.0, 0.5], **partly}, [Metric(name="f1", low=0.0, high=1.0)])
+    how = "5 give intervals: --samples, or --limit for given documents"
+    assert f"so few documents cannot show a difference to full (n = 3); {how}" in compare(list(rows.values()))[0].notes
 
 
 def test_scores_that_are_all_equal() -> None:

@@ -224,5 +224,9 @@ def test_failures_of_cells_stay_apart() -> None:
         "c (m), mix, 1 and 1 more documents: why",
     ]
     assert failure_lines(found[:1]) == ["a (m): long"]
+    assert failure_lines([{**found[0], "error": "a: long"}, {**cell, "error": "c: why"}]) == [
+        "a (m): long",
+        "c (m), mix, 1: why",
+    ]
     others = [found[0], {"task": "a", **missing, "model": "other"}]
     assert failure_lines(others) == ["2 tasks: no rows: a (m), a (other) (each in record.json)"]

@@ -189,7 +189,7 @@ def test_an_evaluation_that_raises_is_the_failure_of_one_cell(
     assert failure["cell"] not in {row.cell for row in outcome.rows}
     assert read_record(tmp_path / "run").failures
     (line,) = failure_lines(outcome.failures)
-    assert "all documents together: needle: OverflowError" in line
+    assert "all documents together: OverflowError" in line
 
 
 def test_models_that_cannot_be_used_beside_one_that_can(tiny_folder: Path, tmp_path: Path) -> None:

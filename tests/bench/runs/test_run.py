@@ -25,7 +25,7 @@ from bench.runs.executors import base
 from bench.runs.folder import RunFolder
 from bench.runs.run import Outcome, execute
 from bench.settings.run import RunConfig
-from tasks.base import Task
+from tasks.base import Task, TaskGroup
 from tests.bench.conftest import SENTENCES, define_toys, read_lines
 from tests.bench.lines import recorded
 
@@ -60,13 +60,25 @@ def test_documents_that_cannot_tell_the_rows_apart_are_named_with_how_many_could
     task = asked.make_task("needle")
     assert isinstance(task, Task)
     methods = ["full", *["mix"] * 13]
-    assert "7 documents cannot tell 13 rows from full (none, whatever they score); 17" in asked.doubts(task, 7, methods)
-    assert asked.doubts(task, 17, methods) == ""
+    config = RunConfig(lengths=(300, 400))
+    said = asked.doubts(config, task, 7, methods)
+    assert "7 documents cannot tell 13 rows from full (none, whatever they score); 17" in said
+    assert said.endswith(": --samples 20")  # of 8 now
+    assert asked.doubts(RunConfig(samples=2), task, 4, methods).endswith("; 5 give intervals: --samples 3")
+    assert asked.doubts(RunConfig(limit=4), task, 4, methods).endswith("; 5 give intervals: --limit 5")
+    assert asked.doubts(RunConfig(limit=4, samples=2, lengths=(300,)), task, 4, methods).endswith(
+        ": --limit 5 --samples 5"
+    )
+    assert asked.doubts(config, task, 17, methods) == ""
     # What KL scatters by is not known before it is measured.
     fidelity = asked.make_task("fidelity")
     assert isinstance(fidelity, Task)
-    assert asked.doubts(fidelity, 8, methods) == ""
-    assert "no interval" in asked.doubts(fidelity, 4, methods)
+    assert asked.doubts(config, fidelity, 8, methods) == ""
+    assert "no interval" in asked.doubts(config, fidelity, 4, methods)
+    # Of given documents there are no more.
+    trec = asked.make_task("longbench:trec")
+    assert isinstance(trec, TaskGroup)
+    assert asked.doubts(config, trec.tasks()[0], 4, methods).endswith("; 5 give intervals")
 
 
 @pytest.fixture(scope="module")
