@@ -200,8 +200,11 @@ def doubts(config: RunConfig, task: Task, documents: int, methods: Sequence[str]
         return doubt + _option(config, task, documents, LEAST_DOCUMENTS)
     if not task.metrics or not task.metrics[0].binary:
         return ""
-    doubt, needed = too_few(documents, rows), documents_needed(rows)
-    return doubt + _option(config, task, documents, needed) if doubt and needed is not None else doubt
+    if not (doubt := too_few(documents, rows)):
+        return ""
+    needed = documents_needed(rows)
+    assert needed is not None  # or they would not be too few
+    return doubt + _option(config, task, documents, needed)
 
 
 def _option(config: RunConfig, task: Task, documents: int, needed: int) -> str:
