@@ -259,7 +259,7 @@ def test_settings_of_a_plugin_are_searched_and_run(tiny_folder: Path, tmp_path: 
         ({"frist": 2}, "x: unknown setting 'frist' of ends: did you mean first"),
         ({"first": 3}, "ends: ValueError: first is odd"),
         ({"base": "plain", "first": 2}, "unknown setting 'first' of plain: the method declares no settings_space"),
-        ({"base": "no"}, "variant 'x': its base 'no' is none of window, origin, quant, mix, ends, plain"),
+        ({"base": "no"}, "variant 'x': its base 'no' is none of window, origin, quant, mix, mix-replay, ends, plain"),
     ],
 )
 def test_variants_of_a_plugin_that_make_no_sense(plugin: Path, variant: dict[str, Any], said: str) -> None:
