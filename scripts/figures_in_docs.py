@@ -468,9 +468,9 @@ def exam() -> str:
     whole = "; ".join(f"{ASKED[own_name(task)]} {_interval(cells[FULL, task, None])}" for task in tasks)
     said = _paragraph(
         f"""RULER at {_asked_length(EXAM):,} tokens, the question read through what was left of the context,
-        {_model(EXAM)}, {rows[0].n} documents of each task, score in percent with 95 % interval, by shares of the context's bytes. The
-        full cache: {whole}. A press that masks tokens of single heads still stores them: the last column has the bytes
-        that were truly held."""
+        {_model(EXAM)}, {rows[0].n} documents of each task, score in percent with 95 % interval, by shares of the
+        context's bytes. The full cache: {whole}. A press that masks tokens of single heads still stores them: the last
+        column has the bytes that were truly held."""
     )
     return "\n".join([said, "", *markdown_table(heads, lines, right=range(1, len(heads)))])
 
