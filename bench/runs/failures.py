@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from bench.names import own_name
+
 
 def failure_lines(failures: Iterable[Mapping[str, str]]) -> list[str]:
     """A line per plugin, per reason for which tasks failed, and per cell of a task with its first error.
@@ -37,7 +39,7 @@ def failure_lines(failures: Iterable[Mapping[str, str]]) -> list[str]:
 
 def without_name(task: str, error: str) -> str:
     """What went wrong with a task, without its name in front: for a line that begins with it."""
-    return error.removeprefix(f"{task}: ")
+    return error.removeprefix(f"{task}: ").removeprefix(f"{own_name(task)}: ")
 
 
 def _task(failure: Mapping[str, str]) -> str:

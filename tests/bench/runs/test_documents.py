@@ -11,7 +11,7 @@ from rich.console import Console
 
 from bench import errors
 from bench.cli import main
-from bench.names import SAMPLES
+from bench.names import QUESTION_AFTER, SAMPLES
 from bench.runs.documents import evaluation_of, load_documents, scores_of
 from bench.runs.failures import failure_lines
 from bench.runs.run import Outcome, execute
@@ -228,5 +228,7 @@ def test_failures_of_cells_stay_apart() -> None:
         "a (m): long",
         "c (m), mix, 1: why",
     ]
+    after = {"task": f"a{QUESTION_AFTER}", "error": "a: long"}
+    assert failure_lines([after]) == ["a (question after): long"]
     others = [found[0], {"task": "a", **missing, "model": "other"}]
     assert failure_lines(others) == ["2 tasks: no rows: a (m), a (other) (each in record.json)"]
