@@ -2,9 +2,10 @@
 """Time of several questions to one context, which is prefilled and compressed once, beside that of as many documents by
 themselves.
 
-    python scripts/shared_context.py --questions 4 --length 2048
+    python scripts/shared_context.py --questions 4 --length 2048 --batch-size 4
 
-Both are answered in turn, so that whatever else the machine does falls on both; each ratio is of one such pair.
+Both are answered in turn, so that whatever else the machine does falls on both; each ratio is of one such pair. Beside
+the ratio of seconds stands that of the seconds that the processor was at work, which other programs change less.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ def questions(count: int, length: int, new: int, vocabulary: int) -> list[Docume
     ]
 
 
-def seconds(engine: Engine, batches: Sequence[Sequence[Document]], cells: Sequence[Cell]) -> float:
-    """What it takes to answer the batches, one after the other."""
-    begin = time.perf_counter()
+def seconds(engine: Engine, batches: Sequence[Sequence[Document]], cells: Sequence[Cell]) -> tuple[float, float]:
+    """What it takes to answer the batches, one after the other: in all, and of the processor."""
+    begin, begin_cpu = time.perf_counter(), time.process_time()
     for batch in batches:
         for _, outcome in engine.answer_batch([(document, cells) for document in batch]):
             if isinstance(outcome, Failure):
                 raise SystemExit(outcome.error)
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, time.process_time() - begin_cpu
 
 
 def main() -> None:
@@ -52,20 +53,23 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048, help="tokens of the context")
     parser.add_argument("--new", type=int, default=8, help="tokens of an answer, at most")
+    parser.add_argument("--batch-size", type=int, help="questions side by side; without, as many as take a gibibyte")
     parser.add_argument("--pairs", type=int, default=5)
     given = parser.parse_args()
     loaded = load(given.model, dtype="auto", device="auto", trust_remote_code=False)
     cells = grid(given.methods.split(","), [{"cache_ratio": 0.25}], [], None, {})
-    engine = Engine(loaded.model, loaded.tokenizer, cells)
+    engine = Engine(loaded.model, loaded.tokenizer, cells, batch_size=given.batch_size)
     documents = questions(given.questions, given.length, given.new, loaded.model.config.vocab_size)
     engine.warm_up()
-    ratios = []
+    pairs = []
     for _ in range(given.pairs):
         together = seconds(engine, [documents], cells)
         apart = seconds(engine, [[document] for document in documents], cells)
-        ratios.append(together / apart)
-        print(f"together {together:.2f} s, apart {apart:.2f} s, ratio {ratios[-1]:.3f}", flush=True)
-    print(f"median ratio {median(ratios):.3f} of {given.pairs} pairs, {min(ratios):.3f} to {max(ratios):.3f}")
+        pairs.append([one / four for one, four in zip(together, apart, strict=True)])
+        said = ", ".join("{:.2f} s ({:.2f} s of the processor)".format(*each) for each in (together, apart))
+        print(f"together and apart {said}: ratio {pairs[-1][0]:.3f} ({pairs[-1][1]:.3f})", flush=True)
+    for name, ratios in zip(("all seconds", "the processor's"), zip(*pairs, strict=True), strict=True):
+        print(f"median ratio of {name} {median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
 
 
 if __name__ == "__main__":

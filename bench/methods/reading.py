@@ -5,6 +5,7 @@ Letters: ``B`` rows, ``T`` tokens of the longest row, ``V`` vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -38,8 +39,24 @@ def forward(model: Any, caches: Sequence[Cache], rows: Sequence[Sequence[int]], 
     else:
         batch = CacheBatch(caches, [len(row) for row in rows])
         positions = batch.position_ids(model.device)
-        logits = model(ids, position_ids=positions, past_key_values=batch, **options).logits
+        with _head_once(model):
+            logits = model(ids, position_ids=positions, past_key_values=batch, **options).logits
     return logits
+
+
+@contextlib.contextmanager
+def _head_once(model: Any) -> Iterator[None]:
+    """Under this the output embeddings are given what lies in one piece. The last tokens of rows do not, and torch
+    multiplies such row by row, each with a copy of all weights."""
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _module, inputs: tuple(item.contiguous() for item in inputs))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def read(

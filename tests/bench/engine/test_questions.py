@@ -85,6 +85,22 @@ def test_four_questions_cost_one_prefill_and_one_compression_per_method(
             assert together[key].tokens_evicted == measured.tokens_evicted
 
 
+def test_the_weights_of_the_head_are_copied_for_no_row(tiny: Any) -> None:
+    """Torch copies them for each row of a batch whose last tokens do not lie in one piece."""
+    head = tiny.model.get_output_embeddings()
+    pieces: list[tuple[int, bool]] = []
+    watching = head.register_forward_hook(
+        lambda _, inputs, __: pieces.append((len(inputs[0]), inputs[0].is_contiguous()))
+    )
+    try:
+        answers(tiny, cells(), [asking(number) for number in range(4)], 4)
+    finally:
+        watching.remove()
+    assert {rows for rows, _ in pieces} == {1, 4}
+    assert all(whole for rows, whole in pieces if rows > 1)
+    assert not head._forward_pre_hooks
+
+
 def test_a_context_of_many_questions_is_one_batch_and_others_are_not(tiny: Any) -> None:
     documents = [asking(number, context=context) for number in range(3) for context in range(2)]
     work = [(document, ()) for document in documents]
