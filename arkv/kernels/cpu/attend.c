@@ -48,18 +48,16 @@ static void logits_of(const struct plane *p, int64_t first, int64_t count, struc
 }
 
 static void sums_of(const struct plane *p, int64_t first, int64_t count, const float *weights, float *output,
-                    int group, struct ahead ahead) {
+                    int group, struct ahead ahead, int64_t type) {
 #if INTEGERS
-#define WITH(DIM, BITS)                                                          \
-    if (is_plain(p->code, BITS, 0) && p->dim == DIM) {                           \
-        code_sums(p, first, count, weights, output, group, ahead, DIM, BITS);    \
-        return;                                                                  \
+    if (weighs_in_digits(p)) {
+#define WITH(BITS, COUNT)                                                                  \
+    if (p->code.bits == BITS && (type == BFLOAT16) == (COUNT < DIGITS)) {                  \
+        code_sums(p, first, count, weights, output, group, ahead, BITS, COUNT);            \
+        return;                                                                            \
     }
-    WITH(64, 4) WITH(64, 3) WITH(64, 2) WITH(128, 4) WITH(128, 3) WITH(128, 2)
+        WITH(4, 3) WITH(3, 3) WITH(2, 3) WITH(4, 2) WITH(3, 2) WITH(2, 2)
 #undef WITH
-    if (p->code.bits <= 4 && !p->code.levels) {
-        code_sums(p, first, count, weights, output, group, ahead, (int)p->dim, (int)p->code.bits);
-        return;
     }
 #endif
 #define WITH(BITS, FLOATING)                                                                                        \
@@ -74,7 +72,7 @@ static void sums_of(const struct plane *p, int64_t first, int64_t count, const f
 }
 
 static void piece(const struct pool *p, int64_t first, int64_t count, struct queries q, float softcap, struct found f,
-                  int group) {
+                  int group, int64_t type) {
     const int64_t key_bytes = token_bytes(&p->key), value_bytes = token_bytes(&p->value);
     logits_of(&p->key, first, count, q, f.logits, group,
               (struct ahead){p->value.codes + first * value_bytes, value_bytes});
@@ -94,7 +92,7 @@ static void piece(const struct pool *p, int64_t first, int64_t count, struct que
         f.total[g] = sum_of(total);
     }
     sums_of(&p->value, first, count, f.logits, f.output, group,
-            (struct ahead){p->key.codes + (first + count) * key_bytes, key_bytes});
+            (struct ahead){p->key.codes + (first + count) * key_bytes, key_bytes}, type);
 }
 
 struct call {
@@ -114,7 +112,7 @@ struct task {
 struct turned {
     float *query;       /* pools x R x G x D, scaled and in the coordinates of the codes */
     struct asked *each; /* pools x R x G */
-    int8_t *digits;     /* pools x R x G x DIGITS x D */
+    int8_t *digits;     /* pools x R x G x PLACES x D */
 };
 
 /* The query of one head. */
@@ -139,8 +137,8 @@ static void turn(const struct call *c, int64_t item, const uint8_t *query, int64
         asked->bias = sum;
 #if INTEGERS
         if (asks_in_digits(p)) {
-            int8_t *digits = t.digits + (pool * items + item) * DIGITS * dim;
-            asked->total = to_digits(to, (int)dim, digits, (int)dim, &asked->unit);
+            int8_t *digits = t.digits + (pool * items + item) * PLACES * dim;
+            asked->total = to_digits(to, (int)dim, digits, DIGITS, &asked->unit);
             asked->sum = 0.0f;
             for (int64_t d = 0; d < dim; d++) asked->sum += to[d];
         }
@@ -206,7 +204,7 @@ int64_t arkv_attend(const struct pool *pools, int64_t pool_count, const int64_t 
     size_t numbers = (size_t)(pool_count * items * dim + count * group * (2 + PIECE + value_dim));
     char *space = malloc((size_t)(rows + 1) * sizeof(int64_t) + (size_t)count * sizeof(struct task) +
                          numbers * sizeof(float) +
-                         (size_t)(pool_count * items) * (sizeof(struct asked) + (size_t)(DIGITS * dim)));
+                         (size_t)(pool_count * items) * (sizeof(struct asked) + (size_t)(PLACES * dim)));
     if (!space) return 0;
     struct task *tasks = (struct task *)space;
     int64_t *first_task = (int64_t *)(tasks + count);
@@ -255,8 +253,8 @@ int64_t arkv_attend(const struct pool *pools, int64_t pool_count, const int64_t 
         for (int64_t task = 0; task < count; task++) {
             const struct task *w = tasks + task;
             int64_t first = w->pool * items + w->row * group;
-            const struct queries q = {t.query + first * dim, t.digits + first * DIGITS * dim, t.each + first};
-            piece(pools + w->pool, w->first, w->count, q, c->softcap, FOUND(task), (int)group);
+            const struct queries q = {t.query + first * dim, t.digits + first * PLACES * dim, t.each + first};
+            piece(pools + w->pool, w->first, w->count, q, c->softcap, FOUND(task), (int)group, query_type);
         }
 #pragma omp for schedule(static)
         for (int64_t item = 0; item < items; item++) {

@@ -20,25 +20,11 @@ INLINE void fetch(struct ahead ahead, int64_t token, int64_t tokens) {
         __builtin_prefetch(ahead.from + at);
 }
 
-typedef uint64_t runs __attribute__((vector_size(64)));
-
 #define EACH(byte) (0x0101010101010101u * (uint64_t)(byte))
 
 /* Codes of 3 bits to a byte each, eight bytes at a time: loops over so few bytes would not be vectorized. */
 INLINE void unpack3(const uint8_t *restrict from, uint8_t *restrict to, int dim) {
     int n = dim / 8;
-#if LANES == 16
-    if (n == 8) {
-        /* All at once: what is stored by eight bytes cannot be loaded by LANES without a wait. */
-        runs word = (runs)_mm512_maskz_loadu_epi64(7, from);
-        runs codes = __builtin_shuffle(word, (runs){0, 0, 1, 1, 2, 2, 0, 1}) >> (runs){0, 3, 0, 3, 0, 3, 6, 6};
-        runs highs = __builtin_shuffle(word, (runs){3, 3, 3, 3, 3, 3, 2, 2}) >> (runs){0, 0, 0, 0, 0, 0, 4, 5};
-        codes &= (runs){EACH(7), EACH(7), EACH(7), EACH(7), EACH(7), EACH(7), EACH(3), EACH(3)};
-        codes |= highs & EACH(4);
-        memcpy(to, &codes, sizeof(codes));
-        return;
-    }
-#endif
     for (int j = 0; j < n; j += 8) {
         size_t size = n - j < 8 ? (size_t)(n - j) : 8;
         uint64_t word[3] = {0}, code[8];

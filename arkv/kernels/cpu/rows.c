@@ -112,9 +112,8 @@ static inline int32_t rank_of(struct order o, int64_t position) {
 /* Room for one row. */
 struct space {
     struct order order;
-    float *alone;    /* tokens in sequence order, width - 1 more */
-    float *smoothed; /* the same, averaged */
-    int32_t *rank;   /* pool by pool */
+    float *alone;  /* tokens in sequence order, width - 1 and a vector more; averaged in place */
+    int32_t *rank; /* pool by pool */
 };
 
 /* The scores of one row, averaged over neighbours among the tokens up to `last`. */
@@ -123,10 +122,10 @@ static void smooth(const struct pool *pools, int64_t pool_count, const int64_t *
     int64_t words = (last >> 6) + 1, tokens = 0, half = width / 2;
     memset(s.order.bits, 0, sizeof(uint64_t) * (size_t)words);
     for (int64_t pool = 0; pool < pool_count; pool++) {
-        const struct pool *p = pools + pool;
+        const struct pool p = pools[pool];
         int64_t start = start_of(mine, pool), end = start + count_of(mine, pool);
         for (int64_t slot = start; slot < end; slot++) {
-            int64_t position = position_of(p, slot);
+            int64_t position = position_of(&p, slot);
             if (position <= last) s.order.bits[position >> 6] |= UINT64_C(1) << (position & 63);
         }
     }
@@ -136,27 +135,33 @@ static void smooth(const struct pool *pools, int64_t pool_count, const int64_t *
     }
     /* Zeros beyond the ends. */
     memset(s.alone, 0, sizeof(float) * (size_t)half);
-    memset(s.alone + half + tokens, 0, sizeof(float) * (size_t)half);
+    memset(s.alone + half + tokens, 0, sizeof(float) * (size_t)(half + LANES));
     int32_t *rank = s.rank;
     for (int64_t pool = 0; pool < pool_count; pool++) {
-        const struct pool *p = pools + pool;
+        const struct pool p = pools[pool];
+        const float *new = importance[pool];
         int64_t start = start_of(mine, pool), end = start + count_of(mine, pool);
         for (int64_t slot = start; slot < end; slot++, rank++) {
-            int64_t position = position_of(p, slot);
+            int64_t position = position_of(&p, slot);
             *rank = position <= last ? rank_of(s.order, position) : -1;
-            if (*rank >= 0) s.alone[half + *rank] = importance[pool][slot];
+            if (*rank >= 0) s.alone[half + *rank] = new[slot];
         }
     }
-    memcpy(s.smoothed, s.alone, sizeof(float) * (size_t)tokens);
-    for (int64_t near = 1; near < width; near++)
-        for (int64_t i = 0; i < tokens; i++) s.smoothed[i] += s.alone[i + near];
-    for (int64_t i = 0; i < tokens; i++) s.smoothed[i] /= (float)width;
+    for (int64_t i = 0; i < tokens; i += LANES) {
+        vector sum = {0}, near;
+        for (int64_t k = 0; k < width; k++) {
+            memcpy(&near, s.alone + i + k, sizeof(near));
+            sum += near;
+        }
+        sum /= (float)width;
+        memcpy(s.alone + i, &sum, sizeof(sum));
+    }
     rank = s.rank;
     for (int64_t pool = 0; pool < pool_count; pool++) {
-        const struct pool *p = pools + pool;
+        float *score = pools[pool].score;
+        const float *new = importance[pool];
         int64_t start = start_of(mine, pool), end = start + count_of(mine, pool);
-        for (int64_t slot = start; slot < end; slot++, rank++)
-            p->score[slot] = *rank >= 0 ? s.smoothed[*rank] : importance[pool][slot];
+        for (int64_t slot = start; slot < end; slot++, rank++) score[slot] = *rank >= 0 ? s.alone[*rank] : new[slot];
     }
 }
 
@@ -172,7 +177,7 @@ int64_t arkv_smooth(const struct pool *pools, int64_t pool_count, const int64_t 
         seen = table[row * columns + SEEN] > seen ? table[row * columns + SEEN] : seen;
     }
     size_t words = (size_t)(seen / 64 + 1), tokens = (size_t)most;
-    size_t bytes = words * (sizeof(uint64_t) + sizeof(int32_t)) + (3 * tokens + (size_t)width) * sizeof(float);
+    size_t bytes = words * (sizeof(uint64_t) + sizeof(int32_t)) + (2 * tokens + (size_t)width + LANES) * sizeof(float);
 #pragma omp parallel num_threads((int)threads)
     {
         uint64_t *space = malloc(bytes);
@@ -187,8 +192,7 @@ int64_t arkv_smooth(const struct pool *pools, int64_t pool_count, const int64_t 
             struct space s;
             s.order = (struct order){space, (int32_t *)(space + words)};
             s.rank = s.order.before + words;
-            s.smoothed = (float *)(s.rank + tokens);
-            s.alone = s.smoothed + tokens;
+            s.alone = (float *)(s.rank + tokens);
             smooth(pools, pool_count, mine, importance, last, width, s);
         }
         free(space);

@@ -11,6 +11,7 @@ typedef float eight __attribute__((vector_size(32)));
 typedef vector eight;
 #endif
 #define DIGITS 3
+#define PLACES 4 /* bytes that a number takes in digits (integers.h) */
 
 /* What a query head asks of a pool, beside its numbers. */
 struct asked {
@@ -23,7 +24,7 @@ struct asked {
 /* The query heads of a row as a pool needs them. */
 struct queries {
     const float *numbers; /* G x key dim, scaled and in the coordinates of the codes */
-    const int8_t *digits; /* G x DIGITS x key dim */
+    const int8_t *digits; /* G x PLACES x key dim */
     const struct asked *each; /* G */
 };
 
@@ -65,10 +66,15 @@ INLINE float sum_of(vector x) {
     return (some[0] + some[1]) + (some[2] + some[3]);
 }
 
+/* Compilers make code for one lane after the other of the loop. */
 INLINE float largest_of(vector x) {
+#if LANES == 16
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
     return x[0];
+#endif
 }
 
 /* The product of two rows of numbers. */

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from arkv.formats import FORMATS
 from arkv.kernels.cpu import building
@@ -37,11 +38,12 @@ def compiled_for(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     building.library.cache_clear()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("dim", [64, 96])
 @pytest.mark.parametrize("quant_format", [None, *sorted(FORMATS), "nf4"])
-def test_steps(quant_format: str | None, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps(quant_format: str | None, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FORMATS, "nf4", NF4)
-    test_cpu.check(case(quant_format, dims=(dim, dim)), Step(softcap=5.0, sinks=True), steps=3)
+    test_cpu.check(case(quant_format, dims=(dim, dim), dtype=dtype), Step(softcap=5.0, sinks=True), steps=3)
 
 
 @pytest.mark.parametrize("dim", [64, 80, 6])
