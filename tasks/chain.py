@@ -35,10 +35,10 @@ _LINE = re.compile(r"Step (\d+): (\w) ([+-]= \d+) -> \2 = (-?\d+)")
 class ChainOptions(TaskOptions):
     """Options of ``chain``."""
 
-    steps: Annotated[int, Field(ge=2)] = Field(
+    chain_steps: Annotated[int, Field(ge=2)] = Field(
         40, description="Steps of each document, some fifteen generated tokens each."
     )
-    variables: Annotated[int, Field(ge=1, le=len(VARIABLES))] = Field(
+    chain_variables: Annotated[int, Field(ge=1, le=len(VARIABLES))] = Field(
         1, description="Variables that the steps change, up to four: more of them are harder, at any cache."
     )
     samples: Count = Field(8, description="Documents.")
@@ -67,30 +67,30 @@ class ChainTask(Task):
         options = ChainOptions.parse(self.name, settings.options)
         documents = []
         for index in draw(options.samples, settings.sampling_ratio, f"{settings.seed}"):
-            rng = random.Random(f"{settings.seed}-{options.steps}-{options.variables}-{index}")
-            steps = _steps(rng, options.steps, VARIABLES[: options.variables])
+            rng = random.Random(f"{settings.seed}-{options.chain_steps}-{options.chain_variables}-{index}")
+            steps = _steps(rng, options.chain_steps, VARIABLES[: options.chain_variables])
             parts = _parts(settings.tokenizer, steps)
             answer = "\n".join(step.answer for step in steps[1:])
             most = len(settings.tokenizer.encode(answer, add_special_tokens=False, verbose=False)) + _SLACK
             taken = len(parts.context_ids) + len(parts.question_ids)
             if taken + most > settings.max_length:
                 raise TaskError(
-                    f"chain: {options.steps} steps take {taken} tokens and their answer up to {most}, more than the "
-                    f"maximum of {settings.max_length} together: choose fewer --steps"
+                    f"chain: {options.chain_steps} steps take {taken} tokens and their answer up to {most}, more than "
+                    f"the maximum of {settings.max_length} together: choose fewer --chain-steps"
                 )
             is_after = settings.question == "after"
             request = Generate(
                 prompt_ids=parts.context_ids if is_after else parts.context_ids + parts.question_ids,
                 question_ids=parts.question_ids if is_after else (),
                 max_new_tokens=most,
-                stop=(f"Step {options.steps + 1}:", "\n\n"),
+                stop=(f"Step {options.chain_steps + 1}:", "\n\n"),
             )
             documents.append(
                 Document(
-                    id=f"{options.steps}-{options.variables}-{index}",
+                    id=f"{options.chain_steps}-{options.chain_variables}-{index}",
                     request=request,
                     reference=[[step.variable, step.change] for step in steps],
-                    info={"steps": options.steps, "prompt_tokens": taken},
+                    info={"steps": options.chain_steps, "prompt_tokens": taken},
                 )
             )
         return documents[: settings.limit]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.judge.budgets import by_budget
-from bench.judge.power import documents_needed
 from bench.methods.names import limits_of
 from bench.names import BUDGET_UNITS, FULL, LEAST_DOCUMENTS, RECORD, RESULTS, TRISTATE
 from bench.records.files.numbers import percent_text, score_text
@@ -181,6 +180,9 @@ def detectable(rows: Sequence[Row]) -> list[str]:
 
 def _enough(rows: Sequence[Row]) -> str:
     """How many documents there are, and how many could show one: as far as that is known before they are scored."""
+    # It needs SciPy, and most tables have documents enough.
+    from bench.judge.power import documents_needed
+
     n = min(row.n if row.sources is None else row.sources for row in rows)
     needed = documents_needed(len(rows)) if all(row.binary for row in rows) else LEAST_DOCUMENTS
     if needed is None or n >= needed:

@@ -156,8 +156,10 @@ class RunConfig(Settings):
     )
     lengths: tuple[Count, ...] = _of_task("needle, turns, fidelity, ruler", NeedleOptions, "lengths", "grid")
     samples: Count = _of_task("needle, turns, chain, fidelity, ruler", NeedleOptions, "samples", "answer")
-    steps: Annotated[int, Field(ge=2)] = _of_task("chain", ChainOptions, "steps", "answer", sparse=True)
-    variables: Annotated[int, Field(ge=1, le=4)] = _of_task("chain", ChainOptions, "variables", "answer", sparse=True)
+    chain_steps: Annotated[int, Field(ge=2)] = _of_task("chain", ChainOptions, "chain_steps", "answer", sparse=True)
+    chain_variables: Annotated[int, Field(ge=1, le=4)] = _of_task(
+        "chain", ChainOptions, "chain_variables", "answer", sparse=True
+    )
     haystack: Path | None = _of_task("needle, ruler", NeedleOptions, "haystack", "answer", by_content=True)
     text: Path | None = _of_task("fidelity", FidelityOptions, "text", "answer", by_content=True)
     text_field: str = _of_task("fidelity", FidelityOptions, "text_field", "answer", sparse=True)

@@ -14,7 +14,7 @@ from tests.tasks.test_needle import TEMPLATE, byte_tokenizer
 
 
 def settings(tokenizer: Any, **changes: Any) -> TaskSettings:
-    options = {"steps": 30, "samples": 3, **changes.pop("options", {})}
+    options = {"chain_steps": 30, "samples": 3, **changes.pop("options", {})}
     return TaskSettings(tokenizer=tokenizer, options=options, **{"max_length": 8_000, **changes})
 
 
@@ -40,7 +40,7 @@ def answer(steps: list[list[Any]]) -> list[str]:
 @pytest.mark.parametrize("variables", [1, 4])
 def test_the_steps_have_one_right_answer(chat: str | None, variables: int) -> None:
     tokenizer = byte_tokenizer(chat)
-    documents = ChainTask().load(settings(tokenizer, question="after", options={"variables": variables}))
+    documents = ChainTask().load(settings(tokenizer, question="after", options={"chain_variables": variables}))
     assert len({document.id for document in documents}) == 3
     texts = set()
     for document in documents:
@@ -70,7 +70,7 @@ def document_of(**options: Any) -> tuple[ChainTask, Document, list[str]]:
     """A task, one of its documents, and the lines that are to be generated."""
     task = get_task("chain")
     assert isinstance(task, ChainTask)
-    document = task.load(settings(byte_tokenizer(), options={"steps": 21, "variables": 2, **options}))[0]
+    document = task.load(settings(byte_tokenizer(), options={"chain_steps": 21, "chain_variables": 2, **options}))[0]
     return task, document, answer(document.reference)[1:]
 
 
@@ -94,7 +94,7 @@ def test_scores_by_step() -> None:
 
 
 def test_a_mistake_counts_once() -> None:
-    task, document, lines = document_of(variables=1)
+    task, document, lines = document_of(chain_variables=1)
     *head, value = lines[4].rpartition(" ")
     off = [*lines[:4], "".join(head) + str(int(value) + 1)]
     for line in lines[5:]:
@@ -105,9 +105,9 @@ def test_a_mistake_counts_once() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(TaskError, match="more than the maximum of 1000 together: choose fewer --steps"):
+    with pytest.raises(TaskError, match="more than the maximum of 1000 together: choose fewer --chain-steps"):
         ChainTask().load(settings(byte_tokenizer(), max_length=1_000))
-    with pytest.raises(TaskError, match="steps must be a whole number of at least 2"):
-        ChainTask().load(settings(byte_tokenizer(), options={"steps": 1}))
-    with pytest.raises(TaskError, match="variables must be a whole number of at least 1 and up to 4"):
-        ChainTask().load(settings(byte_tokenizer(), options={"variables": 5}))
+    with pytest.raises(TaskError, match="chain_steps must be a whole number of at least 2"):
+        ChainTask().load(settings(byte_tokenizer(), options={"chain_steps": 1}))
+    with pytest.raises(TaskError, match="chain_variables must be a whole number of at least 1 and up to 4"):
+        ChainTask().load(settings(byte_tokenizer(), options={"chain_variables": 5}))
