@@ -93,7 +93,7 @@ def figure() -> str:
         f"*{_word(n).capitalize()} passkeys in prompts of {_length(rows):,} tokens, asked for after compression, "
         "SmolLM2-135M-Instruct, with 95 % intervals; `results/demo` has the record.*"
     )
-    return f"![{alt}](results/demo/needle.png)\n\n{caption}"
+    return f"![{alt}](../results/demo/needle.png)\n\n{caption}"
 
 
 def _least(rows: Iterable[Row]) -> float:
@@ -423,9 +423,9 @@ def exam_figure() -> str:
     rows = _rows(EXAM, "string_match")
     n, ratio = rows[0].n, _least(rows)
     (task,) = [row.task for row in rows if row.method == FULL and "niah" in row.task]
-    found = [row for row in _at(rows, ratio) if row.task == task]
+    found = [row for row in _within(rows, ratio) if row.task == task]
     said = ", ".join(f"{row.method} {row.score:.0f}" for row in sorted(found, key=lambda row: -row.score))
-    alt = f"Score of {ASKED[own_name(task)]} against true KV bytes; at {_percent(ratio, 1)} of the bytes: {said}"
+    alt = f"Score of {ASKED[own_name(task)]} against true KV bytes; in {ratio:.3g} of the bytes: {said}"
     caption = _paragraph(
         f"""*{ASKED[own_name(task)].capitalize()} in a text of up to {_asked_length(EXAM):,} tokens, asked for after
         compression: RULER's `{own_name(task).partition(":")[2]}`, {n} documents, {_model(EXAM)}, with 95 % intervals;
@@ -455,24 +455,48 @@ def exam() -> str:
     tasks = list(dict.fromkeys(row.task for row in rows))
     cells = {(row.method, row.task, row.cache_ratio): row for row in rows}
     methods = list(dict.fromkeys(row.method for row in rows if row.method != FULL))
-    heads = ["method", *(f"{ASKED[own_name(task)]}, {_percent(ratio, 1)}" for task in tasks for ratio in ratios)]
-    heads += [f"bytes held at {_percent(ratios[-1], 1)}", "TTFT s"]
-    heads = [head.replace(".0 %", " %") for head in heads]
+    heads = ["method", *(f"{ASKED[own_name(task)]}, {100 * ratio:g} %" for task in tasks for ratio in ratios)]
+    heads += [f"bytes held at {100 * ratios[-1]:g} %", "TTFT s"]
     lines = []
     for method in methods:
         mine = [cells.get((method, task, ratio)) for task in tasks for ratio in ratios]
         there = [row for row in mine if row is not None]
-        held = fmean(row.kv_share_of_prompt or 0.0 for row in there if row.cache_ratio == ratios[-1])
+        least = [row for row in there if row.cache_ratio == ratios[-1]]
+        held = _percent(fmean(row.kv_share_of_prompt or 0.0 for row in least))
+        if ragged := [row.ragged_share for row in least if row.ragged_share is not None]:
+            held += f" ({_percent(fmean(ragged))})"
         times = [row.ttft_ms / 1000 for row in there if row.ttft_ms is not None]
-        lines.append([method, *map(_interval, mine), _percent(held), f"{fmean(times):.1f}" if times else ""])
+        lines.append([method, *map(_interval, mine), held, f"{fmean(times):.1f}" if times else ""])
     whole = "; ".join(f"{ASKED[own_name(task)]} {_interval(cells[FULL, task, None])}" for task in tasks)
     said = _paragraph(
         f"""RULER at {_asked_length(EXAM):,} tokens, the question read through what was left of the context,
         {_model(EXAM)}, {rows[0].n} documents of each task, score in percent with 95 % interval, by shares of the
-        context's bytes. The full cache: {whole}. A press that masks tokens of single heads still stores them: the last
-        column has the bytes that were truly held."""
+        context's bytes. The full cache: {whole}. A press that masks tokens of single heads still stores them: a column
+        has the bytes that were truly held, and in brackets what they would be if every head were stored by itself."""
     )
-    return "\n".join([said, "", *markdown_table(heads, lines, right=range(1, len(heads)))])
+    return "\n".join(
+        [said, "", *markdown_table(heads, lines, right=range(1, len(heads))), "", _paragraph(_best_of_exam(rows))]
+    )
+
+
+def _best_of_exam(rows: Sequence[Row]) -> str:
+    """At the smallest budget, the best method and the next one of those that hold no more bytes than that."""
+    ratio = _least(rows)
+    said = []
+    for task in dict.fromkeys(row.task for row in rows):
+        mine = [row for row in rows if row.task == task]
+        best, second = sorted(_within(mine, ratio), key=lambda row: -row.score)[:2]
+        full = next(row.score for row in mine if row.method == FULL)
+        said.append(
+            f"`{best.method}` scores {best.score:.0f} where the full cache has {full:.0f}, and the next best method "
+            f"{second.score:.0f} ({ASKED[own_name(task)]})"
+        )
+    return f"Of methods that hold no more than {100 * ratio:g} % of the bytes, {'; '.join(said)}."
+
+
+def _within(rows: Sequence[Row], ratio: float) -> list[Row]:
+    """Those of a budget that hold no more than it says."""
+    return [row for row in _at(rows, ratio) if (row.kv_share_of_prompt or 1.0) <= 1.05 * ratio]
 
 
 def _interval(row: Row | None) -> str:
@@ -492,7 +516,7 @@ def rereading() -> str:
     cells = {(row.method, row.cache_ratio): row for row in rows}
     methods = list(dict.fromkeys(row.method for row in rows if row.method != FULL))
     lines = [[method, *(_interval(cells.get((method, ratio))) for ratio in ratios)] for method in methods]
-    heads = ["", *(_percent(ratio, 2).replace(".00 %", " %").replace("0 %", " %") for ratio in ratios)]
+    heads = ["", *(f"{100 * ratio:g} %" for ratio in ratios)]
     full = cells[FULL, None]
     parts = [row for row in _rows(REREADING, "string_match") if row.part_of and row.method == FULL]
     tasks = " and ".join(f"`{own_name(row.task)}`" for row in parts)
@@ -505,8 +529,8 @@ def rereading() -> str:
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
-    "README.md": {"figure": figure, "demo": demo},
-    "docs/results.md": {"fidelity": fidelity, "tuning": tuning, "more": more},
+    "README.md": {"exam figure": exam_figure, "exam": exam},
+    "docs/results.md": {"figure": figure, "demo": demo, "fidelity": fidelity, "tuning": tuning, "more": more},
     "docs/reading.md": {"coverage": coverage, "snapkv": snapkv},
     "docs/negative.md": {"rereading": rereading, "simulated": simulated},
 }
