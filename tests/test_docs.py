@@ -210,8 +210,8 @@ def test_numbers_are_those_of_the_results(name: str) -> None:
 
 def test_a_number_that_was_edited_is_written_anew() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "0.84 to 1.00" in readme
-    assert with_numbers(readme.replace("0.84 to 1.00", "0.67 to 1.00"), "README.md") == readme
+    assert "100 [81, 100]" in readme
+    assert with_numbers(readme.replace("100 [81, 100]", "100 [67, 100]"), "README.md") == readme
 
 
 def test_the_workflow_runs_what_ci_runs() -> None:
