@@ -214,7 +214,14 @@ def test_a_number_that_was_edited_is_written_anew() -> None:
     assert with_numbers(readme.replace("100 [81, 100]", "100 [67, 100]"), "README.md") == readme
 
 
-def test_the_workflow_runs_what_ci_runs() -> None:
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
-    steps = [step.get("run") for job in workflow["jobs"].values() for step in job["steps"]]
-    assert ".ci/run" in steps
+def test_the_workflows_run_what_ci_runs() -> None:
+    jobs = {
+        file.stem: yaml.safe_load(file.read_text())["jobs"] for file in (ROOT / ".github" / "workflows").glob("*.yml")
+    }
+
+    def steps(name: str) -> list[str]:
+        return [step["run"] for job in jobs[name].values() for step in job["steps"] if "run" in step]
+
+    assert steps("nightly") == [".ci/run"]
+    assert "make check" in steps("test")
+    assert jobs["test"]["fast"]["strategy"]["matrix"]["python"] == ["3.10", "3.11", "3.12", "3.13"]
