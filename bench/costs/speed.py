@@ -127,8 +127,9 @@ class SpeedBench:
         return weight_bytes(self.model)
 
     def _fused(self, tokens: int) -> Cell:
-        """Room for ``tokens`` tokens and all that follow, each at model precision."""
-        return tristate_cell("origin", CacheConfig.for_method("origin", cache_size=tokens + self.new_tokens + 1))
+        """Room for ``tokens`` tokens and all that follow, each at model precision. Ranked by age, it keeps no account of
+        attention, which nothing here would be evicted by."""
+        return tristate_cell("window", CacheConfig.for_method("window", cache_size=tokens + self.new_tokens + 1))
 
     def rows(self, context_length: int) -> list[Timed]:
         """What is timed behind so many tokens."""
