@@ -157,7 +157,7 @@ def evaluate(
     methods: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
     budgets: float | Sequence[float] | None = None,
     *,
-    budget_unit: str = "tokens",
+    budget_unit: str | None = None,
     outdir: str | Path | None = None,
     fresh: bool = False,
     preset: str | None = None,

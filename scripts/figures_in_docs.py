@@ -454,25 +454,32 @@ def exam() -> str:
     ratios = sorted({row.cache_ratio for row in rows if row.cache_ratio is not None}, reverse=True)
     tasks = list(dict.fromkeys(row.task for row in rows))
     cells = {(row.method, row.task, row.cache_ratio): row for row in rows}
-    methods = list(dict.fromkeys(row.method for row in rows if row.method != FULL))
-    heads = ["method", *(f"{ASKED[own_name(task)]}, {100 * ratio:g} %" for task in tasks for ratio in ratios)]
+    methods = list(dict.fromkeys(row.method for row in rows))
+    heads = [
+        "method",
+        *(f"{own_name(task).partition(':')[2]}, {100 * ratio:g} %" for task in tasks for ratio in ratios),
+    ]
     heads += [f"bytes held at {100 * ratios[-1]:g} %", "TTFT s"]
     lines = []
     for method in methods:
-        mine = [cells.get((method, task, ratio)) for task in tasks for ratio in ratios]
+        # The full cache has no budget: its score stands at each.
+        mine = [cells.get((method, task, None if method == FULL else ratio)) for task in tasks for ratio in ratios]
         there = [row for row in mine if row is not None]
-        least = [row for row in there if row.cache_ratio == ratios[-1]]
+        least = [row for row in there if row.cache_ratio in (None, ratios[-1])]
         held = _percent(fmean(row.kv_share_of_prompt or 0.0 for row in least))
         if ragged := [row.ragged_share for row in least if row.ragged_share is not None]:
             held += f" ({_percent(fmean(ragged))})"
         times = [row.ttft_ms / 1000 for row in there if row.ttft_ms is not None]
         lines.append([method, *map(_interval, mine), held, f"{fmean(times):.1f}" if times else ""])
-    whole = "; ".join(f"{ASKED[own_name(task)]} {_interval(cells[FULL, task, None])}" for task in tasks)
+    threads = json.loads((RESULTS / EXAM / RECORD).read_text(encoding="utf-8"))["starts"][0]["hardware"][
+        "torch_threads"
+    ]
     said = _paragraph(
         f"""RULER at {_asked_length(EXAM):,} tokens, the question read through what was left of the context,
         {_model(EXAM)}, {rows[0].n} documents of each task, score in percent with 95 % interval, by shares of the
-        context's bytes. The full cache: {whole}. A press that masks tokens of single heads still stores them: a column
-        has the bytes that were truly held, and in brackets what they would be if every head were stored by itself."""
+        context's bytes. A press that masks tokens of single heads still stores them: a column has the bytes that were
+        truly held in the end, of those of the context, and in brackets what they would be if every head were stored by
+        itself. Time to the first token with {_word(threads)} thread{"s" if threads > 1 else ""}, mean over budgets."""
     )
     return "\n".join(
         [said, "", *markdown_table(heads, lines, right=range(1, len(heads))), "", _paragraph(_best_of_exam(rows))]
@@ -488,9 +495,11 @@ def _best_of_exam(rows: Sequence[Row]) -> str:
         best, second = sorted(_within(mine, ratio), key=lambda row: -row.score)[:2]
         full = next(row.score for row in mine if row.method == FULL)
         said.append(
-            f"`{best.method}` scores {best.score:.0f} where the full cache has {full:.0f}, and the next best method "
-            f"{second.score:.0f} ({ASKED[own_name(task)]})"
+            f"`{best.method}` scores {best.score:g} where the full cache has {full:g}, and the next best method "
+            f"{second.score:g} ({ASKED[own_name(task)]})"
         )
+        masked = [row for row in _at(mine, ratio) if row.ragged_share is not None and row.score >= best.score]
+        said += [f"`{row.method}` has {row.score:g} at the {_percent(row.ragged_share)} in brackets" for row in masked]
     return f"Of methods that hold no more than {100 * ratio:g} % of the bytes, {'; '.join(said)}."
 
 
@@ -503,7 +512,8 @@ def _interval(row: Row | None) -> str:
     if row is None:
         return ""
     known = row.score_low is not None and row.score_high is not None
-    return f"{row.score:.0f} [{row.score_low:.0f}, {row.score_high:.0f}]" if known else f"{row.score:.0f}"
+    score = f"{round(row.score, 1):g}"
+    return f"{score} [{row.score_low:.0f}, {row.score_high:.0f}]" if known else score
 
 
 REREADING = "quality/rereading"
@@ -511,19 +521,18 @@ REREADING = "quality/rereading"
 
 def rereading() -> str:
     """What mix-replay is made of, apart and together."""
-    rows = [row for row in _rows(REREADING, "string_match") if row.part_of is None]
+    rows = [row for row in _rows(REREADING, "string_match") if row.part_of]
     ratios = sorted({row.cache_ratio for row in rows if row.cache_ratio is not None}, reverse=True)
-    cells = {(row.method, row.cache_ratio): row for row in rows}
-    methods = list(dict.fromkeys(row.method for row in rows if row.method != FULL))
-    lines = [[method, *(_interval(cells.get((method, ratio))) for ratio in ratios)] for method in methods]
-    heads = ["", *(f"{100 * ratio:g} %" for ratio in ratios)]
-    full = cells[FULL, None]
-    parts = [row for row in _rows(REREADING, "string_match") if row.part_of and row.method == FULL]
-    tasks = " and ".join(f"`{own_name(row.task)}`" for row in parts)
+    cells = {(row.method, row.task, row.cache_ratio): row for row in rows}
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    lines = []
+    for method in dict.fromkeys(row.method for row in rows):
+        places = [(task, None if method == FULL else ratio) for task in tasks for ratio in ratios]
+        lines.append([method, *(_interval(cells.get((method, *place))) for place in places)])
+    heads = ["", *(f"{own_name(task).partition(':')[2]}, {100 * ratio:g} %" for task in tasks for ratio in ratios)]
     said = _paragraph(
-        f"""{_model(REREADING)}, {full.n} documents of {tasks} of up to {_asked_length(REREADING):,} tokens, asked
-        after compression, mean score in percent with 95 % interval; the full cache {_interval(full)}
-        (`results/{REREADING}`):"""
+        f"""{_model(REREADING)}, RULER of up to {_asked_length(REREADING):,} tokens asked after compression,
+        {rows[0].n} documents of each task, score in percent with 95 % interval (`results/{REREADING}`):"""
     )
     return "\n".join([said, "", *markdown_table(heads, lines, right=range(1, len(heads)))])
 

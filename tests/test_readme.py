@@ -55,7 +55,9 @@ def test_the_examples_of_the_library_are_those_of_its_page(loaded: Any) -> None:
     exec("from arkv import CacheConfig\n" + in_bytes, names)
     assert (names["config"].budget_unit, names["config"].cache_ratio) == ("bytes", 0.25)
     inputs = loaded.tokenizer("The old farmer bought a basket of apples. " * 60, return_tensors="pt")
-    names = run_example("from arkv import CacheConfig\n" + twice, loaded.model, inputs)
+    asked = "from arkv import CacheConfig\nquestions = [inputs['input_ids'][:, :5]]\n"
+    names = run_example(asked + twice, loaded.model, inputs)
+    assert names["output"].shape[1] > names["whole"].shape[1]
     assert names["cache"].nbytes() < 0.13 * names["prefill"].nbytes()
 
 

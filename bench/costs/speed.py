@@ -127,8 +127,8 @@ class SpeedBench:
         return weight_bytes(self.model)
 
     def _fused(self, tokens: int) -> Cell:
-        """Room for ``tokens`` tokens and all that follow, each at model precision. Ranked by age, it keeps no account of
-        attention, which nothing here would be evicted by."""
+        """Room for ``tokens`` tokens and all that follow, each at model precision. Ranked by age, it keeps no account
+        of attention, by which nothing would be evicted here."""
         return tristate_cell("window", CacheConfig.for_method("window", cache_size=tokens + self.new_tokens + 1))
 
     def rows(self, context_length: int) -> list[Timed]:

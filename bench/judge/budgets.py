@@ -12,12 +12,16 @@ def by_budget(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows of one task and metric in groups that had the same budget, in the order of first appearance.
 
     ``full`` is a group of its own, and so is a method of one size, which has no budget. Methods without a window join
-    the others unless the run compares windows.
+    the others, and so do those with one of their own, unless the run compares windows of one method.
     """
-    windows = {row.window_size for row in rows if row.window_size is not None}
+    windows: dict[str, set[int]] = {}
+    for row in rows:
+        if row.window_size is not None:
+            windows.setdefault(row.method, set()).add(row.window_size)
+    compared = any(len(mine) > 1 for mine in windows.values())
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        window = row.window_size if len(windows) > 1 else None
+        window = row.window_size if compared else None
         has_budget = (row.cache_size, row.cache_ratio) != (None, None)
         key = (row.budget_unit, row.cache_size, row.cache_ratio, window) if has_budget else (row.cell,)
         groups.setdefault(key, []).append(row)

@@ -92,7 +92,8 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     notes = []
     units = {row.budget_unit for row in rows if row.budget_unit is not None}
     windows = sorted({row.window_size for row in rows if row.window_size is not None})
-    window = f"; the newest {', '.join(map(str, windows))} tokens stay at model precision" if windows else ""
+    newest = " or ".join(map(str, windows))
+    window = f"; the newest {newest} tokens stay at model precision, as each method has it" if windows else ""
     if units:
         notes.append("budget: " + "; ".join(BUDGET_UNITS[unit] for unit in sorted(units)) + window)
     notes += [said for place, said in _QUESTIONS.items() if any(row.question == place for row in rows)]

@@ -10,7 +10,8 @@ COLOURED = (
     *("mix", "origin", "window", "quant", "mix-replay"),
     *(f"{KVPRESS}:snapkv", f"{KVPRESS}:kvzip", f"{HF}:quanto-int4"),
 )
-"""Methods that have a colour of their own; the others share the later half of them."""
+"""Methods that have a colour of their own; the others share the last ones of them."""
+_SHARED = 3
 
 
 def colour_of(method: str) -> int:
@@ -19,8 +20,7 @@ def colour_of(method: str) -> int:
         return 0
     if method in COLOURED:
         return COLOURED.index(method) + 1
-    half = len(COLOURED) // 2
-    return half + 1 + zlib.crc32(method.encode()) % half
+    return len(COLOURED) - _SHARED + 1 + zlib.crc32(method.encode()) % _SHARED
 
 
 def place_of(method: str) -> tuple[int, str]:

@@ -75,7 +75,7 @@ class RunConfig(Settings):
         "Methods, those of others too: see list methods. In a preset also variants of them (docs/tutorial.md).",
         GRID,
         "grid",
-        unset="all five of arkv",
+        unset="full,window,origin,quant,mix",
         aliases=("quant_type",),
         read=read_methods,
     )
@@ -103,7 +103,12 @@ class RunConfig(Settings):
         unset="bytes; tokens with --cache-size",
     )
     window_size: tuple[Count, ...] = setting(
-        (), "Newest tokens that always stay at model precision.", GRID, "grid", unset="32", may_be_empty=True
+        (),
+        "Newest tokens that rank the others, and stay at model precision; of mix-replay in bytes 4 of them do.",
+        GRID,
+        "grid",
+        unset="32",
+        may_be_empty=True,
     )
     quant_format: tuple[str, ...] | None = setting(
         None,
@@ -125,10 +130,10 @@ class RunConfig(Settings):
         "mix: share of the past budget that stays at model precision.",
         SETTINGS,
         "grid",
-        unset="by OQ ratio",
+        unset="by OQ ratio, in bytes 0.05",
     )
     importance: str | None = setting(
-        None, "Importance of a prompt's tokens: mean_var (published) or mean_max.", SETTINGS, "grid"
+        None, "Importance of a prompt's tokens: mean_var (published), mean_max, or replay.", SETTINGS, "grid"
     )
     query_span: int | None = setting(
         None,

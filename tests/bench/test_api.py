@@ -195,3 +195,28 @@ def test_errors_are_one_line(tiny_folder: Path, tmp_path: Path, change: dict[str
         evaluate(**{**asked, "outdir": tmp_path / "run", "quiet": True, **change})
     assert said in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "unit"),
+    [
+        ({"budgets": [0.25]}, "bytes"),
+        ({"budgets": 64}, "tokens"),
+        ({}, "bytes"),
+        ({"preset": "demo"}, "bytes"),
+        ({"preset": "published"}, "tokens"),
+        ({"budgets": [0.25], "budget_unit": "tokens"}, "tokens"),
+    ],
+)
+def test_a_budget_counts_what_the_command_would(
+    given: dict[str, Any], unit: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def execute(config: Any, *arguments: Any, **named: Any) -> None:
+        raise Asked(config.budget_unit)
+
+    monkeypatch.setattr("bench.runs.run.execute", execute)
+    with pytest.raises(Asked, match=unit):
+        bench.evaluate("smollm2-135m", "needle", "mix", outdir=tmp_path, **given)

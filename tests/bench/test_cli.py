@@ -112,7 +112,7 @@ def test_defaults_stand_in_the_help(say: Any) -> None:
     for said in (
         "Default: smollm2-135m",
         "Default: needle",
-        "Default: all five",
+        "Default: full,window,origin,quant,mix",
         "Default: 0.25,0.125, unless",
         "Default: 32",
     ):
