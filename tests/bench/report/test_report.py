@@ -155,9 +155,12 @@ def test_full_on_top_budgets_grouped_and_most_bytes_first() -> None:
     assert said in comparison.notes
 
 
-def test_peers_without_a_window_join_their_budget() -> None:
+def test_peers_without_a_window_and_methods_with_their_own_join_their_budget() -> None:
     peer = row("kvpress:snapkv", 0.5, window_size=None)
     assert [len(group) for group in compare([row("mix", 1.0), peer])[0].groups] == [2]
+    # So does a method that has a window of its own.
+    own = row("mix-replay", 0.5, window_size=4)
+    assert [len(group) for group in compare([row("mix", 1.0), peer, own])[0].groups] == [3]
     # Unless the run compares windows: then nothing says to which of them it belongs.
     other = row("mix", 1.0, window_size=8)
     assert [len(group) for group in compare([row("mix", 1.0), other, peer])[0].groups] == [1, 1, 1]
