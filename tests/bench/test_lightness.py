@@ -54,7 +54,7 @@ def test_tables_and_lists_need_no_numbers_library(arguments: list[str]) -> None:
 def test_the_gate_needs_statistics_and_the_page_figures(tmp_path: Path) -> None:
     assert loaded("check", "results/ci", "--against", "results/ci") & NEITHER == set()
     page = tmp_path / "page.html"
-    assert loaded("report", "results/demo", "results/speed/c512", "--html", page) & NEITHER == set()
+    assert loaded("report", "results/demo", "results/speed/batch1", "--html", page) & NEITHER == set()
     assert page.is_file()
 
 
