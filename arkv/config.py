@@ -344,7 +344,8 @@ METHODS: dict[str, dict[str, Any]] = {
     # The same by a second reading of the prompt (KVzip, arXiv 2505.23416): see :func:`arkv.replay`.
     "mix-replay": {"importance": "replay"},
 }
-"""The compressing methods as published, in token units, each as settings of the one tri-state cache."""
+"""The compressing methods in token units, each as settings of the one tri-state cache: as published, but for
+``mix-replay``, which is of this library."""
 
 BYTE_DEFAULTS: dict[str, Any] = {
     "n_sink": 4,

@@ -4,7 +4,7 @@ Letters: ``B`` batch, ``Hq`` query heads, ``H`` KV heads, ``N`` prompt tokens, `
 
 The tokens of the prompt go through the model once more, a chunk at a time, each chunk right behind the whole prompt.
 The importance of a token is the largest attention that any query of this second reading gives it. It knows no question,
-so that one compressed cache serves any number of them. It costs about one more prefill.
+so that one compressed cache serves any number of them. It costs another prefill, and the scores of it.
 """
 
 from __future__ import annotations

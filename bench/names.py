@@ -14,7 +14,7 @@ DESCRIPTIONS = {
     "origin": "heavy hitters and the window, all at model precision: eviction only",
     "quant": "heavy hitters quantized, the window at model precision",
     "mix": "ARKV: Original and Quantized by each layer's OQ ratio, the rest evicted",
-    "mix-replay": "mix by a second reading of the prompt (KVzip), for questions behind it; about one more prefill",
+    "mix-replay": "mix by a second reading of the prompt (KVzip), for questions behind it; costs another prefill",
 }
 """The suite's own methods in a line each."""
 TRISTATE = tuple(name for name in DESCRIPTIONS if name != FULL)

@@ -174,10 +174,12 @@ def inspect_prompt(
         before = after
     pieces = token_pieces(tokenizer, [*ids, *following])
     config = cell.cache_config
+    # Of the statistics, which may see more of the newest tokens than stay at model precision.
+    window = cell.window_size if config is None else config.window_size
     return Inspection(
         **names,
         uses_oq=config is not None and config.uses_oq,
-        window_size=min(cell.window_size or 0, len(ids)),
+        window_size=min(window or 0, len(ids)),
         pieces=pieces,
         prompt_tokens=len(ids),
         layers=layers,
