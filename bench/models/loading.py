@@ -108,9 +108,13 @@ def load(
 
     ``dtype``: one of ``DTYPES``; ``auto`` is bfloat16, or float16 where the device lacks it. ``device``: ``auto``,
     ``cpu``, ``cuda``, ``cuda:N`` or ``mps``. ``model_kwargs`` go to ``from_pretrained``; with a ``device_map`` among
-    them ``device`` only chooses the dtype. Code that a model brings along runs only with ``trust_remote_code``.
-    Raises :class:`UserError` on everything that the user can put right.
+    them ``device`` only chooses the dtype. Code that a model brings along runs only with ``trust_remote_code``. On a
+    CPU without products of the dtype the linear layers multiply in float32 (:mod:`bench.models.products`). Raises
+    :class:`UserError` on everything that the user can put right.
     """
+    from bench.models import products
+    from bench.telemetry import free_memory_bytes
+
     extra = dict(model_kwargs or {})
     if own := sorted(_OWN_KWARGS & extra.keys()):
         raise UserError(f"model_kwargs cannot set {', '.join(own)}", exit_code=2)
@@ -136,6 +140,8 @@ def load(
         if "device_map" not in extra:
             model.to(target)
     model.eval().requires_grad_(False)
+    if target.type == "cpu" and "device_map" not in extra:
+        products.multiply_in_float32(model, free_memory_bytes(target))
     facts = {field.name: getattr(described, field.name) for field in dataclasses.fields(described)}
     return LoadedModel(
         **{**facts, "config": model.config},

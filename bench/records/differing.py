@@ -37,9 +37,9 @@ def _commit(record: Record) -> str | None:
     return record.commit[:12] + (" with changes" if record.dirty else "")
 
 
-ROUNDING_HARDWARE = ("cpu", "cpu_kernel", "gpus")
-"""What of the hardware decides how sums are rounded. Cores and threads are not among it: with one and two threads the
-default model's logits were the same to the bit."""
+ROUNDING_HARDWARE = ("cpu", "instructions", "cpu_kernel", "gpus")
+"""What of the hardware decides how sums are rounded; a record that does not name the instructions is of others.
+Cores and threads are not among it: with one and two threads the default model's logits were the same to the bit."""
 ROUNDING_PACKAGES = ("torch", "transformers", "lm-eval", "kvpress", "optimum-quanto", "hqq")
 """What computes answers and scores beside the project itself, whose changes are what is looked for."""
 

@@ -257,6 +257,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     from arkv.kernels.cpu import building
+    from bench.models.products import cpu_instructions
 
     packages = {}
     for name in (
@@ -277,6 +278,7 @@ def environment() -> dict[str, Any]:
             continue
     device: dict[str, Any] = {
         "cpu": _cpu_name(),
+        "instructions": cpu_instructions(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
     if torch.cuda.is_available():
