@@ -296,24 +296,6 @@ class Grant:
         return whole
 
 
-class Allocator(Protocol):
-    """Scores and a budget to slots. One object serves one cache, from its first forward on."""
-
-    def layer(self, oq: Sequence[float], lengths: Sequence[int], heads: int, geometry: Geometry) -> Grant:
-        """The grant of the next layer, as soon as it has been computed.
-
-        Args:
-            oq: its OQ score, for every sample.
-            lengths: prompt tokens N of every sample.
-            heads: KV heads H.
-            geometry: sizes of one of them.
-        """
-
-    def settle(self, oq: Sequence[Sequence[float]], grants: Sequence[Grant]) -> bool:
-        """Once all layers have been computed: change grants where they depend on other layers' scores ([L][B]); returns
-        whether any has been changed."""
-
-
 class LayerScores(NamedTuple):
     """What an allocator sees of a layer that has been computed."""
 
@@ -327,6 +309,17 @@ class LayerScores(NamedTuple):
     geometry: Geometry
     stream: Sequence[float] = ()
     """Norm of the hidden states that the layer reads, for every sample; none where it is not known."""
+
+
+class Allocator(Protocol):
+    """Scores and a budget to slots. One object serves one cache, from its first forward on."""
+
+    def layer(self, scores: LayerScores) -> Grant:
+        """The grant of the next layer, as soon as it has been computed."""
+
+    def settle(self, oq: Sequence[Sequence[float]], grants: Sequence[Grant]) -> bool:
+        """Once all layers have been computed: change grants where they depend on other layers' scores ([L][B]); returns
+        whether any has been changed."""
 
 
 class JointAllocator(ABC):
@@ -348,21 +341,21 @@ class TokenAllocator:
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
 
-    def layer(self, oq: Sequence[float], lengths: Sequence[int], heads: int, geometry: Geometry) -> Grant:
+    def layer(self, scores: LayerScores) -> Grant:
         """See :class:`Allocator`."""
-        limits = [token_limit(self.config, length) for length in lengths]
+        limits = [token_limit(self.config, length) for length in scores.lengths]
         if self.config.original_share is None:
             slots = [Slots(limit - self.config.recent, 0) for limit in limits]
         else:
             slots = [token_slots(self.config, limit, 1.0) for limit in limits]
-        return Grant(self.config, _per_head(limits, heads), *_per_head_slots(slots, heads))
+        return Grant(self.config, _per_head(limits, scores.heads), *_per_head_slots(slots, scores.heads))
 
     def settle(self, oq: Sequence[Sequence[float]], grants: Sequence[Grant]) -> bool:
         """See :class:`Allocator`."""
         if self.config.original_share is not None:
             return False
-        for sample, scores in enumerate(zip(*oq, strict=True)):
-            for grant, ratio in zip(grants, oq_ratios(scores), strict=True):
+        for sample, of_layers in enumerate(zip(*oq, strict=True)):
+            for grant, ratio in zip(grants, oq_ratios(of_layers), strict=True):
                 slots, heads = token_slots(self.config, grant.limit[sample][0], ratio), len(grant.limit[sample])
                 grant.original[sample], grant.quantized[sample] = [slots.original] * heads, [slots.quantized] * heads
         return True
@@ -375,9 +368,9 @@ class ByteAllocator:
         self.config, self.layers = config, layers
         self.budgets: list[ByteBudget] = []
 
-    def layer(self, oq: Sequence[float], lengths: Sequence[int], heads: int, geometry: Geometry) -> Grant:
+    def layer(self, scores: LayerScores) -> Grant:
         """See :class:`Allocator`."""
-        config = self.config
+        config, (_, oq, lengths, heads, geometry, _) = self.config, scores
         if not self.budgets:
             self.budgets = [ByteBudget(config, geometry, self.layers, length) for length in lengths]
         granted = [budget.next_layer(score) for budget, score in zip(self.budgets, oq, strict=True)]
@@ -415,7 +408,7 @@ class GivenCounts:
         if not config.quantizes and any(count for _, counts in self.left for row in counts for count in row):
             raise ConfigError("Quantized slots, but original_share=1.0 quantizes nothing: use original_share=0.0")
 
-    def layer(self, oq: Sequence[float], lengths: Sequence[int], heads: int, geometry: Geometry) -> Grant:
+    def layer(self, scores: LayerScores) -> Grant:
         """See :class:`Allocator`."""
         if not self.left:
             raise ConfigError(

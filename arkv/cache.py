@@ -226,7 +226,7 @@ class TriStateCache(WatchedCache):
         self._blocks.append((layer, block, known))
         if not isinstance(self.allocator, JointAllocator):
             assert self.allocator is not None
-            grants = [self.allocator.layer(layer.oq, lengths, layer.heads, geometry)]
+            grants = [self.allocator.layer(known)]
         elif last:
             grants = self.allocator.grants([scores for _, _, scores in self._blocks])
         else:

@@ -320,6 +320,9 @@ class CacheConfig:
                 raise ConfigError(f"unknown setting {name!r}: {_nearest(name, fields)}")
         in_bytes = settings.get("budget_unit") == "bytes"
         defaults = {**BYTE_DEFAULTS, **BYTE_METHODS[method]} if in_bytes else METHODS[method]
+        if "n_recent" in defaults and isinstance(settings.get("window_size"), int):
+            # Who asks for a small window wants few tokens Original.
+            defaults = {**defaults, "n_recent": min(defaults["n_recent"], settings["window_size"])}
         return cls(**{**defaults, **settings})
 
 
@@ -358,9 +361,10 @@ BYTE_DEFAULTS: dict[str, Any] = {
 
 BYTE_METHODS: dict[str, dict[str, Any]] = {
     "window": {"ranking": "recency", "original_share": 1.0},
-    "origin": {"original_share": 1.0},
-    "quant": {"original_share": 0.0},
-    "mix": {"original_share": 0.05, "layer_budgets": "oq"},
+    "origin": {"original_share": 1.0, "head_budgets": "layer"},
+    "quant": {"original_share": 0.0, "head_budgets": "layer"},
+    # At an eighth of a prompt's bytes a whole window of Original tokens would be an eighth of what there is.
+    "mix": {"original_share": 0.05, "layer_budgets": "oq", "head_budgets": "layer", "n_recent": 16},
     # What a question behind the prompt needs lies in few layers and heads: tokens of all of them compete.
     "mix-replay": {"original_share": 0.05, "importance": "replay", "head_budgets": "all", "n_recent": 4},
 }

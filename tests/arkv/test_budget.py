@@ -18,6 +18,7 @@ from arkv.budget import (
     Geometry,
     GivenCounts,
     Grant,
+    LayerScores,
     Slots,
     TokenAllocator,
     byte_slots,
@@ -34,6 +35,11 @@ BF16 = Geometry(64, 64, torch.bfloat16, slot_bytes=8, row_bytes=ROW)
 WIDE_KEYS = Geometry(96, 64, torch.bfloat16, slot_bytes=6, row_bytes=ROW)
 """As of latent attention: keys wider than values."""
 LONG = 10**6
+
+
+def known(oq: list[float], lengths: list[int], geometry: Geometry) -> LayerScores:
+    """A layer of two KV heads, of whose tokens none is looked at."""
+    return LayerScores(torch.zeros(len(lengths), 2, max(lengths)), oq, lengths, 2, geometry)
 
 
 def test_a_row_of_the_row_table_is_paid_for() -> None:
@@ -99,7 +105,7 @@ def test_c_tokens_or_a_share_of_the_prompt() -> None:
 
 
 def in_bytes(method: str = "mix", **settings: Any) -> CacheConfig:
-    fixed = {"cache_size": 256, "budget_unit": "bytes", "quant_format": "int4"}
+    fixed = {"cache_size": 256, "budget_unit": "bytes", "quant_format": "int4", "n_recent": None}
     return CacheConfig.for_method(method, **{**fixed, **settings})
 
 
@@ -207,7 +213,7 @@ def per_head(*numbers: int) -> Any:
 
 def test_a_layer_holds_c_tokens_all_original_until_it_has_seen_more() -> None:
     config = CacheConfig(cache_size=132, window_size=32, original_share=0.25)
-    grant = TokenAllocator(config).layer([0.0, 0.0], [10, 500], 2, BF16)
+    grant = TokenAllocator(config).layer(known([0.0, 0.0], [10, 500], BF16))
     assert grant.limit == [[132, 132]] * 2
     assert grant.follow([10, 500])
     original, quantized = grant.now()
@@ -224,7 +230,7 @@ def test_oq_ratios_settle_what_stays_original_once_all_layers_are_known() -> Non
     config = CacheConfig(cache_size=132, window_size=32)
     allocator = TokenAllocator(config)
     scores = [[2.0, 3.0], [8.0, 3.0], [4.0, 0.0]]
-    grants = [allocator.layer(layer, [500, 600], 2, BF16) for layer in scores]
+    grants = [allocator.layer(known(layer, [500, 600], BF16)) for layer in scores]
     assert all(grant.original == [[100] * 2] * 2 and grant.quantized == [[0] * 2] * 2 for grant in grants)
     assert allocator.settle(scores, grants)
     assert [[row[0] for row in grant.original] for grant in grants] == [[25, 100], [100, 100], [50, 0]]
@@ -233,7 +239,7 @@ def test_oq_ratios_settle_what_stays_original_once_all_layers_are_known() -> Non
             assert [sum(pair) for pair in zip(original, quantized, strict=True)] == [100, 100]
     # A share of its own asks nobody.
     fixed = TokenAllocator(CacheConfig(cache_size=132, window_size=32, original_share=0.5))
-    grant = fixed.layer([1.0], [500], 2, BF16)
+    grant = fixed.layer(known([1.0], [500], BF16))
     assert not fixed.settle([[1.0]], [grant])
     assert grant.original == [[50, 50]]
 
@@ -245,7 +251,7 @@ def test_in_bytes_the_split_follows_the_tokens_seen(method: str, number_format: 
     """A grant for a prompt of 40 tokens: at every number of tokens seen it costs no more than the budget, it holds all
     tokens or as many as a grant for that number would, and it never holds fewer than before."""
     config = in_bytes(method, quant_format=number_format)
-    grant = ByteAllocator(config, 1).layer([1.0], [40], 2, geometry)
+    grant = ByteAllocator(config, 1).layer(known([1.0], [40], geometry))
     budget = 256 * geometry.full_bytes
     assert list(grant.nbytes) == [[budget] * 2]
     until, before, changes = 0, 0, 0
@@ -274,7 +280,7 @@ def test_in_bytes_the_split_follows_the_tokens_seen(method: str, number_format: 
 
 def test_samples_of_a_grant_go_their_own_way() -> None:
     config = in_bytes("mix")
-    grant = ByteAllocator(config, 1).layer([1.0, 1.0], [40, 2000], 2, BF16)
+    grant = ByteAllocator(config, 1).layer(known([1.0, 1.0], [40, 2000], BF16))
     grant.follow([40, 2000])
     picked, whole = grant.select([1, 0, 1]), copy.deepcopy([*grant.now(), grant.limit])
     assert [row[0] for row in picked.outgrown] == [True, False, True]
@@ -296,13 +302,13 @@ def test_given_counts_are_what_a_layer_gets() -> None:
     quantized = [torch.tensor([[0, 70]]), torch.tensor([[9, 0]])]
     allocator = GivenCounts(config, original, quantized)
     for index in range(2):
-        grant = allocator.layer([0.0], [500], 2, BF16)
+        grant = allocator.layer(known([0.0], [500], BF16))
         assert grant.now() == (original[index].tolist(), quantized[index].tolist())
         assert grant.limit == (8 + original[index] + quantized[index]).tolist()
         assert grant.holds() == [NEVER]
         assert not grant.follow([10**6])
     with pytest.raises(ConfigError, match="given to a cache already"):
-        allocator.layer([0.0], [500], 2, BF16)
+        allocator.layer(known([0.0], [500], BF16))
 
 
 def test_given_counts_without_room_for_the_sinks_are_refused() -> None:
