@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness.index import find_all, group_fields, task_index
+from bench.harness.index import Found, find_all, group_fields, task_index
 from bench.harness.quiet import quiet
 from bench.harness.replay import to_evaluation, to_results
 from bench.harness.task import HarnessTask
@@ -33,6 +33,17 @@ RULER = {
 """lm-eval's names of RULER's tasks, which it makes with a tokenizer that it loads itself, remote code allowed."""
 
 
+def _refuse_ruler(name: str, found: Found) -> None:
+    """Raises :class:`TaskError` for a task of RULER as lm-eval defines it; a file of the user's own may define another
+    one of that name."""
+    if name in RULER and found == find_all(()).get(name):
+        raise TaskError(
+            f"{name}: lm-eval's RULER loads a tokenizer of its own, with remote code: ruler:{RULER[name]} is the same "
+            "task by the official definition",
+            usage=True,
+        )
+
+
 class HarnessTasks:
     """lm-eval's tasks and groups by name: a fallback for :func:`tasks.registry.get_task`.
 
@@ -51,12 +62,7 @@ class HarnessTasks:
         found = find_all(self._include_path).get(name)
         if found is None:
             return None
-        if name in RULER and not self._include_path:
-            raise TaskError(
-                f"{name}: lm-eval's RULER loads a tokenizer of its own, with remote code: ruler:{RULER[name]} is the "
-                "same task by the official definition",
-                usage=True,
-            )
+        _refuse_ruler(name, found)
         kind = HarnessGroup if found.is_group else HarnessTask
         return kind(name, include_path=self._include_path, num_fewshot=self._num_fewshot)
 
@@ -116,6 +122,7 @@ class HarnessGroup(TaskGroup):
         overrides = {**overrides, **own}
         known = find_all(self._include_path)
         if (found := known.get(name)) is not None:
+            _refuse_ruler(name, found)
             kind = HarnessGroup if found.is_group else HarnessTask
             return [kind(name, **self._given, overrides=overrides)]
         # A tag is known where its tasks are defined: beside the group.

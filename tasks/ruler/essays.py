@@ -46,8 +46,6 @@ class Essay:
         self._more: Iterator[str] | None = None
         self._words: list[str] = []
         self.sha256 = ""
-        self.longest = 0
-        """The most words that were asked for."""
         self._cut: dict[int, list[str]] = {}
         if path is None:
             self._more = made_sentences(random.Random(f"{seed} essay"))
@@ -67,7 +65,6 @@ class Essay:
 
     def sentences(self, count: int) -> list[str]:
         """The sentences of the first ``count`` words."""
-        self.longest = max(self.longest, count)
         if count not in self._cut:
             while self._more is not None and len(self._words) < count:
                 self._words += next(self._more).split()

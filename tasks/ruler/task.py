@@ -93,7 +93,7 @@ class RulerTask(Task):
             raise TaskError(
                 f"{self.name}: no question fits {max(options.lengths)} tokens with its documents: choose longer lengths"
             )
-        self.notes = source.notes(samples, len(made) - len(documents))
+        self.notes = source.notes(samples, documents, len(made) - len(documents))
         return documents
 
     def score(self, document: Document, answer: Answer) -> dict[str, float]:
@@ -164,14 +164,14 @@ class Source:
         assert self._questions is not None
         return QuestionAnswering(definition, seed, self._questions)
 
-    def notes(self, samples: int, left_out: int) -> tuple[str, ...]:
+    def notes(self, samples: int, documents: Sequence[Document], left_out: int) -> tuple[str, ...]:
         """What a person should know of the documents that were made."""
         found = []
-        essay = self._essay
+        essay, most = self._essay, max(document.info["size"] for document in documents)
         if essay is not None and self._haystack is None:
             found.append(f"{STAND_IN}, made sentences where essays are official: --haystack FILE gives a text")
-        elif essay is not None and essay.longest > essay.words:
-            found.append(f"the haystack of {essay.words} words is repeated, as officially: {essay.longest} are needed")
+        elif essay is not None and most > essay.words:
+            found.append(f"the haystack of {essay.words} words is repeated, as officially: {most} are needed")
         found += [f"prompts are shorter than {length} tokens: they hold every word there is" for length in self.shorter]
         if self._questions is not None and samples == self.documents:
             found.append(f"there are {samples} questions")
@@ -231,7 +231,9 @@ class _Series:
                     f"ruler:{source.definition.name}: {self._length} tokens are too short: the shortest prompt takes "
                     f"{tokens}, and the answer {answer}"
                 )
-            size = max(size - maker.step, maker.least)
+            # Officially what is no larger than a step is drawn until it fits, which given texts may never do.
+            shorter = maker.step if size > maker.step else max(size // 10, 1)
+            size = max(size - shorter, maker.least)
         return self._document(text, index, size, tokens)
 
     def _document(self, text: Text, index: int, size: int, tokens: int) -> Document:

@@ -305,7 +305,7 @@ def test_data_hash_follows_the_rows(tokenizer: Any, data: Path) -> None:
 # --- Finding tasks ---
 
 
-def test_rulers_tasks_are_those_of_the_suite() -> None:
+def test_rulers_tasks_are_those_of_the_suite(tmp_path: Path) -> None:
     with pytest.raises(
         TaskError, match=r"ruler_qa_hotpot: lm-eval's RULER loads a tokenizer .*: ruler:qa_2 is"
     ) as caught:
@@ -313,6 +313,14 @@ def test_rulers_tasks_are_those_of_the_suite() -> None:
     assert caught.value.usage
     assert RULER.keys() <= set(HarnessTasks().names())
     assert set(RULER.values()) == set(DEFINITIONS)
+    # Neither another folder of tasks nor a group leads to it; a task of the user's own may have its name.
+    define(tmp_path / "tasks", "group: needles\ntask: [niah_single_1]\n")
+    own = HarnessTasks(include_path=[tmp_path / "tasks"])
+    for ask in (lambda: own.get("niah_single_1"), lambda: own.get("needles").tasks()):  # type: ignore[union-attr]
+        with pytest.raises(TaskError, match="niah_single_1: lm-eval's RULER loads a tokenizer"):
+            ask()
+    define(tmp_path / "own", TOY.replace("task: toy", "task: niah_single_1"))
+    assert isinstance(HarnessTasks(include_path=[tmp_path / "own"]).get("niah_single_1"), HarnessTask)
 
 
 def test_tasks_are_found_as_a_fallback_of_the_registry() -> None:
