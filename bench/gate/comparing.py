@@ -161,13 +161,12 @@ def _refuse_others(run: Run, baseline: Run, shared: set[tuple[str, str, str]]) -
     """Raises :class:`UserError` (exit code 2) where the two have answered other questions."""
     pairs = sorted({(model, task) for model, task, _ in shared})
     if not pairs:
-        asked = [
-            "; ".join(sorted({f"{task} on {model}" for model, task, *_ in side.samples})) for side in (run, baseline)
-        ]
-        first = next(iter(run.samples.values())).document
-        what = (
-            f"{asked[0]}, and {asked[1]}" if asked[0] != asked[1] else f"other documents of {asked[0]}, first {first}"
-        )
+        asked = [sorted({(task, model) for model, task, *_ in side.samples}) for side in (run, baseline)]
+        both = [pair for pair in asked[0] if pair in asked[1]]
+        what = ", and ".join(map(_named, asked))
+        if both:
+            first = next(item.document for item in run.samples.values() if (item.task, item.model) in both)
+            what = f"other documents of {_named(both)}, first {first}"
         raise UserError(f"{run.name} and {baseline.name} have nothing in common: {what}", exit_code=2)
     for model, task in pairs:
         documents = {document for *of, document in shared if of == [model, task]}
@@ -175,6 +174,10 @@ def _refuse_others(run: Run, baseline: Run, shared: set[tuple[str, str, str]]) -
             raise UserError(
                 f"{run.name} and {baseline.name} must not be compared on {task}, {model}: {reason}", exit_code=2
             )
+
+
+def _named(asked: Sequence[tuple[str, str]]) -> str:
+    return "; ".join(f"{task} on {model}" for task, model in asked)
 
 
 def _said(term: Term) -> str:
@@ -252,7 +255,7 @@ def _of_row(
     if values:
         level = fmean(old for _, old in values)
         tolerance = max(share * abs(level), LEAST_TOLERANCE)
-        findings.append(score_finding(what, named, values, tolerance, higher_is_better=row.higher_is_better))
+        findings.append(score_finding(what, named, values, tolerance, row))
     # An answer that was right and has no score any more is lost, too.
     answers = {
         document: (new or 0.0, old) for document, (new, old) in zip(documents, scores, strict=True) if old is not None

@@ -8,9 +8,10 @@ from statistics import fmean, median
 from typing import Any
 
 from bench.gate.findings import BETTER, OK, SKIPPED, WORSE, Finding
-from bench.judge.stats import Interval, difference_interval, pseudomedian
+from bench.judge.stats import UNBOUNDED, Interval, difference_interval, pseudomedian
 from bench.names import LEAST_DOCUMENTS
 from bench.records.files.numbers import bytes_text, percent_text, score_text
+from bench.records.row import Row
 from bench.records.sample import Measured
 
 Document = tuple[str, str]
@@ -18,7 +19,13 @@ Document = tuple[str, str]
 
 
 def judge(
-    run: Sequence[float], baseline: Sequence[float], tolerance: float, *, higher_is_better: bool
+    run: Sequence[float],
+    baseline: Sequence[float],
+    tolerance: float,
+    *,
+    higher_is_better: bool,
+    binary: bool | None = None,
+    bounds: tuple[float, float] = UNBOUNDED,
 ) -> tuple[str, float, Interval | None]:
     """The outcome, the mean change and its interval, None for too few documents.
 
@@ -26,13 +33,14 @@ def judge(
         run: one value per document.
         baseline: of the same documents.
         tolerance: how much worse passes, in the values' unit.
+        binary: as for :func:`bench.judge.stats.difference_interval`, as are the bounds.
     """
     changes = [new - old for new, old in zip(run, baseline, strict=True)]
     mean = fmean(changes)
     interval = None
     if len(changes) >= LEAST_DOCUMENTS:
         # No interval where every document changed by the same: then there is nothing to be unsure of.
-        interval = difference_interval(run, baseline) or Interval(mean, mean)
+        interval = difference_interval(run, baseline, binary=binary, bounds=bounds) or Interval(mean, mean)
     ends = interval or Interval(min(changes), max(changes))
     return _outcome(ends, tolerance, higher_is_better=higher_is_better), mean, interval
 
@@ -60,11 +68,17 @@ def score_finding(
     named: Mapping[str, Any],
     values: Sequence[tuple[float, float]],
     tolerance: float,
-    *,
-    higher_is_better: bool,
+    row: Row,
 ) -> Finding:
+    """The change of a score, by the statistics that the baseline's row says the score has."""
     run, baseline = [new for new, _ in values], [old for _, old in values]
-    outcome, change, interval = judge(run, baseline, tolerance, higher_is_better=higher_is_better)
+    low = -math.inf if row.metric_low is None else row.metric_low
+    high = math.inf if row.metric_high is None else row.metric_high
+    # Scores that happened to be right or wrong there need not be now.
+    binary = False if row.binary is False else None
+    outcome, change, interval = judge(
+        run, baseline, tolerance, higher_is_better=row.higher_is_better, binary=binary, bounds=(low, high)
+    )
     return Finding(
         outcome=outcome,
         what=what,

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from bench.judge.joint import Joint, joint, quantile, unrelated
 from bench.judge.proportions import judge_proportions
 from bench.judge.stats import (
+    DECIMALS,
     UNBOUNDED,
     Array,
     Interval,
@@ -155,7 +156,7 @@ def at_level(
     student = student_end(level / 2, n - 1)
     upper = np.where(leaning, np.maximum(quantile(drawn, 1.0 - level / 2), student), student)
     lower = np.where(leaning, np.minimum(quantile(drawn, level / 2), -student), -student)
-    observed = resampled.estimate / resampled.error
+    observed = np.round(resampled.estimate / resampled.error, DECIMALS)
     beyond = np.stack([np.searchsorted(row, value) for row, value in zip(drawn, observed, strict=True)])
     own = 2 * np.minimum(beyond + 1, draws - beyond + 1) / (draws + 1)
     of_student = 2 * student_tail(np.abs(observed), n - 1)

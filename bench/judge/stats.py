@@ -36,6 +36,9 @@ NUMBERS_AT_ONCE = 4_000_000
 """Of resamples and documents, 32 MB: all resamples of 800 documents."""
 EXACT_RANKS = 50
 """Up to so many values the distribution of their ranks is counted; above it is normal."""
+DECIMALS = 9
+"""Of statistics that are compared with each other: what is equal is so whatever the last digits are, in which
+processors differ. Few documents have many equal resamples, and whether these tie decides a level."""
 STANDARD_ERROR_FLOOR = 0.1
 """Share of the sample's standard error below which no resample's is taken to lie. Where few documents differ, some
 resamples hold none of them, and without a floor the interval would be infinite."""
@@ -181,20 +184,26 @@ def _log_interval(sums: Array, sizes: Array, seed: int) -> Interval | None:
 
 
 def difference_interval(
-    scores: Sequence[float], baseline: Sequence[float], *, bounds: tuple[float, float] = UNBOUNDED, seed: int = 0
+    scores: Sequence[float],
+    baseline: Sequence[float],
+    *,
+    binary: bool | None = None,
+    bounds: tuple[float, float] = UNBOUNDED,
+    seed: int = 0,
 ) -> Interval | None:
     """95 % interval of the mean paired difference, ``scores`` minus ``baseline``, or None where they do not say.
 
     Args:
         scores: of a method.
         baseline: of another one, on the same documents.
+        binary: whether every score is one of the two ends of its range by its nature; None is what these are.
         bounds: between which every score of either lies.
         seed: of the resamples.
     """
     if len(scores) < LEAST_DOCUMENTS:
         return None
     differences = paired(scores, baseline)
-    if is_binary(scores, baseline, bounds=bounds):
+    if is_binary(scores, baseline, bounds=bounds) if binary is None else binary:
         low, high = paired_proportions((differences > 0).sum(), (differences < 0).sum(), len(differences))
         scale = ends(bounds)[1] - ends(bounds)[0]
         return Interval(scale * float(low), scale * float(high))
@@ -314,7 +323,7 @@ def log_ratios(values: Array, below: Array, seed: int = 0) -> Resampled:
 def _resampled(estimate: Array, error: Array, shift: Array, variance: Array) -> Resampled:
     errors = np.maximum(np.sqrt(variance), STANDARD_ERROR_FLOOR * error[..., None])
     studentized = np.divide(shift, errors, out=np.zeros_like(shift), where=errors > 0)
-    return Resampled(estimate, error, studentized, errors)
+    return Resampled(estimate, error, studentized.round(DECIMALS), errors)
 
 
 def score_statistic(gained: Array, lost: Array, n: Any, difference: Array) -> tuple[Array, Array]:

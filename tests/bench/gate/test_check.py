@@ -470,6 +470,20 @@ def test_a_baseline_of_something_else_is_refused(
     assert caught.value.exit_code == 2
 
 
+def test_other_documents_of_a_part_of_its_tasks_are_named(measured: Path, baseline: Path, tmp_path: Path) -> None:
+    run = copied(measured, tmp_path / "other")
+    lines = [line for line in read_lines(run / SAMPLES) if line["task"] == "needle"]
+    (run / SAMPLES).write_text("".join(json.dumps({**line, "document": "x"}) + "\n" for line in lines))
+    with pytest.raises(UserError, match="other documents of needle on tiny, first x") as caught:
+        gate(run, baseline)
+    assert caught.value.exit_code == 2
+
+
+def test_divergences_of_0_are_not_taken_for_wrong_answers(baseline: Path) -> None:
+    found = {item.what: item for item in gate(baseline, baseline).findings if item.cell == "full"}
+    assert found["fidelity kl"].change == "+0.000 [+0.000, +0.000], tolerance 0.0010"
+
+
 # --- The baseline ---
 
 

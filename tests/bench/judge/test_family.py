@@ -32,6 +32,17 @@ def test_coverage(kind: str, rows: int, n: int) -> None:
     assert 0.93 - 0.015 <= coverage(kind, 1000, rows, n)[0] <= high + 0.015
 
 
+def test_the_last_digits_of_scores_decide_nothing() -> None:
+    """Processors differ in them. Few documents of few scores have many equal resamples, whose ties are counted."""
+    for seed in range(6):
+        generator = np.random.default_rng(seed)
+        full = generator.choice([80.0, 100.0], size=20)
+        methods = [np.maximum(full - generator.choice([0.0, 0.0, 20.0, 40.0, 60.0], size=20), 0.0) for _ in range(5)]
+        tables = [compare_all([list(own / scale) for own in methods], list(full / scale)) for scale in (1.0, 3.0)]
+        found = [[(item.p_value, item.p_adjusted) for item in table] for table in tables]
+        assert found[0] == found[1]
+
+
 def power_of(differences: Array) -> float:
     """Share of samples [repetitions, n] that are found to differ."""
     found = [compare(sample.tolist(), [0.0] * len(sample)) for sample in differences]
