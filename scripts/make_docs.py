@@ -1,5 +1,6 @@
 """Writes what the code says of itself: docs/commands, a page per command; docs/layout.md, a line per file; the table of
-generation settings in docs/tasks.md; the numbers of README.md and of pages under docs/, out of results/."""
+generation settings in docs/tasks.md; the tables of the runs under results/, out of their samples; the numbers of
+README.md and of pages under docs/, out of results/."""
 
 from __future__ import annotations
 
@@ -97,8 +98,10 @@ def main() -> None:
     """Replace the pages, and remove those of commands that are gone."""
     LAYOUT.write_text(layout(), encoding="utf-8")
     TASKS.write_text(with_settings(TASKS.read_text(encoding="utf-8")), encoding="utf-8")
+    from scripts import recorded
     from scripts.figures_in_docs import PAGES, with_numbers
 
+    recorded.write()
     for name in PAGES:
         page = ROOT / name
         page.write_text(with_numbers(page.read_text(encoding="utf-8"), name), encoding="utf-8")

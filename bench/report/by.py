@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import fmean
 from typing import Any
 
 from bench.errors import UserError
-from bench.names import FULL, RESULTS
+from bench.names import RESULTS, SAMPLES
 from bench.records.finished import Run, members
-from bench.records.measured import columns_of
 from bench.records.row import Row
 from bench.records.sample import Measured
 from bench.records.shown import headline
-from bench.records.starts import terms, timed
-from tasks.base import Metric
+from bench.records.starts import terms
 from tasks.errors import nearest
 
 Values = Mapping[tuple[str, str, str], Any]
@@ -33,7 +29,8 @@ def split_by(run: Run, fact: str) -> Run:
         fact: what ``info`` of the samples calls it, such as ``length`` or ``depth``.
 
     Raises:
-        UserError: no document says it, and the nearest fact is named; or ``results.csv`` is of an older suite.
+        UserError: no document says it, and the nearest fact is named; or ``results.csv`` is of an older suite, or has
+            no score that is a mean over the documents.
     """
     values: dict[tuple[str, str, str], Any] = {}
     known: set[str] = set()
@@ -46,7 +43,7 @@ def split_by(run: Run, fact: str) -> Run:
         hint = nearest(fact, known) if known else "nor anything else"
         raise UserError(f"{run.name}: no document says its {fact}: {hint}", exit_code=2)
     # The statistics of parts need what the rows of older files do not say.
-    if run.rows and all(row.sources is None for row in run.rows):
+    if run.rows and all(row.binary is None for row in run.rows):
         message = f"{run.name}: {RESULTS} is of an older suite and does not say between which ends its scores lie"
         raise UserError(f"{message}: the run's own command writes the file anew", exit_code=2)
     rows: list[Row] = []
@@ -54,58 +51,31 @@ def split_by(run: Run, fact: str) -> Run:
     for model, task in dict.fromkeys((row.model, row.task) for row in shown):
         mine = [row for row in shown if (row.model, row.task) == (model, task)]
         rows += _split(run, mine, members(task, run.rows), values, fact)
+    if not rows:
+        raise UserError(f"{run.name}: no score in {RESULTS} is the mean over the documents in {SAMPLES}", exit_code=2)
     return replace(run, rows=rows)
 
 
 def _split(run: Run, rows: Sequence[Row], tasks: set[str], values: Values, fact: str) -> list[Row]:
     """Rows of one model and task or group, value by value."""
     # SciPy, which tables of one run do without.
-    from bench.judge.comparison import add_statistics
+    from bench.report.anew import is_mean, metric_of, rows_of
 
+    mine = [item for item in run.samples.values() if item.model == rows[0].model and item.task in tasks]
+    means = [row for row in rows if is_mean(row, mine)]
     by_value: dict[Any, list[Measured]] = {}
-    for sample in run.samples.values():
+    for sample in mine:
         key = (sample.model, sample.task, sample.document)
-        if sample.model == rows[0].model and sample.task in tasks and key in values:
+        if key in values:
             by_value.setdefault(values[key], []).append(sample)
-    metrics = {row.metric: _metric(row) for row in rows}
+    metrics = list({row.metric: metric_of(row) for row in means}.values())
+    of_starts = [terms(dict(start)) for start in run.of_run.starts]
     found: list[Row] = []
     for value in sorted(by_value, key=lambda value: (isinstance(value, str), value)):
-        samples = by_value[value]
-        starts = timed((item.start or 0 for item in samples), [terms(dict(start)) for start in run.of_run.starts])
-        mine = [part for row in rows if (part := _part(row, samples, starts, f"{row.task}, {fact} {_text(value)}"))]
-        add_statistics(mine, samples, metrics.values())
-        found += mine
+        named = {"task": f"{rows[0].task}, {fact} {_text(value)}", "part_of": None}
+        found += [row.model_copy(update=named) for row in rows_of(means, by_value[value], metrics, of_starts)]
     return found
 
 
 def _text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _metric(row: Row) -> Metric:
-    return Metric(
-        name=row.metric,
-        higher_is_better=row.higher_is_better,
-        low=-math.inf if row.metric_low is None else row.metric_low,
-        high=math.inf if row.metric_high is None else row.metric_high,
-        binary=row.binary,
-        of_full=row.of_full,
-    )
-
-
-def _part(row: Row, samples: Sequence[Measured], starts: Any, task: str) -> Row | None:
-    """What a row is over these samples; None where single documents have no such score."""
-    taken = [sample for sample in samples if sample.cell == row.cell and row.metric in sample.scores]
-    scores = [score for sample in taken if (score := sample.scores[row.metric]) is not None]
-    if not scores or len(scores) < len(taken):
-        return None
-    documents = {(sample.task, sample.document) for sample in taken}
-    whole = [
-        score
-        for sample in samples
-        if sample.cell == FULL and (sample.task, sample.document) in documents
-        if (score := sample.scores.get(row.metric)) is not None
-    ]
-    score, full = fmean(scores), fmean(whole) if len(whole) == len(taken) else None
-    changed = {"task": task, "part_of": None, "n": len(taken), "score": score, "score_full": full}
-    return row.model_copy(update={**changed, "retention": score / full if full else None, **columns_of(taken, starts)})

@@ -65,5 +65,4 @@ def to_csv(tables: Mapping[str, Sequence[Row]], pairs: Sequence[Pair] = ()) -> s
         for row in mine
     ]
     columns = [*([RUN] if several else []), *COLUMNS, *(AGAINST if against else ())]
-    # What was read has the digits of its file.
-    return csv_text(columns, lines, None)
+    return csv_text(columns, lines)

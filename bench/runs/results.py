@@ -323,14 +323,14 @@ def _cell_rows(
     full_evaluation: Evaluation | None,
 ) -> list[Row]:
     """A row per metric of one cell; ``taken`` are its samples, with what guessing scores on each, and ``starts`` those
-    whose times count.
+    whose times count. A metric that only some documents have, such as that of one length, has a row of these.
 
     Raises:
         TaskError: a score over the documents is no number.
     """
     known = [chance for chance in chances if chance is not None]
     guessed = fmean(known) if known and len(known) == len(chances) else None
-    columns = columns_of(taken, starts)
+    whole = columns_of(taken, starts)
     table = []
     for metric in metrics:
         if metric.name not in evaluation.values:
@@ -339,25 +339,27 @@ def _cell_rows(
         if not math.isfinite(score):
             raise TaskError(f"{name}: {metric.name} of {cell.label} over {len(taken)} documents is {score}, no number")
         full = full_evaluation.values.get(metric.name) if full_evaluation is not None else None
+        # Of a score over all documents together, such as a perplexity, none has a part.
+        mine = [sample for sample in taken if metric.name in sample.scores] or taken
         table.append(
             Row(
                 model=model,
                 task=name,
                 metric=metric.name,
-                question=_places(taken),
+                question=_places(mine),
                 method=cell.method,
                 quant_format=cell.quant_format,
                 budget_unit=cell.budget_unit,
                 cache_size=cell.cache_size,
                 cache_ratio=cell.cache_ratio,
                 window_size=cell.window_size,
-                n=len({(sample.task, sample.own_id) for sample in taken}),
-                repeats=max((sample.repeat for sample in taken if sample.repeat is not None), default=None),
+                n=len({(sample.task, sample.own_id) for sample in mine}),
+                repeats=max((sample.repeat for sample in mine if sample.repeat is not None), default=None),
                 score=score,
                 chance=guessed if metric.name.startswith(CHOSEN) else None,
                 score_full=full,
                 retention=score / full if full else None,
-                **columns,
+                **(whole if len(mine) == len(taken) else columns_of(mine, starts)),
                 higher_is_better=metric.higher_is_better,
                 cell=cell.key,
                 part_of=part_of,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.names import SAMPLES
+from bench.names import RESULTS, SAMPLES
+from scripts.recorded import tables
 from tests.bench.conftest import read_lines, save_tiny_model
 from tests.bench.runs.test_run import go
 
@@ -30,8 +31,11 @@ def test_rows_are_of_tasks_lengths_and_their_average(tmp_path: Path) -> None:
     for name in names:
         mean = sum(rows[task + AFTER, name, "mix"].score for task in tasks[1:]) / 2
         assert rows["ruler" + AFTER, name, "mix"].score == pytest.approx(mean)
-    assert rows["ruler" + AFTER, "string_match", "mix"].n == 4
+    assert [rows["ruler" + AFTER, name, "mix"].n for name in names] == [4, 2, 2]
+    shortest, longest = (rows["ruler:vt" + AFTER, name, "full"] for name in names[1:])
+    assert (shortest.prompt_tokens or 0) < 1500 < (longest.prompt_tokens or 0)
     assert rows["ruler" + AFTER, "string_match", "mix"].question == "after"
+    assert tables(tmp_path / "run") == {RESULTS: (tmp_path / "run" / RESULTS).read_text()}
     for line in read_lines(tmp_path / "run" / SAMPLES):
         assert {"task", "length", "size"} <= line["info"].keys()
 
