@@ -297,13 +297,23 @@ def test_a_machine_that_is_slower_as_a_whole_passes(measured: Path, baseline: Pa
 def test_other_hardware_has_a_wider_tolerance_and_is_named(measured: Path, baseline: Path, tmp_path: Path) -> None:
     slow = copied(measured, tmp_path / "slow", noisy(1, slower=1.15))
     assert gate(slow, baseline).failed
-    hardware = {"cpu": "another", "cores": 4, "torch_threads": 4}
+    hardware = {**read(slow).of_run.hardware, "cpu": "another", "cores": 4, "torch_threads": 4}
     report = gate(edited(slow, hardware=hardware), baseline)
     assert not report.failed
     assert f"tolerance {100 * OTHER_MACHINE:.1f} %" in "".join(item.change for item in report.findings)
     assert any(note.startswith("cpu: ") and note.endswith("now another") for note in report.notes)
     assert gate(slow, baseline, speed=0.05).failed
     assert not gate(slow, baseline, judge_speed=False).failed
+
+
+def test_speed_on_other_instructions_is_not_judged(measured: Path, baseline: Path, tmp_path: Path) -> None:
+    of = {**INTEL, "instructions": "AVX512"}
+    before = edited(copied(baseline, tmp_path / "before"), hardware=of)
+    now = copied(measured, tmp_path / "now", noisy(1, slower=3.0))
+    assert gate(edited(now, hardware=of), before).failed
+    report = gate(edited(now, hardware={**of, "instructions": "AVX2"}), before)
+    assert not report.failed
+    assert "speed is not judged: instructions: AVX512 in the baseline, now AVX2" in report.notes
 
 
 def test_speed_of_few_documents_is_left_open(measured: Path, baseline: Path, tmp_path: Path) -> None:

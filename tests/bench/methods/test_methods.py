@@ -108,11 +108,11 @@ class Sized(Own):
         ),
         (
             grid(["mix"], [{"cache_ratio": 0.25}], [], None, {"budget_unit": "bytes"})[0],
-            *("mix-R0.25b-W32-k4v3-1f69c9e1", "mix 25 % of each prompt's bytes k4v3"),
+            *("mix-R0.25b-W32-k4v3-b7066469", "mix 25 % of each prompt's bytes k4v3"),
         ),
         (
             grid(["quant"], [{"cache_size": 1024}], [16], ["fp8"], {"budget_unit": "bytes"})[0],
-            *("quant-C1024b-W16-fp8-53749b78", "quant C=1024 tokens' worth of bytes per layer fp8"),
+            *("quant-C1024b-W16-fp8-c1c55715", "quant C=1024 tokens' worth of bytes per layer fp8"),
         ),
         (
             grid(["mix"], [{"cache_size": 64}], [8], ["int4"], {"tau1": 3.0})[0],
