@@ -65,4 +65,4 @@ def to_csv(tables: Mapping[str, Sequence[Row]], pairs: Sequence[Pair] = ()) -> s
         for row in mine
     ]
     columns = [*([RUN] if several else []), *COLUMNS, *(AGAINST if against else ())]
-    return csv_text(columns, lines)
+    return csv_text(columns, lines, exact=True)

@@ -22,13 +22,18 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def csv_text(
-    columns: Sequence[str], rows: Iterable[BaseModel | Mapping[str, Any] | Sequence[Any]], digits: int | None = DIGITS
+    columns: Sequence[str],
+    rows: Iterable[BaseModel | Mapping[str, Any] | Sequence[Any]],
+    digits: int | None = DIGITS,
+    *,
+    exact: bool = False,
 ) -> str:
     """A table with its header. Unknown, None or an absent key, is empty.
 
     Args:
         rows: models or mappings, of which the columns are taken, or the cells themselves.
         digits: significant ones of every float; None writes what reads back as the same number.
+        exact: all digits where so many are another number: what was read is written as it stood in its file.
     """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -40,13 +45,14 @@ def csv_text(
             cells = (row.get(name) for name in columns)
         else:
             cells = row
-        writer.writerow([_cell(value, digits) for value in cells])
+        writer.writerow([_cell(value, digits, exact) for value in cells])
     return buffer.getvalue()
 
 
-def _cell(value: Any, digits: int | None) -> Any:
+def _cell(value: Any, digits: int | None, exact: bool) -> Any:
     if isinstance(value, float) and digits is not None:
-        return f"{value:.{digits}g}"
+        text = f"{value:.{digits}g}"
+        return value if exact and float(text) != value else text
     return "" if value is None else value
 
 
