@@ -24,6 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from arkv.blocks import plain_attention
 from arkv.config import ConfigError, NotCompressible
 from arkv.generating import unwatch, watch
+from arkv.misuse import check_attachable
 
 NAME = "arkv"
 
@@ -312,6 +313,7 @@ class attach:
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        check_attachable(model)
         self.model = model
         self._watched = False
         # Parts of a composite model have configs, and maybe attention functions, of their own.

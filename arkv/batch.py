@@ -36,10 +36,14 @@ class CacheBatch(Cache):
         lengths: new tokens of each row, of which there is at least one.
 
     Raises:
-        ConfigError: the caches have layers of other kinds.
+        ConfigError: the caches have layers of other kinds, or one of them stands in two rows.
     """
 
     def __init__(self, caches: Sequence[Cache], lengths: Sequence[int]) -> None:
+        if strangers := [type(cache).__name__ for cache in caches if not isinstance(cache, Cache)]:
+            raise ConfigError(f"a row of a CacheBatch is a {strangers[0]}: give caches")
+        if len({id(cache) for cache in caches}) < len(caches):
+            raise ConfigError("one cache stands in several rows of a CacheBatch: give each row a fork() of its own")
         if len(caches) != len(lengths) or min(lengths, default=0) < 1:
             raise ValueError(f"{len(caches)} caches and rows of {list(lengths)} tokens: each needs one token or more")
         if any(keeps_state(layer) for cache in caches for layer in getattr(cache, "stock", cache).layers):
@@ -68,7 +72,17 @@ class CacheBatch(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Take the new keys and values [B, H, T, D] of a layer; returns what the attention function needs, twice."""
+        """Take the new keys and values [B, H, T, D] of a layer; returns what the attention function needs, twice.
+
+        Raises:
+            ConfigError: there are other rows than caches, or rows of another length than the longest one.
+        """
+        wanted, given = (len(self.caches), max(self.lengths)), (key_states.shape[0], key_states.shape[2])
+        if given != wanted:
+            raise ConfigError(
+                f"the model was given {list(given)} token ids, and this CacheBatch has {list(wanted)}: rows, and new "
+                "tokens of the longest one"
+            )
         rows = []
         for row, (cache, length) in enumerate(zip(self.caches, self.lengths, strict=True)):
             seen = cache.get_seq_length(layer_idx) + length

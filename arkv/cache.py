@@ -20,9 +20,10 @@ from arkv.budget import Allocator, Geometry, JointAllocator, LayerScores
 from arkv.config import CacheConfig, ConfigError
 from arkv.layer import TriStateLayer
 from arkv.memory import storage_bytes
+from arkv.misuse import check_config, check_samples
 from arkv.models import keeps_state, text_config
 from arkv.parts import Block
-from arkv.prefill import PrefillCache, PrefillLayer
+from arkv.prefill import PrefillCache, PrefillLayer, check_prefill
 from arkv.scores import PromptScores, oq_ratios
 from arkv.steps import Group, join_stores
 from arkv.store import Store, row_table_bytes
@@ -70,6 +71,7 @@ class TriStateCache(WatchedCache):
         config: CacheConfig,
         allocator: Allocator | JointAllocator | None = None,
     ) -> None:
+        check_config(config)
         self.config = config
         context = getattr(text_config(model), "max_position_embeddings", None)
         super().__init__(model, lambda: TriStateLayer(config, context))
@@ -117,19 +119,11 @@ class TriStateCache(WatchedCache):
             ConfigError: the cache is of another model, or of other samples.
         """
         self.check_whole(layer_idx)
-        if layer_idx >= len(self.layers):
-            raise ConfigError(
-                f"this cache was made for a model of {len(self.layers)} layers, and the one that uses it has more: "
-                "make a cache for each model"
-            )
+        self.check_place(layer_idx)
         layer = self.layers[layer_idx]
         if not isinstance(layer, TriStateLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
-        if not layer.is_empty and key_states.shape[:2] != (len(layer.seen), layer.heads):
-            raise ConfigError(
-                f"this cache holds {len(layer.seen)} samples with {layer.heads} KV heads, and the model gives it keys "
-                f"of {key_states.shape[0]} samples with {key_states.shape[1]}: make a cache for each model and batch"
-            )
+        self.check_fits(layer_idx, key_states, value_states)
         self._incoming, self.waiting = (key_states, value_states), True
         handle = LayerHandle(self, layer_idx)
         return handle, handle
@@ -286,12 +280,16 @@ class TriStateCache(WatchedCache):
             group.take(group.picked(indices.tolist()))
 
     def fork(self, sample: int | None = None) -> TriStateCache:
-        """A copy that can go its own way: several continuations of one prefill. ``sample``: a copy of this one only."""
+        """A copy that can go its own way: several continuations of one prefill. ``sample``: a copy of this one only.
+
+        Raises:
+            ValueError: there is no such sample.
+        """
         twin = object.__new__(TriStateCache)
         twin.__dict__.update(self.__dict__)
         twin.layers = [layer.fork() if isinstance(layer, TriStateLayer) else layer for layer in self.layers]
         twin._take_stock(copy_stock(self.stock))
-        twin._asked = set(self._asked)
+        twin._asked, twin._kinds = set(self._asked), dict(self._kinds)
         if sample is None:
             twin._regroup([group.store.clone() for group in self._groups])
             return twin
@@ -310,7 +308,7 @@ class TriStateCache(WatchedCache):
         if not self._groups or len(self._own) < len(self.layers) or any(map(keeps_state, self.stock.layers)):
             return None
         # While a cache has not outgrown its budget it has fewer pools.
-        return (self.config, *(len(group.store.pools) for group in self._groups))
+        return (self.config, *self._kinds.values(), *(len(group.store.pools) for group in self._groups))
 
     @classmethod
     def stack(cls, caches: Sequence[TriStateCache]) -> TriStateCache:
@@ -356,12 +354,13 @@ class TriStateCache(WatchedCache):
         """Compress what ``prefill`` holds, which stays as it is: one prefill serves any number of caches.
 
         Raises:
-            ConfigError: the scores need more queries than ``prefill`` recorded.
+            ConfigError: it is of another kind, or the scores need more queries than it recorded.
         """
+        check_prefill(prefill)
         prefill.check(config)
         cache = cls(prefill.model_config, config, allocator)
         cache._take_stock(copy_stock(prefill.stock))
-        cache._asked = set(prefill._asked)
+        cache._asked, cache._kinds = set(prefill._asked), dict(prefill._kinds)
         for layer_idx, (source, layer) in enumerate(zip(prefill.layers, cache.layers, strict=True)):
             if isinstance(source, PrefillLayer) and isinstance(layer, TriStateLayer):
                 key, value = source.states()
@@ -377,15 +376,21 @@ class TriStateCache(WatchedCache):
         return storage_bytes(self)
 
     def oq_ratios(self, sample: int = 0) -> list[float]:
-        """OQ ratio of each compressible layer for one sample, as far as layers have been computed."""
-        scores = [layer.oq[sample] for layer in self.own_layers if layer.oq]
+        """OQ ratio of each compressible layer for one sample, as far as layers have been computed. Raises
+        :class:`ValueError` for a sample that is not there."""
+        layers = [layer for layer in self.own_layers if layer.oq]
+        for layer in layers[:1]:
+            check_samples([sample], len(layer.oq))
+        scores = [layer.oq[sample] for layer in layers]
         return oq_ratios(scores) if scores else []
 
     def token_counts(self, sample: int = 0) -> dict[str, float]:
-        """Tokens ``original``, ``quantized``, ``evicted`` of a sample, mean over compressible layers and KV heads."""
+        """Tokens ``original``, ``quantized``, ``evicted`` of a sample, mean over compressible layers and KV heads.
+        Raises :class:`ValueError` for a sample that is not there."""
         layers = [layer for layer in self.own_layers if not layer.is_empty]
         if not layers:
             return {"original": 0.0, "quantized": 0.0, "evicted": 0.0}
+        check_samples([sample], len(layers[0].seen))
         original = quantized = 0.0
         for layer in layers:
             counts = [int(pool.sum()) / layer.heads for pool in layer.counts(sample)]

@@ -313,7 +313,7 @@ class CacheConfig:
         True
         """
         if method not in METHODS:
-            raise ConfigError(f"unknown method {method!r}: {_nearest(method, METHODS)}")
+            raise ConfigError(f"unknown method {method!r}: {_nearest(str(method), METHODS)}")
         fields = [field.name for field in dataclasses.fields(cls)]
         for name in settings:
             if name not in fields:

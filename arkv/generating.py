@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from arkv.config import ConfigError
 from arkv.watched import WatchedCache
 
 _NAME = "prepare_inputs_for_generation"
@@ -29,8 +30,10 @@ def watch(model: PreTrainedModel) -> None:
 
     @functools.wraps(prepare)
     def checked(input_ids: Any, *arguments: Any, **named: Any) -> Any:
-        prepared = prepare(input_ids, *arguments, **named)
         given = named.get("past_key_values")
+        if isinstance(given, WatchedCache):
+            _check_new(input_ids, given, named)
+        prepared = prepare(input_ids, *arguments, **named)
         if isinstance(given, WatchedCache) and prepared.get("past_key_values") is not given:
             given.reset()
             if named.get("cache_position") is not None:
@@ -41,6 +44,17 @@ def watch(model: PreTrainedModel) -> None:
         return prepared
 
     setattr(model, _NAME, checked)
+
+
+def _check_new(input_ids: torch.Tensor, cache: WatchedCache, named: dict[str, Any]) -> None:
+    """Raises :class:`ConfigError` where ``generate`` begins, and the cache has read all that it is given, or more."""
+    seen = cache.get_seq_length()
+    begins = named.get("is_first_iteration") and named.get("inputs_embeds") is None
+    if begins and seen and input_ids.shape[1] <= seen:
+        raise ConfigError(
+            f"the cache has read {seen} tokens already, and generate is given {input_ids.shape[1]} in all: make a "
+            "cache for each prompt, or reset() it; to go on, give what it has read with the new text behind it"
+        )
 
 
 def unwatch(model: PreTrainedModel) -> None:

@@ -13,10 +13,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
 from arkv.config import ConfigError, NotCompressible
+from arkv.misuse import check_model
 
 
 def text_config(model: PreTrainedModel | PreTrainedConfig) -> Any:
-    """The config of the model's decoder. Raises :class:`ConfigError` for a model without attention."""
+    """The config of the model's decoder. Raises :class:`ConfigError` for what is no model, or one without attention."""
+    check_model(model)
     config: Any = getattr(model, "config", model)
     config = config.get_text_config(decoder=True)
     if getattr(config, "num_attention_heads", None) is None:

@@ -16,6 +16,7 @@ from arkv.blocks import plain_attention
 from arkv.config import CacheConfig, ConfigError
 from arkv.layer import TriStateLayer
 from arkv.memory import storage_bytes
+from arkv.misuse import check_config
 from arkv.models import keeps_state
 from arkv.scores import PromptScores
 from arkv.watched import WatchedCache, copy_stock
@@ -27,11 +28,19 @@ class PrefillLayer(DynamicLayer):
     def __init__(self, recorded: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.recorded = recorded
+        self._forget()
+
+    def _forget(self) -> None:
         self.queries: torch.Tensor = torch.empty(0)
         self.scaling = 1.0
         self.padding: torch.Tensor | None = None
         self.scores: dict[Any, PromptScores] = {}
         """By ``CacheConfig.scoring``, as far as :meth:`PrefillCache.score` has been asked for them."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()  # type: ignore[no-untyped-call]
+        self._forget()
 
     @property
     def max_batch_size(self) -> int:
@@ -50,7 +59,7 @@ class PrefillLayer(DynamicLayer):
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [B, H, N, D]. Raises :class:`ValueError` before the prefill."""
         if self.keys is None or self.values is None:
-            raise ValueError("nothing has been prefilled yet: run the model on a prompt with this cache first")
+            raise ValueError("nothing has been prefilled yet: run its model on a prompt with this cache first")
         return self.keys, self.values
 
 
@@ -83,9 +92,14 @@ class PrefillCache(WatchedCache):
 
     A prompt may come in chunks. ``queries`` is how many of the newest queries stay for scoring: the most
     ``CacheConfig.recorded_queries`` of the methods to come.
+
+    Raises:
+        ConfigError: none of them, or the model's layers cannot be compressed.
     """
 
     def __init__(self, model: PreTrainedModel | PreTrainedConfig, queries: int = 128) -> None:
+        if not isinstance(queries, int) or queries < 1:
+            raise ConfigError(f"queries={queries!r}: give at least 1, for example 128")
         self.queries = queries
         super().__init__(model, lambda: PrefillLayer(queries))
 
@@ -94,7 +108,10 @@ class PrefillCache(WatchedCache):
     ) -> Any:
         """Take the new keys and values of a layer; returns what the attention function needs, twice."""
         self.check_whole(layer_idx)
+        self.check_place(layer_idx)
         layer = self.layers[layer_idx]
+        if isinstance(layer, PrefillLayer):
+            self.check_fits(layer_idx, key_states, value_states)
         plain = layer.update(key_states, value_states, *args, **kwargs)
         if not isinstance(layer, PrefillLayer):
             return plain
@@ -103,7 +120,8 @@ class PrefillCache(WatchedCache):
         return handle, handle
 
     def check(self, config: CacheConfig) -> None:
-        """Raises :class:`ConfigError` where ``config`` needs more queries than have been recorded."""
+        """Raises :class:`ConfigError` where ``config`` needs more queries than have been recorded, or is none."""
+        check_config(config)
         if config.recorded_queries > self.queries:
             raise ConfigError(
                 f"window_size={config.window_size} and query_span={config.query_span}: the prefill recorded "
@@ -159,3 +177,11 @@ class PrefillCache(WatchedCache):
             )
             total += per_token * held
         return total
+
+
+def check_prefill(prefill: Any) -> None:
+    """Raises :class:`ConfigError` for a cache of another kind."""
+    if not isinstance(prefill, PrefillCache):
+        raise ConfigError(
+            f"prefill is a {type(prefill).__name__}: give a PrefillCache, with which the model has read the prompt"
+        )

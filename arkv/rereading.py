@@ -21,7 +21,8 @@ from transformers.cache_utils import DynamicLayer
 from arkv.attention import Handle, attach, dense_of
 from arkv.blocks import plain_attention
 from arkv.config import CacheConfig, ConfigError
-from arkv.prefill import PrefillCache, PrefillLayer
+from arkv.misuse import check_config, check_ids
+from arkv.prefill import PrefillCache, PrefillLayer, check_prefill
 from arkv.scores import Prompt, PromptScores
 from arkv.watched import WatchedCache, copy_stock
 
@@ -38,6 +39,11 @@ class ReplayLayer(DynamicLayer):
         self.is_initialized = True
         self.importance = self.keys.new_zeros(self.keys.shape[:3], dtype=torch.float32)
         """The largest attention so far, [B, H, N]."""
+
+    @property
+    def max_batch_size(self) -> int:
+        """Prompts that are read again."""
+        return self.importance.shape[0]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -73,6 +79,7 @@ class _ReplayCache(WatchedCache):
         self.fused = fused
         self.layers = [ReplayLayer(layer) if isinstance(layer, PrefillLayer) else layer for layer in prefill.layers]
         self.stock = prefill.stock
+        self._kinds = prefill._kinds
 
     def rewound(self, prefill: PrefillCache) -> _ReplayCache:
         """The same behind the prompt again: transformers' own layers have gone on."""
@@ -84,7 +91,10 @@ class _ReplayCache(WatchedCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Take new keys and values of a layer; returns what the attention function needs, twice."""
+        self.check_place(layer_idx)
         layer = self.layers[layer_idx]
+        if isinstance(layer, ReplayLayer):
+            self.check_fits(layer_idx, key_states, value_states)
         found = layer.update(key_states, value_states, *args, **kwargs)
         if not isinstance(layer, ReplayLayer):
             return found
@@ -104,8 +114,12 @@ def replay(model: PreTrainedModel, ids: torch.Tensor, prefill: PrefillCache, con
         config: the settings of such a cache.
 
     Raises:
-        ConfigError: other settings, padding, or no room for a second reading in the model's context.
+        ConfigError: other settings, another model or prompt, padding, or no room for a second reading in the model's
+            context.
     """
+    check_ids(ids)
+    check_prefill(prefill)
+    check_config(config)
     settings = config.scoring
     if settings is None or settings.importance != "replay":
         raise ConfigError(f"importance={config.importance!r}: only importance='replay' reads a prompt again")

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from arkv.config import ConfigError
+from arkv.misuse import check_samples
 from arkv.models import copy_layer, keeps_state, layers_of, select_samples, text_config
 
 
@@ -42,6 +43,8 @@ class WatchedCache(Cache):
         """Layers that count tokens: those with keys and values."""
         self._asked: set[tuple[str, int, int]] = set()
         """What the newest forward has come to: states, and layers with keys and values."""
+        self._kinds: dict[int, tuple[Any, ...]] = {}
+        """Of each layer of our own that has taken keys and values: KV heads, channels of both, dtype and device."""
 
     def __getattr__(self, name: str) -> Any:
         # Not set yet in a cache that is being made.
@@ -54,7 +57,8 @@ class WatchedCache(Cache):
     # -- samples, and what is transformers' ----------------------------------------------------------------------------
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep samples ``indices`` [B], in that order."""
+        """Keep samples ``indices`` [B], in that order. Raises :class:`ValueError` for one that is not there."""
+        check_samples(indices.tolist(), self._ours()[0].max_batch_size)
         for layer in self._ours():
             layer.batch_select_indices(indices)
         for layer in self.stock.layers:
@@ -65,7 +69,9 @@ class WatchedCache(Cache):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sample ``repeats`` times."""
+        """Repeat every sample ``repeats`` times. Raises :class:`ValueError` for less than once."""
+        if repeats < 1:
+            raise ValueError(f"repeats={repeats}: give at least 1")
         batch = self._ours()[0].max_batch_size
         self.batch_select_indices(torch.arange(batch).repeat_interleave(repeats))
 
@@ -104,6 +110,39 @@ class WatchedCache(Cache):
         """Whether a layer with a state has one."""
         return self._of_stock("has_previous_state")(*args, **kwargs)
 
+    # -- keys and values that fit --------------------------------------------------------------------------------------
+
+    def check_place(self, layer_idx: int) -> None:
+        """To be called before layer ``layer_idx`` is looked at. Raises :class:`ConfigError` where there is none."""
+        if layer_idx >= len(self.layers):
+            raise ConfigError(
+                f"this cache was made for a model of {len(self.layers)} layers, and the one that uses it has more: "
+                "make a cache for each model"
+            )
+
+    def check_fits(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """To be called before a layer of our own takes keys and values [B, H, T, D].
+
+        Raises:
+            ConfigError: it holds those of another model, of other samples, of another precision or device.
+        """
+        samples = self.layers[layer_idx].max_batch_size
+        kind = (key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
+        if not samples:
+            self._kinds[layer_idx] = kind
+            return
+        known = self._kinds.setdefault(layer_idx, kind)
+        if (samples, known[0]) != key.shape[:2]:
+            raise ConfigError(
+                f"this cache holds {samples} samples with {known[0]} KV heads, and the model gives it keys of "
+                f"{key.shape[0]} samples with {key.shape[1]}: make a cache for each model and batch"
+            )
+        if kind != known:
+            raise ConfigError(
+                f"this cache holds {_kind_said(known)}, and the model gives it {_kind_said(kind)}: make a cache for "
+                "each model, precision and device"
+            )
+
     # -- whole forwards ------------------------------------------------------------------------------------------------
 
     def check_whole(self, layer_idx: int) -> None:
@@ -138,7 +177,7 @@ class WatchedCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()  # type: ignore[no-untyped-call]
-        self.waiting, self._asked = False, set()
+        self.waiting, self._asked, self._kinds = False, set(), {}
         # transformers' layers put zeros in the place of what they hold, and go on from these.
         self._take_stock(DynamicCache(config=self.model_config))
         for index in self._counting:
@@ -154,7 +193,12 @@ def copy_stock(cache: DynamicCache) -> DynamicCache:
     return twin
 
 
+def _kind_said(kind: tuple[Any, ...]) -> str:
+    _, keys, values, dtype, device = kind
+    return f"{str(dtype).removeprefix('torch.')} keys and values of {keys} and {values} channels on {device}"
+
+
 _INTERRUPTED = (
-    "the last forward through this cache was interrupted, so that not all of its layers have seen the same tokens: "
-    "reset() the cache, or make it anew, and begin with the prompt"
+    "the last forward through this cache was interrupted, or was of a model with fewer layers, so that not all of its "
+    "layers have seen the same tokens: reset() the cache, or make it anew, and begin with the prompt"
 )
