@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 @takes(ReportConfig)
 def report(**typed: Any) -> None:
-    """Print the comparison of each task: methods as rows, budgets grouped, the best of each budget in bold.
+    """Print the answer, the best method of each budget and what it costs, then the comparison of each task: methods as
+    rows, budgets grouped, the best of each in bold.
 
     Of several runs every table says in a column which run a row is of, and each further run is compared with the first
     on the documents that both have answered, with everything that differs between the two.
@@ -50,18 +51,23 @@ def report(**typed: Any) -> None:
         if output is None:
             return
     from bench.records.files.markdown import in_markdown
+    from bench.records.finished import Run
     from bench.records.row import read_results
     from bench.records.shown import run_names
     from bench.report import against as published
     from bench.report import averages
     from bench.report import between_written as changed
-    from bench.report.terminal import print_comparison
+    from bench.report.terminal import print_answer, print_comparison
     from bench.report.writing import to_csv, to_markdown
 
     if by is not None:
         _print_by(folders, by, config)
         return
-    tables = [read_results(path) for path in folders]
+    so_far = _unfinished(folders)
+    try:
+        tables = [read_results(path) for path in folders]
+    except UserError as error:
+        raise UserError("; ".join([str(error), *so_far]), error.exit_code) from None
     shown, pairs_of_runs, reasons = _shown(folders)
     rows = [row for table in tables for row in table]
     by_run = dict(zip(run_names(folders), tables, strict=True))
@@ -73,11 +79,15 @@ def report(**typed: Any) -> None:
         if pairs is not None:
             published.print_against(pairs, console)
             return
+        for name, mine in by_run.items():
+            print_answer(Run(name=name, rows=mine), console, name if len(by_run) > 1 else "")
         changed.print_pairs(pairs_of_runs, console)
         print_comparison(shown, console)
         for reason in reasons:
             console.print(reason, markup=False, highlight=False)
         averages.print_averages(averages.together(by_run), console)
+        for line in so_far:
+            console.print(line, markup=False, highlight=False, style="yellow", soft_wrap=True)
         return
     if pairs is not None:
         text = published.to_csv(pairs) if config.format == "csv" else published.to_markdown(pairs)
@@ -85,12 +95,19 @@ def report(**typed: Any) -> None:
         text = to_csv(by_run, pairs_of_runs)
     else:
         text = to_markdown(shown) + changed.to_markdown(pairs_of_runs)
-        text += "".join(f"\n{reason}\n" for reason in map(in_markdown, reasons))
+        text += "".join(f"\n{reason}\n" for reason in map(in_markdown, [*so_far, *reasons]))
         text += f"\n{averages.to_markdown(averages.together(by_run))}"
     if output is None:
         typer.echo(text, nl=False)
     else:
         write(output, text)
+
+
+def _unfinished(folders: list[Path]) -> list[str]:
+    """Of each run that has not ended, how far it is, and how it goes on."""
+    from bench.records.unfinished import unfinished_folder
+
+    return [line for path in folders if (line := unfinished_folder(path)) is not None]
 
 
 def _print_by(folders: list[Path], by: str, config: ReportConfig) -> None:

@@ -24,6 +24,8 @@ class Run:
     """What a folder of ``run``, ``speed`` or ``inspect`` holds; what it lacks is None or empty."""
 
     name: str
+    path: Path = Path()
+    """Its folder, as it was given."""
     rows: list[Row] = field(default_factory=list)
     record: Record | SpeedRecord | None = None
     samples: Samples = field(default_factory=Samples)
@@ -60,6 +62,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         runs.append(
             Run(
                 name=name,
+                path=path,
                 rows=read_results(path) if has_results else [],
                 record=_record(path, is_speed=bool(timings)),
                 samples=samples,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from bench.errors import UserError
-from bench.names import BUDGET_UNITS, FULL, RESULTS
+from bench.names import BUDGET_UNITS, FULL, RESULTS, SAMPLES
 from bench.records.files.csv_ import DIGITS, csv_text, read_models
 
 Share = Annotated[float, Field(ge=0)]
@@ -189,6 +189,8 @@ def read_results(path: Path) -> list[Row]:
     """
     file = path / RESULTS if path.is_dir() else path
     if not file.is_file():
+        if (path / SAMPLES).is_file():
+            raise UserError(f"{path} has no {RESULTS}: no task of the run has ended yet")
         raise UserError(f"{path} is no run folder: it has no {RESULTS}")
     rows = read_models(file, Row, NEEDED, "the run's own command writes the file anew")
     if not rows:

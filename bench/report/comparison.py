@@ -84,8 +84,9 @@ def _in_order(row: Row) -> tuple[Any, ...]:
 
 def _by_budget(group: Sequence[Row]) -> tuple[Any, ...]:
     """``full`` first, then most bytes first; of budgets whose bytes are next to equal, the smaller window."""
-    most = max(row.kv_bytes_mean or 0.0 for row in group)
-    return group[0].method != FULL, -float(f"{most:.2g}"), group[0].window_size or 0
+    # A method that only masks tokens holds as much at every budget.
+    least = min(row.kv_bytes_mean or 0.0 for row in group)
+    return group[0].method != FULL, -float(f"{least:.2g}"), group[0].window_size or 0
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:

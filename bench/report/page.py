@@ -16,6 +16,7 @@ from bench.records.files.json_ import json_text
 from bench.records.files.text import printable
 from bench.records.finished import Run
 from bench.records.shown import headline
+from bench.records.unfinished import unfinished
 from bench.report import averages
 from bench.report.columns import LEGEND
 from bench.report.figures.canvas import Figure, file_name
@@ -103,6 +104,9 @@ def build(runs: Sequence[Run], beside: Path | None = None, *, live: bool = False
         runs=runs,
         answers={run.name: answer(run) for run in runs if run.is_run},
         answer_headers=HEADERS,
+        unfinished={
+            run.name: unfinished(run.path, run.of_run, len(run.samples)) for run in runs if run.is_run and run.record
+        },
         warnings=[*warnings, *reasons],
         sections=[*sections, *pairs, *speed],
         maps=maps,

@@ -9,6 +9,7 @@ from bench.names import RECORD, RESULTS, SAMPLES
 from bench.records.finished import Run
 from bench.records.record import Record
 from bench.records.row import Row
+from bench.records.unfinished import unfinished
 
 LISTED = 50
 """Cut documents that are named one by one."""
@@ -40,8 +41,8 @@ def problems_of(run: Run) -> list[str]:
         said.append(f"no {RESULTS}: no task has ended; {SAMPLES} holds {len(run.samples)} answers: {counts}")
     if record is None:
         said.append(f"no {RECORD}: what made these results is unknown, and so is whether they may be compared")
-    elif not record.finished:
-        said.append("the run has not ended: these are the results so far")
+    elif missing := unfinished(run.path, run.of_run, len(run.samples)):
+        said.append(f"these are the results so far: {missing}")
     if not run.samples:
         said.append(f"no {SAMPLES}: no ratios by layer, and prompts cannot be compared with those of other runs")
     for failure in record.failures if isinstance(record, Record) else []:

@@ -16,7 +16,8 @@ from typing import Any
 from bench.errors import UserError
 from bench.names import DOCUMENTS, RECORD, RESULTS, SAMPLES
 from bench.records.finished import read_runs
-from bench.records.record import Record, read_record
+from bench.records.record import read_record
+from bench.records.unfinished import answers_asked
 from bench.report.page import SERVED, build, render
 
 HOST = "127.0.0.1"
@@ -72,7 +73,7 @@ class Site:
         age = time.time() - file.stat().st_mtime if answers else None
         return {
             "answers": answers,
-            "asked": None if record is None else _asked(record, answers),
+            "asked": None if record is None else answers_asked(record, answers),
             "finished": record is not None and record.finished is not None,
             "age_s": age,
         }
@@ -89,14 +90,6 @@ class Site:
                     self._lines += block.count(b"\n")
                     self._read += len(block)
         return self._lines
-
-
-def _asked(record: Record, answers: int) -> int | None:
-    """What the tasks begun so far ask for; None where there is more, of documents of earlier starts."""
-    repeats = record.settings.get("repeats") or 1
-    documents = sum(task.documents for task in record.tasks.values()) * repeats
-    asked = documents * len(record.cells) * len(record.models)
-    return asked if asked >= answers else None
 
 
 def server_of(site: Site, port: int) -> ThreadingHTTPServer:

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench.records.finished import Run
 from bench.records.row import Row
 from bench.report.columns import EVERYTHING, LEGEND, NARROWER, STACKED, Column, for_rows
 from bench.report.comparison import Comparison, compare
+from bench.report.verdicts import HEADERS, answer
 
 
 def _table(comparison: Comparison, columns: Sequence[Column]) -> Table:
@@ -56,6 +58,26 @@ def _fitting(comparison: Comparison, console: Console) -> tuple[Table, list[str]
         left_out.insert(0, spare[-1].header.replace("\n", ", "))
         table = _table(comparison, columns)
     return table, left_out
+
+
+def print_answer(run: Run, console: Console, name: str = "") -> None:
+    """Print what the page has on top: at each budget the best method, what is tied with it, and what it costs.
+
+    Args:
+        name: of the run, where several are told apart.
+    """
+    said = answer(run)
+    console.print()
+    if said.lines:
+        title = Text(f"The answer{f', {name}' if name else ''}", style="bold", overflow="fold")
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        for header in HEADERS:
+            table.add_column(header, overflow="fold")
+        for line in said.lines:
+            table.add_row(*map(Text, line.cells))
+        console.print(table)
+    for note in said.notes:
+        console.print(f"- {note}", markup=False, highlight=False)
 
 
 def print_comparison(tables: Sequence[Sequence[Row]], console: Console) -> None:

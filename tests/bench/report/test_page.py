@@ -300,7 +300,7 @@ def test_runs_that_must_not_be_compared_say_why(tmp_path: Path, changed: dict[st
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", finished=None, failures=[{"model": "tiny", "task": "lcc", "error": "no data"}])
     html = page_of(folder).html
-    assert "the run has not ended" in html
+    assert f"{folder} has not ended: 4 answers are there" in html
     assert "failed: lcc, tiny: no data" in html
     (folder / "record.json").unlink()
     (folder / "samples.jsonl").unlink()
@@ -399,7 +399,7 @@ def test_a_run_that_was_killed_early_says_what_is_there(tmp_path: Path) -> None:
     (folder / "results.csv").unlink()
     html = page_of(folder).html
     assert "no task has ended; samples.jsonl holds 4 answers: needle, full-None, in 2, needle, mix-512, in 2" in html
-    assert "the run has not ended" in html
+    assert f"{folder} has not ended: 4 answers are there" in html
     assert "there is nothing to compare" in html
 
 

@@ -166,6 +166,18 @@ def test_peers_without_a_window_and_methods_with_their_own_join_their_budget() -
     assert [len(group) for group in compare([row("mix", 1.0), other, peer])[0].groups] == [1, 1, 1]
 
 
+def test_budgets_stand_in_order_beside_methods_that_free_no_bytes() -> None:
+    ratios = (0.0625, 0.25, 0.125)
+    rows = [row("full", 1.0)]
+    for place, ratio in enumerate(ratios):
+        given = {"cache_ratio": ratio, "budget_unit": "bytes"}
+        rows.append(row("mix", 0.5, None, **given, kv_bytes_mean=46e6 * ratio, cell=f"mix-{ratio}"))
+        masked = 47e6 - 1e6 * place
+        rows.append(row("kvpress:kvzip", 0.5, None, **given, kv_bytes_mean=masked, cell=f"kvzip-{ratio}"))
+    (comparison,) = compare(rows)
+    assert [group[0].cache_ratio for group in comparison.groups] == [None, 0.25, 0.125, 0.0625]
+
+
 def test_lower_can_be_better() -> None:
     (comparison,) = compare([row(m, s, higher_is_better=False) for m, s in (("window", 0.9), ("mix", 0.1))])
     assert "lower is better" in comparison.title
