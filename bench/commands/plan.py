@@ -138,6 +138,14 @@ def _capacity(config: PlanConfig, console: Console) -> None:
         highlight=False,
         markup=False,
     )
+    if twice := dict.fromkeys(cell.method for cell in cells if cell.impl.reads_twice):
+        verb = "reads" if len(twice) == 1 else "read"
+        console.print(
+            f"{', '.join(twice)} {verb} each prompt twice: room for all of its keys and values meanwhile is kept, and "
+            "the first token comes after the time of two prefills or more, which tokens/s leaves out.",
+            highlight=False,
+            markup=False,
+        )
 
 
 def _show_capacity(title: str, rows: Sequence[Capacity], kept: Any, console: Console) -> None:

@@ -21,7 +21,9 @@ def speed(fresh: FRESH = False, **typed: Any) -> None:
     """Time prefill, compression and decoding over context lengths and batch sizes, beside the stock full cache, a full
     cache read by the suite's own kernel, and a stock cache that holds only C tokens (ceiling).
 
-    [bold]arkv-bench speed --context-lengths 2048,7900 --cache-size 1024[/bold]
+    Budgets are those of run: 1/4 and 1/8 of the bytes, unless others are given.
+
+    [bold]arkv-bench speed --context-lengths 2048,7900[/bold]
     [bold]arkv-bench speed --batch-sizes 1,4,16 --cache-ratio 0.25 --kv-memory 1GB[/bold]
     """
     from pydoc_data.topics import topics

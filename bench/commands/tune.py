@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 def tune(fresh: FRESH = False, **typed: Any) -> None:
     """Search for settings of a method; writes a preset for run and says what it is worth on held-out documents.
 
-    All trials share the prefills. The first trial has the method's own settings.
+    All trials share the prefills. The first trial has the method's own settings. Budgets are those of run: 1/4 and 1/8
+    of the bytes, unless others are given.
 
-    [bold]arkv-bench tune --cache-size 512[/bold]
+    [bold]arkv-bench tune[/bold]
     [bold]arkv-bench tune --tasks fidelity,needle --cache-ratio 0.25 --outdir runs/tuned[/bold]
     [bold]arkv-bench run --preset runs/tuned/preset.yaml --tasks longbench[/bold]
     """

@@ -74,11 +74,13 @@ def memory_of(text: str, bandwidth: float | None = None) -> Memory:
     )
 
 
-def prefill_bytes(size: ModelSize, tokens: int, chunk: int | None) -> int:
-    """What reading a prompt of N tokens takes at its largest moment beside weights and what is kept: keys and values of
-    one layer before they are compressed, its widest product and its input, and logits."""
+def prefill_bytes(size: ModelSize, cell: Cell, tokens: int, chunk: int | None) -> int:
+    """What reading a prompt of N tokens takes at its largest moment beside weights and what is kept: keys and values
+    before they are compressed (:meth:`bench.methods.base.Method.reading_bytes`), the widest product of a layer and its
+    input, and logits."""
     read = min(tokens, chunk or tokens)
-    return size.layer_bytes * tokens + 3 * read * size.intermediate * size.itemsize + LOGIT_ROWS * size.vocabulary * 4
+    widest = 3 * read * size.intermediate * size.itemsize
+    return cell.impl.reading_bytes(size, tokens) + widest + LOGIT_ROWS * size.vocabulary * 4
 
 
 def free_bytes(size: ModelSize, memory: Memory) -> int:
@@ -111,7 +113,7 @@ def capacity(
         if not kept:
             found.append(Capacity(cell=cell))
             continue
-        pool = max(free - prefill_bytes(size, tokens, chunk), 0)
+        pool = max(free - prefill_bytes(size, cell, tokens, chunk), 0)
         sequences = pool // kept
         step = sequences * kept
         rate = None
@@ -135,7 +137,7 @@ def _longest(size: ModelSize, cell: Cell, free: int, chunk: int | None) -> int:
     """Tokens of the longest sequence that fits alone."""
 
     def fits(tokens: int) -> bool:
-        return (size.kv_bytes(cell, tokens) or 0) + prefill_bytes(size, tokens, chunk) <= free
+        return (size.kv_bytes(cell, tokens) or 0) + prefill_bytes(size, cell, tokens, chunk) <= free
 
     low, high = 0, size.context or 1 << 24
     while low < high:

@@ -229,6 +229,16 @@ class Method(ABC):
         :mod:`bench.methods.states`); None where the cache does not know which tokens it holds."""
         return None if self.quant_format is not None and not isinstance(cache, TriStateCache) else state_codes(cache)
 
+    @property
+    def reads_twice(self) -> bool:
+        """Whether a prompt is read again before it is compressed, which is as long again before the first token."""
+        return False
+
+    def reading_bytes(self, sizes: Sizes, tokens: int) -> int:
+        """Keys, values and scores that there are beside the compressed cache while a prompt is read: of one layer,
+        where each is compressed as soon as it has been computed."""
+        return sizes.layer_bytes * tokens
+
     def planned_bytes(self, sizes: Sizes, tokens: int, asked: Asked) -> int | None:
         """What the cache of a prompt of so many tokens takes at most, once compressed; None where it cannot be said."""
         return None if self.quant_format is not None else sizes.full_bytes(asked.kept(tokens))

@@ -246,6 +246,11 @@ class Press(Method):
         known = {place: codes for place, codes in found.items() if codes is not None}
         return known if len(known) == len(found) else None
 
+    @property
+    def reads_twice(self) -> bool:
+        """KVzip's does; what it masks is in the cache that it reads."""
+        return reads_twice(self.plan.kind)
+
     def planned_bytes(self, sizes: Sizes, tokens: int, asked: Asked) -> int | None:
         """Of all tokens, and the places of those that are masked, where a press only masks them."""
         kept = asked.kept(tokens)

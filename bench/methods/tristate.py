@@ -94,6 +94,15 @@ class TriState(Method):
         with attach(model):
             return cache, model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
+    def reading_bytes(self, sizes: Sizes, tokens: int) -> int:
+        """A prompt that is read twice is there whole until the end, with a layer once more and an importance of every
+        token and head."""
+        once = super().reading_bytes(sizes, tokens)
+        if not self.reads_twice:
+            return once
+        importance = torch.float32.itemsize * sizes.layers * sizes.kv_heads * tokens
+        return sizes.full_bytes(tokens) + once + importance
+
     def planned_bytes(self, sizes: Sizes, tokens: int, asked: Asked) -> int | None:
         """What the budget allows, with positions and scores of tokens, and tables of rows."""
         sliding = sizes.full_bytes(tokens) - sizes.layer_bytes * sizes.layers * tokens

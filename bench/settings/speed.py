@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from bench.methods.variants import name_of
 from bench.names import CEILING, FULL, FUSED
-from bench.settings.fields import Count, Share, again, setting
+from bench.settings.fields import Count, again, setting
 from bench.settings.run import OUTPUT, RunConfig, Variant
 
 TIMING = "What is timed"
@@ -30,12 +30,6 @@ class SpeedConfig(RunConfig):
         help="Methods beside the two full caches and the ceiling.",
         unset=None,
     )
-    cache_size: tuple[Annotated[int, Field(ge=2)], ...] = again(RunConfig, "cache_size", (1024,), unset=None)
-    cache_ratio: tuple[Share, ...] | None = again(RunConfig, "cache_ratio", None, unset="none")
-    budget_unit: Literal["tokens", "bytes"] = again(
-        RunConfig, "budget_unit", "tokens", unset="tokens; bytes with --cache-ratio"
-    )
-    quant_format: tuple[str, ...] | None = again(RunConfig, "quant_format", ("int8",), unset=None)
     window_size: tuple[Count, ...] = again(RunConfig, "window_size", (32,), unset=None)
     context_lengths: tuple[Count, ...] = setting((2048,), "Prompt lengths in tokens.", TIMING, "grid")
     batch_sizes: tuple[Count, ...] = setting(

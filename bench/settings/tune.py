@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
 from bench.names import LEAST_DOCUMENTS
-from bench.settings.fields import Count, Share, again, setting
+from bench.settings.fields import Count, again, setting
 from bench.settings.run import METHOD_SETTINGS, RunConfig, Variant
 
 SEARCH = "The search"
@@ -68,11 +68,6 @@ class TuneSettings(RunConfig):
         (32,),
         help="Newest tokens at model precision, unless it is searched.",
         panel=SEARCH,
-    )
-    cache_size: tuple[Annotated[int, Field(ge=2)], ...] = again(RunConfig, "cache_size", (512,), unset=None)
-    cache_ratio: tuple[Share, ...] | None = again(RunConfig, "cache_ratio", None, unset="none")
-    budget_unit: Literal["tokens", "bytes"] = again(
-        RunConfig, "budget_unit", "tokens", unset="tokens; bytes with --cache-ratio"
     )
     lengths: tuple[Count, ...] = again(RunConfig, "lengths", (2048,))
     model: tuple[str, ...] = again(RunConfig, "model", ("smollm2-135m",), help="Model, see list models.")

@@ -61,7 +61,7 @@ def test_the_pool_holds_what_real_caches_take(prefill: PrefillCache, ratio: floa
     assert size.parameters == PARAMETERS
     cells = cells_at(["full", "origin", "mix"], "bytes", cache_ratio=ratio)
     found = capacity(size, cells, memory_of("80GB"), TOKENS)
-    pool = free_bytes(size, memory_of("80GB")) - prefill_bytes(size, TOKENS, None)
+    pool = free_bytes(size, memory_of("80GB")) - prefill_bytes(size, cells[0], TOKENS, None)
     for cell, bought in zip(cells, found, strict=True):
         config = cell.cache_config
         walked = prefill.nbytes() if config is None else storage_bytes(TriStateCache.from_prefill(prefill, config))
@@ -85,11 +85,26 @@ def test_what_fits_alone_and_the_roof() -> None:
     assert small.longest is not None
     free = free_bytes(size, memory_of("24GB"))
     for tokens, fits in ((small.longest, True), (small.longest + 1, False)):
-        assert (size.full_bytes(tokens) + prefill_bytes(size, tokens, None) <= free) is fits
+        assert (size.full_bytes(tokens) + prefill_bytes(size, full_cell(), tokens, None) <= free) is fits
     # A prompt that is read in chunks leaves more room.
     (chunked,) = capacity(size, [full_cell()], memory_of("24GB"), 32768, chunk=2048)
     assert chunked.longest is not None
     assert chunked.longest > small.longest
+
+
+def test_a_second_reading_needs_the_whole_prompt_at_once() -> None:
+    size = config_size(LlamaConfig(**LLAMA), "llama", "bfloat16")
+    once, twice = cells_at(["mix", "mix-replay"], "bytes", cache_ratio=0.25)
+    importance = 4 * 32 * 8 * TOKENS
+    more = prefill_bytes(size, twice, TOKENS, None) - prefill_bytes(size, once, TOKENS, None)
+    assert more == size.full_bytes(TOKENS) + importance
+    mix, replayed = capacity(size, [once, twice], memory_of("24GB"), 16384)
+    assert mix.sequences is not None
+    assert replayed.sequences is not None
+    assert 0 < replayed.sequences < mix.sequences
+    assert mix.longest is not None
+    assert replayed.longest is not None
+    assert replayed.longest < mix.longest
 
 
 def test_memory_that_cannot_be() -> None:
@@ -146,6 +161,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "llama-3.1-8b has a context of 131,072 tokens only" in said
     assert "Not one sequence fits: full up to" in said
     assert "never measured here" in said
+    assert "twice" not in said
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", str(folder), "--methods", "mix,mix-replay", "--capacity", "24GB"])
+    assert "mix-replay reads each prompt twice" in " ".join(capsys.readouterr().out.split())
     for arguments, line in (
         (["--bandwidth", "1000"], "--run and --bandwidth go with --capacity"),
         (["--capacity", "1GB"], "1GB: the weights take 16.1 GB"),

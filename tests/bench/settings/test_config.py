@@ -86,11 +86,18 @@ def test_the_demo_asks_all_five_methods_after_compression() -> None:
     assert config.methods == ("full", "window", "origin", "quant", "mix")
 
 
-@pytest.mark.parametrize("name", ["pareto", "published"])
-def test_presets_that_need_not_be_done_in_minutes_ask_long_prompts_of_all_five_methods(name: str) -> None:
+@pytest.mark.parametrize(("name", "more"), [("pareto", ("mix-replay",)), ("published", ())])
+def test_presets_that_need_not_be_done_in_minutes_ask_long_prompts_of_all_methods(
+    name: str, more: tuple[str, ...]
+) -> None:
     config, _ = resolve({}, name)
     assert min(config.lengths) >= 2000
-    assert config.methods == ("full", "window", "origin", "quant", "mix")
+    assert config.methods == ("full", "window", "origin", "quant", "mix", *more)
+
+
+@pytest.mark.parametrize("name", ["exam-small", "evidence-exam", "exam", "pareto"])
+def test_exams_and_the_front_ask_the_method_that_reads_twice(name: str) -> None:
+    assert "mix-replay" in resolve({}, name)[0].methods
 
 
 @pytest.mark.parametrize("name", ["demo", "pareto", "published", "exam-small", "exam"])
@@ -382,6 +389,16 @@ def test_every_option_is_a_field(name: str, model: type[Settings]) -> None:
 
 def test_every_setting_of_a_run_is_an_option_of_run() -> None:
     assert set(offered(RunConfig)) == set(FIELDS)
+
+
+@pytest.mark.parametrize("name", ["speed", "tune"])
+def test_commands_that_are_told_no_budget_take_those_of_run(name: str) -> None:
+    budgets = ("cache_size", "cache_ratio", "budget_unit", "quant_format")
+    for given in ({}, {"cache_size": (512,)}, {"cache_ratio": (0.5,)}):
+        mine, of_run = MODELS[name](**given), RunConfig(**given)
+        assert [getattr(mine, field) for field in budgets] == [getattr(of_run, field) for field in budgets]
+    (option,) = [item for item in GROUP.commands[name].params if item.name == "cache_ratio"]
+    assert "0.25,0.125, unless --cache-size is given" in option.help
 
 
 def test_presets_match_their_schema() -> None:
