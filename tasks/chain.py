@@ -14,9 +14,9 @@ from typing import Annotated, Any, NamedTuple
 
 from pydantic import Field
 
-from tasks.base import Answer, Document, Generate, Generated, Metric, Task, TaskError, TaskSettings, draw
+from tasks.base import Answer, Document, Generated, Metric, Task, TaskError, TaskSettings, draw
 from tasks.options import Count, TaskOptions
-from tasks.parts import Parts, split
+from tasks.parts import Parts, asked, split
 
 VARIABLES = ("a", "b", "c", "d")
 _MOST = 30
@@ -78,13 +78,8 @@ class ChainTask(Task):
                     f"chain: {options.chain_steps} steps take {taken} tokens and their answer up to {most}, more than "
                     f"the maximum of {settings.max_length} together: choose fewer --chain-steps"
                 )
-            is_after = settings.question == "after"
-            request = Generate(
-                prompt_ids=parts.context_ids if is_after else parts.context_ids + parts.question_ids,
-                question_ids=parts.question_ids if is_after else (),
-                max_new_tokens=most,
-                stop=(f"Step {options.chain_steps + 1}:", "\n\n"),
-            )
+            stop = (f"Step {options.chain_steps + 1}:", "\n\n")
+            request = asked(parts, settings.question, max_new_tokens=most, stop=stop)
             documents.append(
                 Document(
                     id=f"{options.chain_steps}-{options.chain_variables}-{index}",
@@ -144,8 +139,8 @@ def _steps(rng: random.Random, count: int, variables: Sequence[str]) -> list[_St
 def _parts(tokenizer: Any, steps: list[_Step]) -> Parts:
     """The steps to do, and what opens the answer."""
     # A worked example is what small models copy.
-    asked = "\n".join(step.text for step in steps)
-    context = f"{_TASK}\n\n{asked}\n\n{_ASK}"
+    listed = "\n".join(step.text for step in steps)
+    context = f"{_TASK}\n\n{listed}\n\n{_ASK}"
     # A character of the private use area: no template and no text of ours contains it.
     mark = "\ue000"
     chat = bool(getattr(tokenizer, "chat_template", None))

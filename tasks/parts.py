@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from tasks.base import TaskError
+from tasks.base import Generate, TaskError
 
 _MARK = "\ue000"
 """A character of the private use area: no template contains it."""
@@ -16,6 +16,18 @@ class Parts(NamedTuple):
 
     context_ids: tuple[int, ...]
     question_ids: tuple[int, ...]
+
+
+def asked(parts: Parts, question: str, **request: Any) -> Generate:
+    """What is to be generated behind both parts.
+
+    Args:
+        question: where the question stands, ``after`` the compressed context; else in the prompt.
+        request: the other fields of :class:`Generate`.
+    """
+    if question == "after":
+        return Generate(prompt_ids=parts.context_ids, question_ids=parts.question_ids, **request)
+    return Generate(prompt_ids=parts.context_ids + parts.question_ids, **request)
 
 
 def split(tokenizer: Any, text: str, boundary: int, *, add_special_tokens: bool = True) -> Parts:

@@ -14,10 +14,10 @@ from typing import Any
 
 from pydantic import Field
 
-from tasks.base import Answer, Document, Generate, Generated, Metric, Task, TaskError, TaskSettings, draw
+from tasks.base import Answer, Document, Generated, Metric, Task, TaskError, TaskSettings, draw
 from tasks.needle import grow
 from tasks.options import Count, Lengths, TaskOptions
-from tasks.parts import Parts, split
+from tasks.parts import Parts, asked, split
 from tasks.text import made_sentences
 
 NAMES = ("Alice", "Bruno", "Clara", "David")
@@ -73,14 +73,7 @@ class TurnsTask(Task):
                         f"turns: a context of {length} tokens with its questions and answers takes {needed}, more than "
                         f"the maximum of {settings.max_length}: choose shorter lengths"
                     )
-                is_after = settings.question == "after"
-                request = Generate(
-                    prompt_ids=prompt.context_ids if is_after else prompt.context_ids + prompt.question_ids,
-                    question_ids=prompt.question_ids if is_after else (),
-                    turns=turns,
-                    max_new_tokens=max_new_tokens,
-                    stop=("\n",),
-                )
+                request = asked(prompt, settings.question, turns=turns, max_new_tokens=max_new_tokens, stop=("\n",))
                 reference = [numbers[name] for name in names]
                 info = {"length": length, "names": names, "prompt_tokens": request.prompt_tokens}
                 documents.append(Document(id=f"{length}-{index}", request=request, reference=reference, info=info))

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tasks.base import TaskError
-from tasks.parts import rendered, split
+from tasks.parts import Parts, asked, rendered, split
 
 
 def merging() -> PreTrainedTokenizerFast:
@@ -59,6 +59,16 @@ def test_the_tokens_are_those_of_the_whole_text(context: str, question: str) -> 
         # No token of the context knows a character of the question.
         assert FAST.decode(parts.context_ids).rstrip("\ufffd") in context
         assert len(FAST.decode(parts.question_ids).lstrip("\ufffd")) >= len(question) - 1
+
+
+def test_a_question_is_asked_behind_the_context_or_in_the_prompt() -> None:
+    parts = Parts((1, 2), (3,))
+    behind = asked(parts, "after", max_new_tokens=4, stop=("x",))
+    assert (behind.prompt_ids, behind.question_ids) == ((1, 2), (3,))
+    whole = asked(parts, "before", max_new_tokens=4, stop=("x",))
+    assert (whole.prompt_ids, whole.question_ids) == ((1, 2, 3), ())
+    assert behind.input_ids == whole.input_ids
+    assert (behind.max_new_tokens, behind.stop) == (whole.max_new_tokens, whole.stop) == (4, ("x",))
 
 
 def test_a_token_that_reaches_into_the_question_belongs_to_it() -> None:
