@@ -1,0 +1,44 @@
+"""What README.md and pages under docs/ say in numbers, made of the records under results/: ``make docs`` writes it, a
+test compares it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from scripts.figures_in_docs import exam, negative, reading, results
+
+BEGIN, END = "<!-- Written by make docs: {} -->\n", "\n<!-- until here. -->"
+
+
+def with_numbers(page: str, path: str) -> str:
+    """A page with every block of numbers as the records have it.
+
+    Args:
+        path: of the page, one of :data:`PAGES`.
+
+    Raises:
+        SystemExit: a block has no place in it.
+    """
+    for name, block in PAGES[path].items():
+        before, begin, rest = page.partition(BEGIN.format(name))
+        _, end, after = rest.partition(END)
+        if not begin or not end:
+            raise SystemExit(f"{path} has no place for the numbers called {name}")
+        page = before + begin + block() + end + after
+    return page
+
+
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"exam figure": exam.exam_figure, "exam": exam.exam},
+    "docs/results.md": {
+        "exam": exam.exam_whole,
+        "figure": results.figure,
+        "demo": results.demo,
+        "fidelity": results.fidelity,
+        "tuning": results.tuning,
+        "more": results.more,
+    },
+    "docs/reading.md": {"coverage": reading.coverage, "snapkv": reading.snapkv},
+    "docs/negative.md": {"rereading": negative.rereading, "simulated": negative.simulated},
+}
+"""By page what stands between the marks of each name."""

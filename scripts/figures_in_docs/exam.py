@@ -1,0 +1,141 @@
+"""The exam: what each method keeps with the question behind the compressed context."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from statistics import fmean
+
+from bench.names import FULL, RECORD, own_name
+from bench.records.files.markdown import markdown_table
+from bench.records.row import Row
+from scripts.figures_in_docs.common import (
+    RESULTS,
+    aligned,
+    in_words,
+    least_budget,
+    length_asked,
+    model_of,
+    paragraph,
+    percent,
+    rows_at,
+    rows_of,
+    rows_within,
+    with_interval,
+)
+
+EXAM = "exam/qwen2.5-coder-0.5b-1024"
+ASKED = {"ruler:niah_multikey_2": "one of many keyed numbers", "ruler:vt": "variables of one value"}
+"""The tasks of the exam in a few words."""
+SHORT = {"ruler:niah_multikey_2": "keyed numbers", "ruler:vt": "variables"}
+"""In the head of a column."""
+
+
+def exam_figure() -> str:
+    """The figure on top: the exam's score against true bytes."""
+    rows = [row for row in rows_of(EXAM, "string_match") if row.part_of]
+    n, ratio = rows[0].n, least_budget(rows)
+    (task,) = [row.task for row in rows if row.method == FULL and "niah" in row.task]
+    found = [row for row in rows_within(rows, ratio) if row.task == task]
+    said = ", ".join(f"{row.method} {row.score:.0f}" for row in sorted(found, key=lambda row: -row.score))
+    alt = f"Score of {ASKED[own_name(task)]} against true KV bytes; in {ratio:.3g} of the bytes: {said}"
+    caption = paragraph(
+        f"""*{ASKED[own_name(task)].capitalize()} in a text of up to {length_asked(EXAM):,} tokens, asked for after
+        compression: RULER's `{own_name(task).partition(":")[2]}`, {n} documents, {model_of(EXAM)}, with 95 % intervals;
+        `results/{EXAM}` has the record.*"""
+    )
+    return f"![{alt}](results/{EXAM}/score.png)\n\n{caption}"
+
+
+def exam() -> str:
+    """What each method keeps of the exam, with the question behind the compressed context: a narrow table."""
+    found = _Exam()
+    shares = " / ".join(f"{100 * ratio:g}" for ratio in found.ratios)
+    lines = []
+    for method in found.methods:
+        # The full cache has no budget: one score is at all of them.
+        ratios = [None] if method == FULL else found.ratios
+        scores = [" / ".join(_whole(found.row(method, task, ratio)) for ratio in ratios) for task in found.tasks]
+        lines.append([method, *scores, found.held(method), found.ttft(method)])
+    smallest = f"{100 * found.ratios[-1]:g} %"
+    heads = ["method", *(SHORT[own_name(task)] for task in found.tasks), f"held at {smallest}", "TTFT s"]
+    named = ", ".join(f"{SHORT[own_name(task)]}: `{own_name(task).partition(':')[2]}`" for task in found.tasks)
+    said = paragraph(
+        f"""RULER at {length_asked(EXAM):,} tokens, the question read through what was left of the context,
+        {found.setup}: score in percent at {shares} % of the context's bytes ({named};
+        intervals: [docs/results.md](docs/results.md)). Held are the true bytes in the end, in brackets
+        what a press that masks tokens of single heads would hold if each were stored by itself. TTFT with
+        {found.threads}."""
+    )
+    return "\n".join([said, "", *aligned(heads, lines), "", paragraph(_best_of_exam(found.rows))])
+
+
+def exam_whole() -> str:
+    """The same with every interval."""
+    found = _Exam()
+    places = [(task, ratio) for task in found.tasks for ratio in found.ratios]
+    lines = []
+    for method in found.methods:
+        cells = [with_interval(found.row(method, task, None if method == FULL else ratio)) for task, ratio in places]
+        lines.append([method, *cells, found.held(method), found.ttft(method)])
+    heads = ["method", *(f"{own_name(task).partition(':')[2]}, {100 * ratio:g} %" for task, ratio in places)]
+    heads += [f"bytes held at {100 * found.ratios[-1]:g} %", "TTFT s"]
+    said = paragraph(
+        f"""RULER at {length_asked(EXAM):,} tokens, the question read through what was left of the context,
+        {found.setup}, score in percent with 95 % interval, by shares of the context's bytes. Bytes held are the
+        true ones in the end: a press that masks tokens of single heads still stores them; in brackets is what they
+        would be if every head were stored by itself. TTFT with {found.threads}."""
+    )
+    return "\n".join([said, "", *markdown_table(heads, lines, right=range(1, len(heads)))])
+
+
+class _Exam:
+    """The rows of the exam, by method, task and budget."""
+
+    def __init__(self) -> None:
+        self.rows = [row for row in rows_of(EXAM, "string_match") if row.part_of]
+        self.ratios = sorted({row.cache_ratio for row in self.rows if row.cache_ratio is not None}, reverse=True)
+        self.tasks = list(dict.fromkeys(row.task for row in self.rows))
+        self.methods = list(dict.fromkeys(row.method for row in self.rows))
+        self._cells = {(row.method, row.task, row.cache_ratio): row for row in self.rows}
+        record = json.loads((RESULTS / EXAM / RECORD).read_text(encoding="utf-8"))
+        threads = record["starts"][0]["hardware"]["torch_threads"]
+        self.threads = f"{in_words(threads)} thread{'s' if threads > 1 else ''}"
+        self.setup = f"{model_of(EXAM)}, {self.rows[0].n} documents of each task"
+
+    def row(self, method: str, task: str, ratio: float | None) -> Row | None:
+        return self._cells.get((method, task, ratio))
+
+    def held(self, method: str) -> str:
+        """Bytes in the end at the smallest budget, in brackets with every head by itself."""
+        least = [row for row in self.rows if row.method == method and row.cache_ratio in (None, self.ratios[-1])]
+        said = percent(fmean(row.kv_share_of_prompt or 0.0 for row in least))
+        if ragged := [row.ragged_share for row in least if row.ragged_share is not None]:
+            said += f" ({percent(fmean(ragged))})"
+        return said
+
+    def ttft(self, method: str) -> str:
+        times = [row.ttft_ms / 1000 for row in self.rows if row.method == method and row.ttft_ms is not None]
+        return f"{fmean(times):.1f}" if times else ""
+
+
+def _whole(row: Row | None) -> str:
+    """A score without decimals, as wide as all others."""
+    return f"{row.score:3.0f}" if row is not None else "   "
+
+
+def _best_of_exam(rows: Sequence[Row]) -> str:
+    """At the smallest budget, the best method and the next one of those that hold no more bytes than that."""
+    ratio = least_budget(rows)
+    said = []
+    for task in dict.fromkeys(row.task for row in rows):
+        mine = [row for row in rows if row.task == task]
+        best, second = sorted(rows_within(mine, ratio), key=lambda row: -row.score)[:2]
+        full = next(row.score for row in mine if row.method == FULL)
+        said.append(
+            f"`{best.method}` scores {best.score:g} where the full cache has {full:g}, and the next best method "
+            f"{second.score:g} ({ASKED[own_name(task)]})"
+        )
+        masked = [row for row in rows_at(mine, ratio) if row.ragged_share is not None and row.score >= best.score]
+        said += [f"`{row.method}` has {row.score:g} at the {percent(row.ragged_share)} in brackets" for row in masked]
+    return f"Of methods that hold no more than {100 * ratio:g} % of the bytes, {'; '.join(said)}."

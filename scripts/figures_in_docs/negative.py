@@ -1,0 +1,53 @@
+"""docs/negative.md: what was tried beside the methods there are."""
+
+from __future__ import annotations
+
+import json
+
+from bench.names import FULL, RECORD, own_name
+from bench.records.files.csv_ import read_cells
+from bench.records.files.markdown import markdown_table
+from scripts.figures_in_docs.common import RESULTS, length_asked, model_of, paragraph, percent, rows_of, with_interval
+
+REREADING = "quality/rereading"
+
+
+def rereading() -> str:
+    """What mix-replay is made of, apart and together."""
+    rows = [row for row in rows_of(REREADING, "string_match") if row.part_of]
+    ratios = sorted({row.cache_ratio for row in rows if row.cache_ratio is not None}, reverse=True)
+    cells = {(row.method, row.task, row.cache_ratio): row for row in rows}
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    lines = []
+    for method in dict.fromkeys(row.method for row in rows):
+        places = [(task, None if method == FULL else ratio) for task in tasks for ratio in ratios]
+        lines.append([method, *(with_interval(cells.get((method, *place))) for place in places)])
+    heads = ["", *(f"{own_name(task).partition(':')[2]}, {100 * ratio:g} %" for task in tasks for ratio in ratios)]
+    said = paragraph(
+        f"""{model_of(REREADING)}, RULER of up to {length_asked(REREADING):,} tokens asked after compression,
+        {rows[0].n} documents of each task, score in percent with 95 % interval (`results/{REREADING}`):"""
+    )
+    return "\n".join([said, "", *markdown_table(heads, lines, right=range(1, len(heads)))])
+
+
+def simulated() -> str:
+    """What variants of a compressed context keep, in the simulation."""
+    found: dict[str, dict[float, dict[str, str]]] = {}
+    names = ["variant", "ratio", "answers", "right", "nll", "kl", "held"]
+    for _, cells in read_cells(RESULTS / "quality" / "simulated" / "simulated.csv", names, "scripts/simulate.py"):
+        found.setdefault(cells["variant"], {})[float(cells["ratio"])] = cells
+    record = json.loads((RESULTS / "quality" / "simulated" / RECORD).read_text(encoding="utf-8"))["settings"]
+    whole = found.pop(FULL)[1.0]
+    ratios = sorted(found["base"], reverse=True)
+    lines = [
+        [name, *(rows.get(ratio, {}).get(cell, "") for ratio in ratios for cell in ("right", "kl"))]
+        for name, rows in found.items()
+    ]
+    heads = ["", *(head for ratio in ratios for head in (f"right at {percent(ratio, 1)}", "KL"))]
+    said = paragraph(
+        f"""{record["model"]}, {record["contexts"]} contexts of RULER's `niah_multikey_2` up to {record["length"]:,}
+        tokens, {whole["answers"]} answers asked after compression, of which the full cache has {whole["right"]} right;
+        shares of the full cache's bytes (`results/quality/simulated`):"""
+    )
+    table = markdown_table(heads, lines, right=range(1, len(heads)))
+    return "\n".join([said, "", *table])
