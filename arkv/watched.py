@@ -126,7 +126,8 @@ class WatchedCache(Cache):
         Raises:
             ConfigError: it holds those of another model, of other samples, of another precision or device.
         """
-        samples = self.layers[layer_idx].max_batch_size
+        layer: Any = self.layers[layer_idx]
+        samples = layer.max_batch_size
         kind = (key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
         if not samples:
             self._kinds[layer_idx] = kind

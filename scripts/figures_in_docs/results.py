@@ -174,6 +174,10 @@ def more() -> str:
     def kept(rows: Sequence[Row], method: str) -> str:
         return f"{100 * the_row(rows, method, 0.25).score / the_row(rows, FULL).score:.0f} %"
 
+    p_values = [adjusted(the_row(rows, "mix", 0.25)) for rows in (news, code)]
+    told = sum(p is not None and p < ALPHA for p in p_values)
+    where = ("on neither", "on one of them", "on both")[told]
+
     return "\n\n".join(
         [
             paragraph(
@@ -185,9 +189,9 @@ def more() -> str:
                 f"""On LongBench rows that fit 4,000 tokens uncut, at a quarter of the bytes, `mix` keeps
                 {kept(news, "mix")} of the full cache's score on {news[0].n} news summaries (`origin`
                 {kept(news, "origin")}) and {kept(code, "mix")} on {code[0].n} code completions (`origin`
-                {kept(code, "origin")}); `mix` cannot be told from the full cache on either (`results/retention`). So
-                few rows hang on single tokens: with one thread instead of two, sums are rounded otherwise, and even the
-                full cache's answers change. `results/longbench` is all 21 datasets, two rows of each, run to the end:
+                {kept(code, "origin")}); `mix` is told from the full cache {where} (`results/retention`). So few rows
+                hang on single tokens: with one thread instead of two, sums are rounded otherwise, and even the full
+                cache's answers change. `results/longbench` is all 21 datasets, two rows of each, run to the end:
                 scores of so few rows say nothing."""
             ),
             paragraph(_speed()),
