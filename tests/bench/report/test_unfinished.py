@@ -67,7 +67,7 @@ def test_what_no_command_began_goes_on_by_itself(tmp_path: Path) -> None:
 def test_the_terminal_begins_with_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_run(tmp_path / "run")
     said = reported(capsys, str(folder))[1]
-    assert said.startswith("The answer budget ")
+    assert said.startswith("The answer ")
     assert said.index("the full cache scores") < said.index("needle, exact_match (higher is better)")
     _, said = reported(capsys, str(folder), str(make_run(tmp_path / "other")))
     assert "The answer, run " in said
