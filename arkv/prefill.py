@@ -39,7 +39,7 @@ class PrefillLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        super().reset()  # type: ignore[no-untyped-call]
+        super().reset()
         self._forget()
 
     @property
