@@ -39,6 +39,6 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "more": results.more,
     },
     "docs/reading.md": {"coverage": reading.coverage, "snapkv": reading.snapkv},
-    "docs/negative.md": {"rereading": negative.rereading, "simulated": negative.simulated},
+    "docs/negative.md": {"rereading": negative.rereading, "simulated": negative.simulated, "heads": negative.heads},
 }
 """By page what stands between the marks of each name."""

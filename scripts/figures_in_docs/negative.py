@@ -7,9 +7,19 @@ import json
 from bench.names import FULL, RECORD, own_name
 from bench.records.files.csv_ import read_cells
 from bench.records.files.markdown import markdown_table
-from scripts.figures_in_docs.common import RESULTS, length_asked, model_of, paragraph, percent, rows_of, with_interval
+from bench.records.row import Row
+from scripts.figures_in_docs.common import (
+    RESULTS,
+    length_asked,
+    model_of,
+    paragraph,
+    percent,
+    rows_of,
+    the_row,
+    with_interval,
+)
 
-REREADING = "quality/rereading"
+REREADING, HEADS = "quality/rereading", "quality/heads"
 
 
 def rereading() -> str:
@@ -28,6 +38,33 @@ def rereading() -> str:
         {rows[0].n} documents of each task, score in percent with 95 % interval (`results/{REREADING}`):"""
     )
     return "\n".join([said, "", *markdown_table(heads, lines, right=range(1, len(heads)))])
+
+
+def heads() -> str:
+    """Heads of a layer that compete and fewer newest tokens, against even heads and 32."""
+    lines, ratios, documents = [], [], []
+    for folder in (f"{HEADS}/gov_report", f"{HEADS}/qasper", f"{HEADS}/qwen2.5-coder-0.5b"):
+        rows = [row for row in rows_of(folder, "kl") if row.method in ("mix", "mix-even")]
+        ratios = sorted({row.cache_ratio for row in rows if row.cache_ratio is not None}, reverse=True)
+        text = "gov_report" if folder.endswith("0.5b") else folder.rpartition("/")[2]
+        line = [f"{model_of(folder)}, {text}, {length_asked(folder):,} tokens"]
+        for ratio in ratios:
+            mix, even = (the_row(rows, name, ratio) for name in ("mix", "mix-even"))
+            line += [f"{mix.score:.2g}", f"{even.score:.2g}", _tied(mix, even)]
+        lines.append(line)
+        documents.append(rows[0].n)
+    heads = ["", *(head for ratio in ratios for head in (f"mix, {100 * ratio:g} %", "even", ""))]
+    said = paragraph(
+        f"""KL to the full cache over the next 64 tokens of {", ".join(map(str, documents))} texts, lower is
+        better (`results/{HEADS}`):"""
+    )
+    return "\n".join([said, "", *markdown_table(heads, lines, right=range(1, len(heads)))])
+
+
+def _tied(one: Row, other: Row) -> str:
+    """Whether one of two is told from the other, which is the best of their budget or not."""
+    worse = other if one.to_best is None else one
+    return "tied" if worse.leading else "told apart"
 
 
 def simulated() -> str:
