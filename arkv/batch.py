@@ -42,10 +42,10 @@ class CacheBatch(Cache):
     def __init__(self, caches: Sequence[Cache], lengths: Sequence[int]) -> None:
         if strangers := [type(cache).__name__ for cache in caches if not isinstance(cache, Cache)]:
             raise ConfigError(f"a row of a CacheBatch is a {strangers[0]}: give caches")
-        if len({id(cache) for cache in caches}) < len(caches):
-            raise ConfigError("one cache stands in several rows of a CacheBatch: give each row a fork() of its own")
         if len(caches) != len(lengths) or min(lengths, default=0) < 1:
             raise ValueError(f"{len(caches)} caches and rows of {list(lengths)} tokens: each needs one token or more")
+        if len({id(cache) for cache in caches}) < len(caches):
+            raise ConfigError("one cache stands in several rows of a CacheBatch: give each row a fork() of its own")
         if any(keeps_state(layer) for cache in caches for layer in getattr(cache, "stock", cache).layers):
             raise ConfigError(
                 "layers with a recurrence or a convolution keep states, which a CacheBatch cannot serve: give each row "

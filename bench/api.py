@@ -87,12 +87,16 @@ class Results:
         """Print the comparison of each task, as ``arkv-bench report`` does; with those of other runs behind it."""
         from rich.console import Console
 
-        from bench.records.shown import headline
+        from bench.records.finished import Run
+        from bench.records.shown import headline, run_names
         from bench.report.averages import print_averages
-        from bench.report.terminal import print_comparison
+        from bench.report.terminal import print_answer, print_comparison
 
         console = console or Console()
-        tables = [results.rows for results in (self, *others)]
+        runs = [self, *others]
+        tables = [results.rows for results in runs]
+        for name, rows in zip(run_names([results.path for results in runs]), tables, strict=True):
+            print_answer(Run(name=name, rows=rows), console, name if others else "")
         print_comparison([headline(rows) for rows in tables], console)
         for rows in tables:
             print_averages(rows, console)

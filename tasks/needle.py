@@ -87,11 +87,12 @@ class NeedleTask(Task):
                 # No tokenizer needs fewer than five tokens for a made sentence of eight words and more.
                 sentences = _rotated(haystack, rng) if haystack else list(islice(made_sentences(rng), length // 5 + 1))
                 needle = _NEEDLE.format(number=number)
-                text, prompt_tokens, needle_token = _fill(frame, sentences, needle, depth, length)
+                text, prompt_ids, needle_token = _fill(frame, sentences, needle, depth, length)
+                parts = frame.parts(text) if settings.question == "after" else Parts(prompt_ids, ())
                 documents.append(
                     Document(
                         id=f"{length}-d{depth:.2f}-{index}",
-                        request=asked(frame.parts(text), settings.question, max_new_tokens=max_new_tokens),
+                        request=asked(parts, settings.question, max_new_tokens=max_new_tokens),
                         reference=number,
                         info={
                             "length": length,
@@ -99,7 +100,7 @@ class NeedleTask(Task):
                             # A place in prompts of several lengths is one question asked several times.
                             "source": f"{index} of {options.samples}",
                             "needle_token": needle_token,
-                            "prompt_tokens": prompt_tokens,
+                            "prompt_tokens": len(prompt_ids),
                         },
                     )
                 )
@@ -147,9 +148,11 @@ class _Frame:
         return split(self._tokenizer, context + self._tail, len(context), add_special_tokens=not self._chat)
 
 
-def _fill(frame: _Frame, sentences: Sequence[str], needle: str, depth: float, length: int) -> tuple[str, int, int]:
-    """A haystack with its needle for a prompt of at most ``length`` tokens and hardly fewer, the tokens of the prompt,
-    and how many of them precede the needle."""
+def _fill(
+    frame: _Frame, sentences: Sequence[str], needle: str, depth: float, length: int
+) -> tuple[str, tuple[int, ...], int]:
+    """A haystack with its needle for a prompt of at most ``length`` tokens and hardly fewer, the prompt, and how many
+    of its tokens precede the needle."""
 
     def halves(pieces: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
         place = round(depth * len(pieces))
@@ -179,7 +182,7 @@ def _fill(frame: _Frame, sentences: Sequence[str], needle: str, depth: float, le
             "give a longer text or shorter lengths"
         )
     before, _ = halves(pieces)
-    return text(pieces), len(prompt_ids), len(frame.encode(" ".join(before), whole=False))
+    return text(pieces), tuple(prompt_ids), len(frame.encode(" ".join(before), whole=False))
 
 
 def grow(prompt: Callable[[int], list[int]], total: int, empty: list[int], length: int) -> tuple[int, list[int]]:
