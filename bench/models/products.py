@@ -1,9 +1,9 @@
 """Products of half-precision weights on CPUs without instructions for them.
 
-There torch multiplies two bfloat16 matrices one number after the other: reading a prompt takes about six times as long
-as in float32, and most laptops are such machines. So the linear layers of a model keep a float32 copy of their weights
-beside them, multiply in float32 and round the result once, which is what a processor with such instructions does too
-(bfloat16 factors, sums in float32). Activations, and with them the cache and its bytes, stay as they are.
+There torch has no fast product of two bfloat16 matrices: reading a prompt takes several times as long as in float32,
+and most laptops are such machines. So the linear layers of a model keep a float32 copy of their weights beside them,
+multiply in float32 and round the result once, which is what a processor with such instructions does too (bfloat16
+factors, sums in float32). Activations, and with them the cache and its bytes, stay as they are.
 """
 
 from __future__ import annotations
