@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from arkv.attention import Handle
-from arkv.blocks import plain_attention
+from arkv.blocks import one_token_attention, plain_attention
 from arkv.config import ConfigError
 from arkv.models import keeps_state
 
@@ -126,7 +126,9 @@ class _BatchHandle(Handle):
         outputs = []
         for place, row in enumerate(self.rows):
             mine = query[place : place + 1, :, -row.length :]
-            if isinstance(row.key, torch.Tensor):
+            if isinstance(row.key, torch.Tensor) and row.length == 1:
+                output = one_token_attention(module, mine, row.key, row.value, scaling, **kwargs)
+            elif isinstance(row.key, torch.Tensor):
                 visible = self._visible(row.length, row.key.shape[2], query.device)
                 output = plain_attention(module, mine, row.key, row.value, visible, scaling, **kwargs)
             else:

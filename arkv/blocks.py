@@ -96,6 +96,25 @@ def plain_attention(
     return _with_sinks(*_itself(grouped, key, value, dense, dense is None, scaling, softcap), s_aux)
 
 
+def one_token_attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, **kwargs: Any
+) -> torch.Tensor:
+    """:func:`plain_attention` of one new token that sees all keys and values, [B, 1, Hq, D].
+
+    The queries that share a KV head are rows of one product, and no head is repeated: on CPUs SDPA is ten times faster
+    so in bfloat16. The sums are the same but for rounding.
+
+    Args:
+        query: [B, Hq, 1, D].
+        key, value: [B, H, N, D].
+    """
+    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        return plain_attention(module, query, key, value, None, scaling, **kwargs)
+    grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))
+    output = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, scale=scaling)
+    return output.flatten(1, 2).unsqueeze(1)
+
+
 def _with_sinks(output: torch.Tensor, total: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
     """[B, T, Hq, D] of ``output`` [B, H, G, T, D] with log-sum-exp ``total`` [B, H, G, T]."""
     if sinks is not None:

@@ -37,8 +37,6 @@ class HfQuantized(Method):
 
     has_budget = False
     queries = 1
-    # Rows would be reconstructed side by side, and what is held then is no longer what is stored.
-    one_by_one = True
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -81,8 +79,8 @@ class HfQuantized(Method):
         return False
 
     def batches(self, caches: Sequence[Cache]) -> bool:
-        """One by one."""
-        return False
+        """Each row has its own cache, which gives back all its tokens."""
+        return True
 
     def repeated(self, cache: Cache, rows: int) -> Cache | None:
         """As transformers would hold a batch. Not known of ``fp8``, which has a scale for a whole tensor."""

@@ -109,7 +109,7 @@ def load(
     ``dtype``: one of ``DTYPES``; ``auto`` is bfloat16, or float16 where the device lacks it. ``device``: ``auto``,
     ``cpu``, ``cuda``, ``cuda:N`` or ``mps``. ``model_kwargs`` go to ``from_pretrained``; with a ``device_map`` among
     them ``device`` only chooses the dtype. Code that a model brings along runs only with ``trust_remote_code``. On a
-    CPU without products of the dtype the linear layers multiply in float32 (:mod:`bench.models.products`). Raises
+    CPU the linear layers keep copies of their weights that multiply faster (:mod:`bench.models.products`). Raises
     :class:`UserError` on everything that the user can put right.
     """
     from bench.models import products
@@ -141,7 +141,7 @@ def load(
             model.to(target)
     model.eval().requires_grad_(False)
     if target.type == "cpu" and "device_map" not in extra:
-        products.multiply_in_float32(model, free_memory_bytes(target))
+        products.multiply_faster(model, free_memory_bytes(target))
     facts = {field.name: getattr(described, field.name) for field in dataclasses.fields(described)}
     return LoadedModel(
         **{**facts, "config": model.config},

@@ -1,9 +1,14 @@
-"""Products of half-precision weights on CPUs without instructions for them.
+"""Products of half-precision weights on CPUs: what keeps torch from being slow there.
 
-There torch has no fast product of two bfloat16 matrices: reading a prompt takes several times as long as in float32,
-and most laptops are such machines. So the linear layers of a model keep a float32 copy of their weights beside them,
-multiply in float32 and round the result once, which is what a processor with such instructions does too (bfloat16
-factors, sums in float32). Activations, and with them the cache and its bytes, stay as they are.
+On a CPU without instructions for them torch has no fast product of two bfloat16 matrices: reading a prompt takes
+several times as long as in float32, and most laptops are such machines. So the linear layers of a model keep a float32
+copy of their weights beside them, multiply in float32 and round the result once, which is what a processor with such
+instructions does too (bfloat16 factors, sums in float32). Activations, and with them the cache and its bytes, stay as
+they are.
+
+On a CPU with such instructions torch puts all weights into the order that its products read them in, at every call: a
+decoded token waits longer for that than for the product. So the layers keep a copy in that order. The results are the
+same to the bit.
 """
 
 from __future__ import annotations
@@ -19,15 +24,46 @@ LARGEST_SHARE = 0.5
 """Of the free memory, that the copies may take."""
 
 
-class LinearInFloat32(nn.Linear):
-    """A linear layer of half-precision weights that multiplies in float32 and rounds the result once."""
+class LinearWithCopy(nn.Linear):
+    """A linear layer with a copy of its weights, with which products are faster."""
 
-    in_float32: Tensor
-    """The weights once more, as float32; layers that share their weights share it."""
+    ITEMSIZE: int
+    """Bytes of a copied weight."""
+    copied: Tensor
+    """Layers that share their weights share it."""
+
+    @staticmethod
+    def copy(weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class LinearInFloat32(LinearWithCopy):
+    """Half-precision weights; multiplies in float32 and rounds the result once."""
+
+    ITEMSIZE = 4
+
+    @staticmethod
+    def copy(weight: Tensor) -> Tensor:
+        return weight.float()
 
     def forward(self, hidden: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
-        return functional.linear(hidden.float(), self.in_float32, bias).to(hidden.dtype)
+        return functional.linear(hidden.float(), self.copied, bias).to(hidden.dtype)
+
+
+class LinearInOrder(LinearWithCopy):
+    """bfloat16 weights; the copy, in an opaque layout of torch's, lies in the order in which it is read."""
+
+    ITEMSIZE = 2
+
+    @staticmethod
+    def copy(weight: Tensor) -> Tensor:
+        ordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        return ordered
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self.copied, self.bias, "none", [], "")
+        return output
 
 
 def cpu_instructions() -> str:
@@ -49,36 +85,48 @@ def multiplies(dtype: torch.dtype) -> bool:
     return True
 
 
-def multiply_in_float32(model: Any, free_bytes: int | None) -> bool:
-    """Have the linear layers of a model on this CPU multiply in float32, where that is faster.
+def multiply_faster(model: Any, free_bytes: int | None) -> bool:
+    """Give the linear layers of a model on this CPU copies of their weights with which products are faster.
 
     Args:
-        model: a transformers model whose parameters are on the CPU.
+        model: a transformers model whose parameters are on the CPU, and need no gradients.
         free_bytes: memory that can still be taken; None where it is not known.
 
     Returns:
-        Whether the layers were changed. They are not where the CPU has products of the weights' dtype, nor, which a
-        line then says, where the copies would take more than :data:`LARGEST_SHARE` of the free memory.
+        Whether the layers were changed. They are not where torch has nothing faster for the weights' dtype, nor, which
+        a line then says, where the copies would take more than :data:`LARGEST_SHARE` of the free memory.
     """
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear and not multiplies(layer.weight.dtype)]
-    distinct = {layer.weight.data_ptr(): layer.weight.numel() for layer in layers}
+    found = [(layer, _faster(layer.weight.dtype)) for layer in model.modules() if type(layer) is nn.Linear]
+    layers = [(layer, kind) for layer, kind in found if kind is not None]
     if not layers:
         return False
-    needed = 4 * sum(distinct.values())
+    needed = sum({layer.weight.data_ptr(): layer.weight.numel() * kind.ITEMSIZE for layer, kind in layers}.values())
     if free_bytes is not None and needed > LARGEST_SHARE * free_bytes:
-        dtype = str(layers[0].weight.dtype).removeprefix("torch.")
+        dtype = str(layers[0][0].weight.dtype).removeprefix("torch.")
+        copies_take = f"({needed / 1e9:.1f} GB, and as much again)"
         Console(stderr=True).print(
-            f"This CPU has no instructions for products in {dtype}, and too little memory is free to make them in "
-            f"float32 ({needed / 1e9:.1f} GB, and as much again): reading takes several times as long",
+            f"Too little memory is free for a copy of the weights in the order in which products in {dtype} read them "
+            f"{copies_take}: decoding takes up to twice as long"
+            if layers[0][1] is LinearInOrder
+            else f"This CPU has no instructions for products in {dtype}, and too little memory is free to make them in "
+            f"float32 {copies_take}: reading takes several times as long",
             highlight=False,
             soft_wrap=True,
         )
         return False
     copies: dict[int, Tensor] = {}
-    for layer in layers:
+    for layer, kind in layers:
         place = layer.weight.data_ptr()
         if place not in copies:
-            copies[place] = layer.weight.detach().float()
-        layer.__class__ = LinearInFloat32
-        layer.in_float32 = copies[place]
+            copies[place] = kind.copy(layer.weight.detach())
+        layer.__class__ = kind
+        layer.copied = copies[place]
     return True
+
+
+def _faster(dtype: torch.dtype) -> type[LinearWithCopy] | None:
+    """The kind of layer whose products of ``dtype`` are faster on this CPU than those of ``nn.Linear``, if one is."""
+    if not multiplies(dtype):
+        return LinearInFloat32
+    # In float32 another order changes the sums' last digits.
+    return LinearInOrder if dtype == torch.bfloat16 else None

@@ -735,8 +735,9 @@ def test_every_document_is_answered_by_its_own_cells(tiny: Any) -> None:
     assert sorted(found) == [("d0", "mix"), ("d1", "full"), ("d1", "mix"), ("d1", "window"), ("d2", "window")]
 
 
-def test_peers_answer_one_by_one_in_a_batch(tiny: Any) -> None:
-    questions, grid_ = several(tiny)[:2], peer_cells("kvpress:snapkv")
+@pytest.mark.parametrize("method", ["kvpress:snapkv", "hf:quanto-int4"])
+def test_peers_answer_in_a_batch_as_alone(tiny: Any, method: str) -> None:
+    questions, grid_ = several(tiny), peer_cells(method)
     alone, together = (side_by_side(tiny, grid_, questions, size) for size in (1, 8))
     for key, measured in together.items():
         assert_same_but_times(measured, alone[key])
