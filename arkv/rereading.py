@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from arkv import kernels
 from arkv.attention import Handle, attach, dense_of
 from arkv.blocks import plain_attention
 from arkv.config import CacheConfig, ConfigError
@@ -64,11 +65,42 @@ class _ReplayHandle(Handle):
         self, module: torch.nn.Module, query: torch.Tensor, mask: Any, scaling: float, **kwargs: Any
     ) -> torch.Tensor:
         """Plain attention, of which the largest that each token of the prompt gets is kept."""
-        length, new = self.layer.importance.shape[2], query.shape[2]
-        none = torch.zeros(1, 1, 1, dtype=torch.bool, device=query.device)
-        chunk = Prompt(query, self.key, self.value, new=new, window=new, scaling=scaling, sinks=none, fused=self.fused)
-        torch.maximum(self.layer.importance, chunk.near.largest[..., :length], out=self.layer.importance)
-        return plain_attention(module, query, self.key, self.value, dense_of(mask), scaling, **kwargs)
+        largest = self.layer.importance
+        plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
+        if self.fused and plain and kernels.reread.supported(query.device, query.dtype):
+            return kernels.reread.reread(query, self.key, self.value, scaling, largest)
+        output, found = plain_reread(
+            module, query, self.key, self.value, largest.shape[2], dense_of(mask), scaling, self.fused, **kwargs
+        )
+        torch.maximum(largest, found, out=largest)
+        return output
+
+
+def plain_reread(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    length: int,
+    dense: torch.Tensor | None,
+    scaling: float,
+    fused: bool,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention output [B, m, Hq, D] of a chunk behind ``length`` tokens, and the largest that each of these gets from
+    it, [B, H, N].
+
+    Args:
+        query: [B, Hq, m, D].
+        key, value: [B, H, N + m, D].
+        dense: the mask that SDPA needs.
+        fused: whether a kernel may find the largest.
+    """
+    new = query.shape[2]
+    none = torch.zeros(1, 1, 1, dtype=torch.bool, device=query.device)
+    chunk = Prompt(query, key, value, new=new, window=new, scaling=scaling, sinks=none, fused=fused)
+    output = plain_attention(module, query, key, value, dense, scaling, **kwargs)
+    return output, chunk.near.largest[..., :length]
 
 
 class _ReplayCache(WatchedCache):

@@ -7,10 +7,10 @@ from __future__ import annotations
 import torch
 
 from arkv.kernels import operators
-from arkv.kernels.cpu import quantize, score
+from arkv.kernels.cpu import quantize, reread, score
 
 # Signatures are those of the twin, with `Store.tensors()` and the names of the Quantized pools' formats in the place of
 # the pools; `attend` may be told `Store.widths` at last, so that a GPU needs not be asked how many slots there are.
 make_room, attend, remember = torch.ops.arkv.make_room, torch.ops.arkv.attend, torch.ops.arkv.remember
 
-__all__ = ["attend", "make_room", "operators", "quantize", "remember", "score"]
+__all__ = ["attend", "make_room", "operators", "quantize", "remember", "reread", "score"]

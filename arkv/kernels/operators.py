@@ -16,6 +16,7 @@ import torch
 from arkv.formats import Layout
 from arkv.kernels import twin
 from arkv.kernels.cpu import quantize as cpu_quantize
+from arkv.kernels.cpu import reread as cpu_reread
 from arkv.kernels.cpu import score as cpu_score
 from arkv.kernels.cpu import steps
 from arkv.kernels.cpu.building import NUMBER_TYPES, library
@@ -156,6 +157,12 @@ def _summarize_fake(
     return [*found, key.new_empty((key.shape[0], 3), dtype=torch.float32)] if moments else found
 
 
+def _reread_fake(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, largest: torch.Tensor
+) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
 _register(
     "make_room(Tensor(a!) rows, Tensor(b!)[] tensors, str[] formats, int n_sink, int window, bool recency) -> ()",
     _make_room,
@@ -179,4 +186,9 @@ _register(
     "summarize(Tensor query, Tensor key, float scaling, int stride, int past, bool moments, bool? tiles) -> Tensor[]",
     cpu_score.sums,
     _summarize_fake,
+)
+_register(
+    "reread(Tensor query, Tensor key, Tensor value, float scaling, Tensor(a!) largest) -> Tensor",
+    cpu_reread.attended,
+    _reread_fake,
 )

@@ -49,7 +49,7 @@ _HEADERS = [
     _FOLDER / name
     for name in ("numbers.h", "pools.h", "encode.h", "vectors.h", "expand.h", "integers.h", "registers.h")
 ]
-_SOURCES = [_FOLDER / name for name in ("attend.c", "rows.c", "quantize.c", "score.c")]
+_SOURCES = [_FOLDER / name for name in ("attend.c", "rows.c", "quantize.c", "score.c", "reread.c")]
 
 _INT, _REAL, _ADDRESS = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
 _ARGUMENTS: dict[str, list[Any]] = {
@@ -171,7 +171,7 @@ def library() -> ctypes.CDLL | None:
         return None
     for name, arguments in _ARGUMENTS.items():
         getattr(found, name).argtypes = arguments
-    for name in ("arkv_attend", "arkv_smooth", "arkv_summary_space", "arkv_has_tiles"):
+    for name in ("arkv_attend", "arkv_smooth", "arkv_summary_space", "arkv_has_tiles", "arkv_reread_space"):
         getattr(found, name).restype = ctypes.c_int64
     return found
 

@@ -11,7 +11,7 @@ import torch
 
 from arkv.formats import FORMATS
 from arkv.kernels.cpu import building
-from tests.arkv.kernels import test_cpu, test_quantize, test_score
+from tests.arkv.kernels import test_cpu, test_quantize, test_reread, test_score
 from tests.arkv.kernels.cases import NF4, Step, case
 
 FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
@@ -55,3 +55,9 @@ def test_score_of_prompts(dim: int, length: int) -> None:
 @pytest.mark.parametrize("name", sorted(test_quantize.LAYOUTS))
 def test_quantizing(name: str) -> None:
     test_quantize.test_random_tokens(name, 64, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (7, 5)], ids=str)
+def test_rereading(dims: tuple[int, int], dtype: torch.dtype) -> None:
+    test_reread.compare(dims=dims, dtype=dtype)
