@@ -103,6 +103,8 @@ class Generate:
     max_new_tokens: int
     question_ids: tuple[int, ...] = ()
     """Tokens that are read behind the compressed context; none where the question is a part of the prompt."""
+    question_tokens: int = 0
+    """How many of the last tokens of the prompt are its question, where a method has to know; 0 is not told."""
     turns: tuple[tuple[int, ...], ...] = ()
     """Later questions: each is read behind the answer to the one before, through the same cache."""
     stop: tuple[str, ...] = ()
@@ -141,6 +143,8 @@ class Continuation:
     context_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     question_ids: tuple[int, ...] = ()
+    question_tokens: int = 0
+    """As in :class:`Generate`, of the context."""
 
     def __post_init__(self) -> None:
         if not self.context_ids or not self.token_ids:

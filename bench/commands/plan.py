@@ -68,7 +68,7 @@ def plan(preset: PRESET = None, **typed: Any) -> None:
         loads, failures = [], {}
         for task in tasks:
             try:
-                documents = documents_of(config, model, task)
+                documents = documents_of(config, model, task, cells)
             except (TaskError, UserError) as error:
                 if isinstance(error, TaskError) and error.usage:
                     raise

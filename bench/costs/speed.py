@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import median
 from typing import Any
@@ -30,7 +30,7 @@ from bench.engine.jobs import FAILURES, in_a_line
 from bench.errors import UserError, said_in_one_line, show_traceback
 from bench.methods.cell import Cell
 from bench.methods.grid import full_cell, tristate_cell
-from bench.methods.prompt import Asked, Prompt
+from bench.methods.prompt import Asked, Prompt, stand_in_question
 from bench.methods.reading import record
 from bench.names import CEILING, FULL, FUSED
 from bench.records.files.numbers import bytes_text
@@ -184,6 +184,7 @@ class SpeedBench:
         if tokens in self._prompts:
             return self._prompts[tokens]
         (prompt,) = record(self.model, [self.prompt_ids[:tokens]], queries)
+        prompt = replace(prompt, question=stand_in_question(tokens))
         if self.shared_prefill:
             self._prompts[tokens] = prompt
         return prompt

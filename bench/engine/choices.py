@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers.cache_utils import Cache
@@ -33,6 +33,8 @@ class Context:
     """Those that are read from the cache before a continuation: a question, or the last token of the context."""
     is_shared: bool
     """Others may have the same context: it ends where the question begins."""
+    asking: int
+    """Of the last tokens that are prefilled those of a question, where a method has to know."""
     continuations: dict[int, tuple[int, ...]]
 
     @property
@@ -83,7 +85,8 @@ def _contexts(job: Job) -> list[Context]:
         ids, question = (
             (item.context_ids, item.question_ids) if is_shared else (item.context_ids[:-1], item.context_ids[-1:])
         )
-        mine = Context(job=job, ids=ids, question=question, is_shared=is_shared, continuations={})
+        asking = max(0, item.question_tokens - len(question))
+        mine = Context(job=job, ids=ids, question=question, is_shared=is_shared, asking=asking, continuations={})
         found.setdefault((ids, question), mine).continuations[place] = item.token_ids
     return list(found.values())
 
@@ -124,6 +127,8 @@ def _begin(
     steps: Steps, cell: Cell, contexts: Sequence[Context], prompt: Prompt | None, prefilled_for: int
 ) -> list[_Begun]:
     """Compress what ``contexts`` have in common."""
+    if prompt is not None:
+        prompt = replace(prompt, question=contexts[0].asking)
     compressed = steps.compress(cell, prompt, waiting_cells([context.job for context in contexts]))
     source = Source.of(cell, compressed, len(contexts), prefilled_for)
     held = cell.held(source.compressed.cache, prompt)

@@ -18,6 +18,7 @@ from bench.engine.measurement import Failure, Measurement
 from bench.engine.shared import context_of
 from bench.engine.steps import AUTO_BYTES, Steps
 from bench.methods.cell import Cell
+from bench.methods.prompt import stand_in_question
 from tasks.base import Compare, Document, Generate, LogLikelihood, Request, Rolling
 from tasks.generation import Fate
 
@@ -67,7 +68,8 @@ class Engine(Steps):
         smaller = list(dict.fromkeys(cell.resized(budget) for cell in self.cells))
         # What the model's settings refuse may be put right by those of a request.
         settings = decoding.neutral(self.model, Fate.REFUSED)
-        request = Generate(prompt_ids=(0,) * tokens, max_new_tokens=new, generation=settings)
+        asking = stand_in_question(tokens)
+        request = Generate(prompt_ids=(0,) * tokens, question_tokens=asking, max_new_tokens=new, generation=settings)
         cold = [
             outcome.cell.label
             for outcome in self.answer(Document(id="warm-up", request=request), smaller)

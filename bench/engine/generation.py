@@ -154,6 +154,7 @@ def _begin(steps: Steps, cell: Cell, context: Context, jobs: Sequence[Job], prom
     if prompt is None:
         raise UserError("an empty prompt: there is nothing to go on from")
     requests = [job.request(Generate) for job in jobs]
+    prompt = dataclasses.replace(prompt, question=requests[0].question_tokens)
     decoders = [Decoder(steps.model, steps.tokenizer, request) for request in requests]
     compressed = steps.compress(cell, prompt, waiting_cells(context.jobs))
     source = Source.of(cell, compressed, len(jobs), len(context.jobs))
@@ -269,6 +270,8 @@ def _read_anew(steps: Steps, cell: Cell, row: Answering) -> None:
     with clock, factors_for(steps.model, len(row.text)):
         (prompt,) = steps.prefill([ids])
         assert prompt is not None
+        if asked := row.request.question_tokens:
+            prompt = dataclasses.replace(prompt, question=asked + len(ids) - len(prompt_ids))
         again = steps.compress(cell, prompt)
         logits = again.logits
         if behind:

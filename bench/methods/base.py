@@ -87,6 +87,9 @@ class Method(ABC):
 
     queries: int = 32
     """W, how many of the newest queries the prompt's layers keep for :meth:`compress`."""
+    needs_question: bool = False
+    """The method compresses prompts that their questions stand in, and is told which tokens these are
+    (:attr:`Prompt.question`): a run that asks any question otherwise is refused."""
     one_by_one: bool = False
     """Documents are answered one after the other, even where others go side by side."""
     prefill_group: str | None = None

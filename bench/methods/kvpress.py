@@ -27,7 +27,7 @@ from bench.methods.names import BACKENDS, limits_of
 from bench.methods.pressed import Pressed, PressedLayer, ShrinkingLayer, quantized
 from bench.methods.presses import least_prompt, library, patched, plan_press, quiet, traceless
 from bench.methods.pressing import Pressing, press_together, reads_twice, telling, works_in_hooks
-from bench.methods.prompt import Asked, Budget, Compressed, Prompt
+from bench.methods.prompt import Asked, Budget, Compressed, Prompt, stand_in_question
 from bench.methods.versions import installed_version
 from bench.names import KVPRESS
 from bench.telemetry import Stopwatch
@@ -53,6 +53,7 @@ class Press(Method):
         self.limits = limits_of(name)
         # What is removed leaves no sign of which tokens these were.
         self.knows_states = self.plan.masks
+        self.needs_question = self.plan.needs_question
         if works_in_hooks(self.plan.kind) or reads_twice(self.plan.kind):
             self.prefill_group = KVPRESS
         self.backend: str | None = None
@@ -64,38 +65,41 @@ class Press(Method):
 
     def compress(self, model: PreTrainedModel, prompt: Prompt, budget: Budget) -> Cache:
         """The cache alone."""
-        return self._made(model, prompt.ids, Asked(budget.unit, cache_size=budget.tokens)).cache
+        return self._made(model, prompt.ids, Asked(budget.unit, cache_size=budget.tokens), prompt.question).cache
 
     def make(self, model: PreTrainedModel, prompt: Prompt, asked: Asked) -> Compressed:
         """In a prefill that is not the prompt's."""
-        return self._made(model, prompt.ids, asked)
+        return self._made(model, prompt.ids, asked, prompt.question)
 
     def make_all(
         self, model: PreTrainedModel, prompt: Prompt, wanted: Sequence[tuple[Method, Asked]]
     ) -> Sequence[Compressed | Exception]:
         """In one prefill that is not the prompt's."""
         presses = [(method, asked) for method, asked in wanted if isinstance(method, Press)]
-        return in_one_prefill(model, prompt.ids, presses)
+        return in_one_prefill(model, prompt.ids, presses, prompt.question)
 
     def prefill(self, model: PreTrainedModel, ids: torch.Tensor, asked: Asked) -> tuple[Cache, torch.Tensor]:
-        """As :meth:`make` does."""
-        made = self._made(model, ids, asked)
+        """As :meth:`make` does; a prompt that is only timed has no question, for which its newest tokens stand."""
+        made = self._made(model, ids, asked, stand_in_question(ids.shape[1]))
         assert made.logits is not None
         return made.cache, made.logits
 
-    def _made(self, model: PreTrainedModel, ids: torch.Tensor, asked: Asked) -> Compressed:
-        """Of a prompt [1, N]. Raises :class:`UserError` for a model or a prompt that the press cannot do."""
+    def _made(self, model: PreTrainedModel, ids: torch.Tensor, asked: Asked, question: int = 0) -> Compressed:
+        """Of a prompt [1, N] that ends with so many tokens of a question.
+
+        Raises :class:`UserError` for a model or a prompt that the press cannot do.
+        """
         if self.prefill_group is None:
-            return self._by_itself(model, ids, asked)
-        (made,) = in_one_prefill(model, ids, [(self, asked)])
+            return self._by_itself(model, ids, asked, question)
+        (made,) = in_one_prefill(model, ids, [(self, asked)], question)
         if isinstance(made, UserError):
             raise made
         return made
 
-    def _by_itself(self, model: PreTrainedModel, ids: torch.Tensor, asked: Asked) -> Compressed:
+    def _by_itself(self, model: PreTrainedModel, ids: torch.Tensor, asked: Asked, question: int = 0) -> Compressed:
         """Under the press's own context, which may do anything. Raises as :meth:`_made`."""
         tokens = ids.shape[1]
-        press = self.press(model, tokens, asked)
+        press = self.press(model, tokens, asked, question)
         cache, clock = DynamicCache(config=model.config), Stopwatch(model.device)
         with (
             telling(self.name, tokens),
@@ -114,18 +118,26 @@ class Press(Method):
             cache=left, logits=logits, prefill_s=clock.seconds, compress_s=None, kv_bytes=storage_bytes(left)
         )
 
-    def press(self, model: PreTrainedModel, tokens: int, asked: Asked) -> Any:
-        """kvpress' own, for a prompt of so many tokens. Raises :class:`UserError` for a model that it cannot do."""
+    def press(self, model: PreTrainedModel, tokens: int, asked: Asked, question: int = 0) -> Any:
+        """kvpress' own, for a prompt of so many tokens that ends with a question of so many.
+
+        Raises :class:`UserError` for a model that it cannot do, and where it has to know of a question and does not.
+        """
+        if self.needs_question and not question:
+            raise UserError(
+                f"{self.name} has to be told where in the prompt that it compresses the question begins: give "
+                "--question before, and tasks whose prompts are a context and a question"
+            )
         with quiet():
-            press = self.plan.press(tokens, self._kept(model, tokens, asked), asked.cache_size)
+            press = self.plan.press(tokens, self._kept(model, tokens, asked), asked.cache_size, question)
         if tokens <= least_prompt(press) and not self.plan.decodes:
             press.compression_ratio = 0.0
-        self._check_windows(DynamicCache(config=model.config).is_sliding)
+        self._check_windows(press, DynamicCache(config=model.config).is_sliding)
         return press
 
     def left(self, press: Any, cache: DynamicCache, masks: Sequence[Any], tokens: int) -> Cache:
         """The cache that decoding goes on from."""
-        turned = isinstance(press, library(self.name).KeyRerotationPress)
+        turned = _turns(press, self.name)
         layers: list[Any] = []
         for layer, masked in zip(cache.layers, masks, strict=True):
             assert layer.keys is not None
@@ -168,7 +180,7 @@ class Press(Method):
             most -= 1
         return most
 
-    def _check_windows(self, is_sliding: Sequence[bool]) -> None:
+    def _check_windows(self, press: Any, is_sliding: Sequence[bool]) -> None:
         """Presses are kept away from layers with a sliding window.
 
         Raises:
@@ -182,7 +194,7 @@ class Press(Method):
             raise UserError(
                 f"{self.name}: the model has layers with a sliding window, and this press works on the cache as a whole"
             )
-        if issubclass(self.plan.kind, library(self.name).KeyRerotationPress):
+        if _turns(press, self.name):
             raise UserError(
                 f"{self.name}: the model has layers with a sliding window, whose tokens keep their positions, and this "
                 "press turns what it keeps to new positions"
@@ -286,13 +298,14 @@ def make_press(name: str) -> tuple[Press, str]:
 
 
 def in_one_prefill(
-    model: PreTrainedModel, ids: torch.Tensor, wanted: Sequence[tuple[Press, Asked]]
+    model: PreTrainedModel, ids: torch.Tensor, wanted: Sequence[tuple[Press, Asked]], question: int = 0
 ) -> list[Compressed | UserError]:
-    """What presses that share a prefill make of a prompt [1, N], each within the budget asked for; an error stands for
-    one that could not."""
+    """What presses that share a prefill make of a prompt [1, N] that ends with so many tokens of a question, each
+    within the budget asked for; an error stands for one that could not."""
     tokens, logits, seconds = ids.shape[1], None, 0.0
     pressings = [
-        Pressing(model, press.name, tokens, partial(press.press, model, tokens, asked)) for press, asked in wanted
+        Pressing(model, press.name, tokens, partial(press.press, model, tokens, asked, question))
+        for press, asked in wanted
     ]
     if able := [pressing for pressing in pressings if pressing.error is None]:
         logits, seconds = press_together(model, ids, able)
@@ -314,6 +327,14 @@ def in_one_prefill(
             )
         )
     return found
+
+
+def _turns(press: Any, name: str) -> bool:
+    """Whether a press turns what it keeps to new positions."""
+    kvpress = library(name)
+    return isinstance(press, kvpress.KeyRerotationPress) or (
+        isinstance(press, kvpress.FinchPress) and press.rerotate_keys
+    )
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:

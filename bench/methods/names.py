@@ -41,6 +41,8 @@ class Press:
     """What it would have to fetch, for the models that its authors made it for; None where it needs nothing."""
     decodes: str | None = None
     """When it compresses beside, or in the place of, the prefill."""
+    divides: bool = False
+    """It has to know where in a prompt the question begins."""
 
     @property
     def usable(self) -> bool:
@@ -74,7 +76,7 @@ PRESSES: Mapping[str, Press] = {
         "ExpectedAttentionStatsPress", needs="statistics of the model's queries, a download"
     ),
     "fastkvzip": Press("FastKVzipPress", needs="gates trained for the model, a download"),
-    "finch": Press("FinchPress", "it needs a delimiter between context and question"),
+    "finch": Press("FinchPress", divides=True),
     "key_rerotation": Press("KeyRerotationPress"),
     "keydiff": Press("KeyDiffPress"),
     "knorm": Press("KnormPress"),
@@ -107,6 +109,7 @@ A test holds the table to the installed library."""
 
 AT_PREFILL = "compresses at prefill only, the answer's tokens come on top"
 MASKS = f"masks tokens of single heads, which stay stored, so that it frees no bytes; {AT_PREFILL}"
+DIVIDES = f"takes prompts that their questions stand in (--question before), and no others; {AT_PREFILL}"
 DECODES = "compresses to its budget every 512 tokens that it reads or writes (compression_interval)"
 """What a press cannot meet."""
 
@@ -150,6 +153,8 @@ def limits_of(method: str) -> str:
         for press in presses:
             if press.decodes is not None:
                 return f"{DECODES}, {press.decodes}"
+        if any(press.divides for press in presses):
+            return DIVIDES
         return MASKS if any(press.masks for press in presses) else AT_PREFILL
     return LIMITS.get(method) or LIMITS.get(library or "", "")
 
@@ -168,6 +173,7 @@ def descriptions() -> list[tuple[str, str]]:
     ]
     usable = ", ".join(usable_presses())
     found.append((f"{KVPRESS}:NAME", f"a press of kvpress ({EXTRA}): {LIMITS[KVPRESS]}. NAME: {usable}"))
+    found.append((f"{KVPRESS}:finch", limits_of(f"{KVPRESS}:finch")))
     wrapping = f"{KVPRESS}:adakv+expected_attention: a press that wraps another one than snapkv"
     options = f"{KVPRESS}:kvzip[kvzip_plus_normalization=true]: options of a press"
     stored = f"{KVPRESS}:kvzip+quanto-int4: what the press leaves goes into transformers' QuantizedCache"

@@ -51,9 +51,14 @@ class PressPlan:
         """Whether tokens stay stored and are masked."""
         return any(PRESSES[name].masks for name in self.asked.names)
 
-    def press(self, tokens: int, kept: int, size: int | None = None) -> Any:
+    @property
+    def needs_question(self) -> bool:
+        """Whether it has to know where in a prompt the question begins."""
+        return any(PRESSES[name].divides for name in self.asked.names)
+
+    def press(self, tokens: int, kept: int, size: int | None = None, question: int = 0) -> Any:
         """A press that keeps ``kept`` of ``tokens`` tokens of a prompt, and ``size`` (as many, if None) of all tokens
-        while decoding where it decodes."""
+        while decoding where it decodes; the last ``question`` tokens of the prompt are its question."""
         kvpress = library(self.name)
         outer, inner = self.kind, [getattr(kvpress, PRESSES[part.name].class_name) for part in self.asked.parts[1:]]
         own, *others = self.options
@@ -72,6 +77,10 @@ class PressPlan:
             return outer(prefilling_press=before, decoding_press=decoding)
         press = outer(wrapped(), **own) if _wraps(outer) else outer(**own)
         press.compression_ratio = ratio
+        if self.needs_question:
+            # A delimiter in the prompt would tell it no more than this number, and its hook takes the delimiter out
+            # again. No token is -1, so that the hook finds none.
+            press.window_size, press.delimiter_token_id = question, -1
         return press
 
 

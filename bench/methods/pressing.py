@@ -26,9 +26,10 @@ from bench.telemetry import Stopwatch
 
 
 def works_in_hooks(kind: Any) -> bool:
-    """Whether presses of this class do no more than to compress in kvpress' own hook of the attention."""
-    base = library(KVPRESS).BasePress
-    return kind.__call__ is base.__call__ and kind.forward_hook is base.forward_hook
+    """Whether presses of this class do no more than to compress in kvpress' own hook of the attention. Finch's own
+    context adds what finds a delimiter, of which there is none here."""
+    base, finch = library(KVPRESS).BasePress, library(KVPRESS).FinchPress
+    return kind.__call__ in (base.__call__, finch.__call__) and kind.forward_hook is base.forward_hook
 
 
 def reads_twice(kind: Any) -> bool:

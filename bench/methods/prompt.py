@@ -20,6 +20,11 @@ from bench.names import budget_text
 from bench.telemetry import peak_memory_bytes
 
 
+def stand_in_question(tokens: int) -> int:
+    """How many of the newest tokens stand for the question where a prompt of so many ``tokens`` is only timed."""
+    return min(32, tokens // 2)
+
+
 class StockPrefill(PrefillCache):
     """A prompt in transformers' own full cache: all that there is of a model that no compressed cache serves. Methods
     that need no more than keys and values go on from it; the others are told why there is nothing for them.
@@ -71,6 +76,8 @@ class Prompt:
     """What the model made of it. Layers with a sliding window of their own are transformers' own."""
     logits: torch.Tensor | None = None
     """Of the token that follows, [1, vocabulary]."""
+    question: int = 0
+    """How many of its last tokens are the question, told to a method that needs it; 0 where none is, or is told."""
     seconds: float = 0.0
     """That reading it took."""
     shared_s: dict[Any, float] = field(default_factory=dict)

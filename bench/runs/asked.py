@@ -23,6 +23,7 @@ from bench.names import FULL, LEAST_DOCUMENTS
 from bench.runs.documents import load_documents
 from bench.runs.failures import failure_lines
 from bench.runs.repeats import repeated
+from bench.runs.told import check_questions, with_questions
 from bench.settings.mappings import read_mapping
 from bench.settings.run import RunConfig
 from tasks.base import Document, Generate, Task, TaskError, TaskGroup, TaskSettings
@@ -143,6 +144,7 @@ def asked_for(
     failures = [*plugins.failures, *({"task": name, "error": str(error)} for name, error in errors.items())]
     wanted = any(cell.method != FULL or FULL in config.methods for cell in cells)
     if asked and wanted:
+        check_questions(cells, [task for task, _ in tasks_of(asked)])
         return cells, asked, failures
     if plugins.failures:
         raise UserError("; ".join(failure_lines(failures)))
@@ -223,10 +225,17 @@ def _option(config: RunConfig, task: Task, documents: int, needed: int) -> str:
     return f": {' '.join(found)}" if found else ""
 
 
-def documents_of(config: RunConfig, model: DescribedModel, task: Task) -> list[Document]:
-    """The documents of a task for a model. Raises :class:`TaskError`, :class:`UserError`."""
+def documents_of(config: RunConfig, model: DescribedModel, task: Task, cells: Sequence[Cell]) -> list[Document]:
+    """The documents of a task for a model, with what a method of ``cells`` has to know of them.
+
+    Raises :class:`TaskError`, :class:`UserError`.
+    """
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
-    documents = load_documents(task, task_settings(config, model, task), vocabulary)
+    settings = task_settings(config, model, task)
+    documents = load_documents(task, settings, vocabulary)
+    if any(cell.impl.needs_question for cell in cells):
+        divided = load_documents(task, dataclasses.replace(settings, question="after"), vocabulary)
+        documents = with_questions(documents, divided)
     return repeated(config, task, _with_given(config, task, documents))
 
 

@@ -79,6 +79,8 @@ def prompt_hash(document: Document) -> str:
         if not part.get("question_ids"):
             # Likewise of prompts with their questions inside.
             part.pop("question_ids", None)
+        # Told or not, the prompt is the same.
+        part.pop("question_tokens", None)
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
 

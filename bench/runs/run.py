@@ -216,7 +216,7 @@ class _Run:
 
     def _begin(self, name: str, task: Task, part_of: str | None) -> Iterator[Unit]:
         folder = self.folder
-        documents = documents_of(self.config, self.models[name], task)
+        documents = documents_of(self.config, self.models[name], task, self.cells)
         folder.claim(records.DATA, task.name, task.data_hash(), "over other data")
         folder.claim(records.DEFINITIONS, task.name, task.definition_hash(), "by another definition of the task")
         self._record["tasks"][task.name] = {
@@ -229,7 +229,11 @@ class _Run:
         choices = [item["choice"] for item in self._starts[:-1] if "choice" in item]
         stored = self._stored.get((name, task.name), {})
         earlier, missing = earlier_documents(
-            documents, stored, choices, self.config, lambda config: documents_of(config, self.models[name], task)
+            documents,
+            stored,
+            choices,
+            self.config,
+            lambda config: documents_of(config, self.models[name], task, self.cells),
         )
         asked = self.config.question
         as_it_is = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from arkv import storage_bytes
 from bench.costs.plan import model_size
 from bench.costs.speed import SpeedBench
-from bench.engine.engine import Engine, Measurement
+from bench.engine.engine import Engine, Failure, Measurement
 from bench.extend import EVICTED, ORIGINAL, QUANTIZED, Method, keep_tokens
 from bench.methods.cell import Cell, Held
 from bench.methods.grid import OwnMethod, grid
@@ -30,7 +31,7 @@ from bench.names import CEILING, DESCRIPTIONS, FULL, FUSED, HF, KVPRESS
 from bench.records.timing import Timing
 from tasks.base import Document, Generate
 
-LENGTH, STEPS = 203, 3
+LENGTH, STEPS, QUESTION = 203, 3, 9
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
 """Of the tiny model: layers, key and value, KV heads, head dim, bytes of a float."""
 
@@ -116,7 +117,7 @@ def prompt_ids(seed: int = 0, length: int = LENGTH) -> list[int]:
 @torch.inference_mode()
 def recorded(tiny: Any, cell: Cell) -> Prompt:
     (prompt,) = record(tiny.model, [prompt_ids()], cell.recorded_queries)
-    return prompt
+    return replace(prompt, question=QUESTION)
 
 
 @torch.inference_mode()
@@ -200,10 +201,11 @@ def test_the_states_map_is_what_is_counted(tiny: Any, cell: Cell) -> None:
 
 
 def test_documents_side_by_side_are_answered_as_alone(tiny: Any, cell: Cell) -> None:
-    questions = [
-        Document(id=str(seed), request=Generate(prompt_ids=tuple(prompt_ids(seed, length)), max_new_tokens=4))
+    requests = [
+        Generate(prompt_ids=tuple(prompt_ids(seed, length)), question_tokens=QUESTION, max_new_tokens=4)
         for seed, length in ((1, LENGTH), (2, 150))
     ]
+    questions = [Document(id=str(place), request=request) for place, request in enumerate(requests)]
     found: list[Mapping[str, Measurement]] = []
     for batch_size in (1, 2):
         engine = Engine(tiny.model, tiny.tokenizer, [cell], batch_size=batch_size)
@@ -228,6 +230,10 @@ def test_a_question_behind_a_context_that_the_budget_holds_is_answered_as_by_the
     questions = [Document(id=name, request=request) for name in "ab"]
     engine = Engine(tiny.model, tiny.tokenizer, [roomy])
     outcomes = [item for _, item in engine.answer_batch([(item, [roomy]) for item in questions])]
+    if cell.impl.needs_question:
+        said = f"{cell.method} has to be told where .* give --question before"
+        assert all(isinstance(item, Failure) and re.match(said, item.error) for item in outcomes), outcomes
+        return
     assert all(isinstance(item, Measurement) for item in outcomes), outcomes
     first, second = (item for item in outcomes if isinstance(item, Measurement))
     # Both read copies of one cache: what the first one read is nothing to the second.

@@ -197,8 +197,10 @@ def test_the_budget_is_kept(model: Any, prompt: torch.Tensor, name: str, budget:
     )
 
 
-def test_a_press_that_masks_shows_its_real_bytes(model: Any, prompt: torch.Tensor) -> None:
-    cell = press("adakv", cache_ratio=0.25)
+@pytest.mark.parametrize("name", ["adakv", "criticaladakv", "kvzip", "kvzip[kvzip_plus_normalization=true]", "kvgrad"])
+def test_a_press_that_masks_shows_its_real_bytes(model: Any, prompt: torch.Tensor, name: str) -> None:
+    """It really leaves out what it is asked to, and holds everything."""
+    cell = press(name, cache_ratio=0.25)
     cache = compress(model, prompt, cell).cache
     full = 3 * 2 * 2 * 32 * 4 * LENGTH
     assert storage_bytes(cache.layers) > full
@@ -376,7 +378,8 @@ def test_a_key_follows_the_librarys_version() -> None:
         ("hf:quanto-int3", "unknown method 'hf:quanto-int3': did you mean hf:quanto-int"),
         ("kvpress:snapkw", "unknown method 'kvpress:snapkw': did you mean kvpress:snapkv"),
         ("vllm:fp8", "unknown method 'vllm:fp8': third-party methods begin with hf: or kvpress:"),
-        ("kvpress:finch", "finch cannot be compared at a budget: it needs a delimiter"),
+        ("kvpress:duo_attention", "duo_attention cannot be compared at a budget: its heads, not a budget, say"),
+        ("kvpress:finch[chunk_lenght=64]", "finch has no option 'chunk_lenght': did you mean chunk_length"),
         ("kvpress:kvzap", "kvzap is not offered, since it needs another model"),
         ("kvpress:snapkv+tova", "SnapKVPress wraps no other press"),
         ("kvpress:", "write it as kvpress:PRESS, kvpress:PRESS[option=value;option=value]"),
@@ -453,7 +456,8 @@ def test_every_press_is_usable_or_has_a_reason() -> None:
     rows = dict(names.descriptions())
     assert {"snapkv", "kvzip"} <= set(names.usable_presses())
     assert "snapkv" in rows["kvpress:NAME"]
-    assert "finch" not in rows["kvpress:NAME"]
+    assert "duo_attention" not in rows["kvpress:NAME"]
+    assert "--question before" in rows["kvpress:finch"]
     assert "qfilter (filters computed for the model, a download)" in rows["kvpress:..."]
     for name, press in names.PRESSES.items():
         if not press.usable:

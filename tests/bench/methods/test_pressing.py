@@ -27,7 +27,7 @@ from tests.bench.engine.test_engine import forwards
 if find_spec("kvpress") is None:
     pytest.skip("kvpress is not installed", allow_module_level=True)
 
-LENGTH = 203
+LENGTH, QUESTION = 203, 9
 NAMES = [
     *(name for name in usable_presses() if PRESSES[name].decodes is None),
     *("adakv[alpha_safeguard=0.05]+expected_attention", "chunkkv[chunk_length=8]+tova", "pyramidkv[window_size=16]"),
@@ -91,7 +91,7 @@ def by_themselves(tiny: Any) -> dict[tuple[str, int], Compressed]:
         for name in NAMES:
             for place, asked in enumerate(BUDGETS):
                 if name not in ALONE:
-                    made[name, place] = press(name)._by_itself(tiny.model, ids(), asked)
+                    made[name, place] = press(name)._by_itself(tiny.model, ids(), asked, QUESTION)
     return made
 
 
@@ -100,7 +100,7 @@ def test_what_a_press_makes_is_what_it_makes_alone(tiny: Any, by_themselves: Any
     """All presses and budgets in one prefill: to the last bit, whoever comes before."""
     keys = list(reversed(by_themselves)) if turned else list(by_themselves)
     with torch.inference_mode():
-        found = in_one_prefill(tiny.model, ids(), [(press(name), BUDGETS[place]) for name, place in keys])
+        found = in_one_prefill(tiny.model, ids(), [(press(name), BUDGETS[place]) for name, place in keys], QUESTION)
     seconds = {made.prefill_s for made in found if isinstance(made, Compressed)}
     assert len(seconds) == 1
     for key, made in zip(keys, found, strict=True):

@@ -129,9 +129,9 @@ def test_one_document_does_not_lose_those_beside_it(
 ) -> None:
     """Prompts that share a forward, and answers that are decoded in one."""
     config = settings(tiny_folder, batch_size=DOCUMENTS, lengths=(100,))
-    _, (task,), _ = asked_for(config, *plugins_of(config))
+    cells, (task,), _ = asked_for(config, *plugins_of(config))
     assert isinstance(task, NeedleTask)
-    documents = documents_of(config, describe(str(tiny_folder)), task)
+    documents = documents_of(config, describe(str(tiny_folder)), task, cells)
     bad = documents[1]
     marked = list(bad.request.prompt_ids)  # type: ignore[union-attr]
     forward = LlamaForCausalLM.forward

@@ -103,14 +103,15 @@ def test_after_is_the_default_and_a_task_without_parts_is_asked_as_it_is(tiny_fo
     assert "fidelity: --question" not in said, "nobody asked for it"
 
 
+@pytest.mark.parametrize("question", ["after", "both"])
 def test_a_task_without_parts_is_named_where_it_was_asked_for(
-    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], question: str
 ) -> None:
     options = ["--device", "cpu", "--dtype", "float32", "--lengths", "120", "--samples", "1", "--continuation", "4"]
     common = ["run", "--model", str(tiny_folder), "--tasks", "fidelity", "--methods", "full", *options]
-    call(*common, "--question", "both", "--outdir", str(tmp_path / "run"))
+    call(*common, "--question", question, "--outdir", str(tmp_path / "run"))
     said = " ".join(capsys.readouterr().out.split())
-    assert said.count("fidelity: --question both: the task tells no question from its context") == 1
+    assert said.count(f"fidelity: --question {question}: the task tells no question from its context") == 1
     assert {row.task for row in read_results(tmp_path / "run")} == {"fidelity"}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bench.names import RESULTS, SAMPLES
-from tests.bench.conftest import define_toys, quiet_environment, read_lines
+from tests.bench.conftest import define_toys, quiet_environment, read_lines, save_tiny_model
 from tests.conftest import ROOT
 
 TIMES = {"prefill_s", "compress_s", "ttft_ms", "decode_tokens_per_s", "tpot_ms"}
@@ -53,6 +53,28 @@ def table(path: Path) -> list[dict[str, str]]:
     """Rows of the table without the columns that are times."""
     with open(path / RESULTS, encoding="utf-8", newline="") as file:
         return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+def test_a_killed_exam_goes_on_to_the_same_table(tmp_path: Path) -> None:
+    """Questions behind their contexts, rows of each length and the average, and presses that share a prefill."""
+    pytest.importorskip("kvpress")
+    model = save_tiny_model(tmp_path / "tiny", context=2048)
+    command = [
+        *["run", "--model", str(model), "--tasks", "ruler:vt,fwe", "--lengths", "1500,1800", "--samples", "1"],
+        *["--methods", "full,mix,kvpress:snapkv,kvpress:kvzip", "--cache-ratio", "0.25", "--question", "after"],
+        *["--device", "cpu", "--dtype", "float32", "--outdir"],
+    ]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    start(RUN, *command, str(whole))
+    assert len(keys(whole)) == 4 * 4
+    # Within the answers to one question, between those of two presses.
+    start(KILLED, "7", *command, str(broken), returns=-signal.SIGKILL)
+    assert len(keys(broken)) == 7
+    start(RUN, *command, str(broken))
+    assert sorted(keys(broken)) == sorted(keys(whole))
+    assert table(broken) == table(whole)
+    assert {row["question"] for row in table(whole)} == {"after"}
 
 
 @pytest.mark.slow
