@@ -158,6 +158,9 @@ def test_the_budget_the_states_and_what_follows(tiny: Any, cell: Cell) -> None:
     assert over is ((masks(cell) and not cell.quantizes) or cell.method.startswith(f"{KVPRESS}:decoding"))
     assert (held.ragged_kv_bytes is not None) is masks(cell)
     assert held.ragged_kv_bytes is None or held.ragged_kv_bytes <= 1.02 * most
+    if masks(cell) and not cell.quantizes:
+        # What single heads leave out is no less, and no more, than what was asked for.
+        assert held.original == pytest.approx(cell.asked.kept(LENGTH), abs=1)
     assert cell.impl.limits or not (over or (cell.method.startswith(HF) and not cell.impl.has_budget))
     # Decoding goes on from it, every token counted once.
     decode(tiny, cell, made.cache)

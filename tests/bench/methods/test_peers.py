@@ -197,10 +197,8 @@ def test_the_budget_is_kept(model: Any, prompt: torch.Tensor, name: str, budget:
     )
 
 
-@pytest.mark.parametrize("name", ["adakv", "criticaladakv", "kvzip", "kvzip[kvzip_plus_normalization=true]", "kvgrad"])
-def test_a_press_that_masks_shows_its_real_bytes(model: Any, prompt: torch.Tensor, name: str) -> None:
-    """It really leaves out what it is asked to, and holds everything."""
-    cell = press(name, cache_ratio=0.25)
+def test_a_press_that_masks_shows_its_real_bytes(model: Any, prompt: torch.Tensor) -> None:
+    cell = press("adakv", cache_ratio=0.25)
     cache = compress(model, prompt, cell).cache
     full = 3 * 2 * 2 * 32 * 4 * LENGTH
     assert storage_bytes(cache.layers) > full
