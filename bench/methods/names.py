@@ -110,7 +110,7 @@ A test holds the table to the installed library."""
 AT_PREFILL = "compresses at prefill only, the answer's tokens come on top"
 MASKS = f"masks tokens of single heads, which stay stored, so that it frees no bytes; {AT_PREFILL}"
 DIVIDES = f"takes prompts that their questions stand in (--question before), and no others; {AT_PREFILL}"
-DECODES = "compresses to its budget every 512 tokens that it reads or writes (compression_interval)"
+DECODES = "compresses to its budget every {interval} tokens that it reads or writes (compression_interval)"
 """What a press cannot meet."""
 
 
@@ -149,10 +149,12 @@ def limits_of(method: str) -> str:
     """What a method cannot meet, by its name alone; empty where nothing is known."""
     library = library_of(method)
     if library == KVPRESS:
-        presses = [PRESSES[name] for name in parse_press(method, BACKENDS).names if name in PRESSES]
-        for press in presses:
+        parts = [part for part in parse_press(method, BACKENDS).parts if part.name in PRESSES]
+        presses = [PRESSES[part.name] for part in parts]
+        for part, press in zip(parts, presses, strict=True):
             if press.decodes is not None:
-                return f"{DECODES}, {press.decodes}"
+                interval = part.options.get("compression_interval", "512")
+                return f"{DECODES.format(interval=interval)}, {press.decodes}"
         if any(press.divides for press in presses):
             return DIVIDES
         return MASKS if any(press.masks for press in presses) else AT_PREFILL

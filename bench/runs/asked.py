@@ -23,7 +23,7 @@ from bench.names import FULL, LEAST_DOCUMENTS
 from bench.runs.documents import load_documents
 from bench.runs.failures import failure_lines
 from bench.runs.repeats import repeated
-from bench.runs.told import check_questions, with_questions
+from bench.runs.told import check_questions, needing, with_questions
 from bench.settings.mappings import read_mapping
 from bench.settings.run import RunConfig
 from tasks.base import Document, Generate, Task, TaskError, TaskGroup, TaskSettings
@@ -233,9 +233,15 @@ def documents_of(config: RunConfig, model: DescribedModel, task: Task, cells: Se
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
     settings = task_settings(config, model, task)
     documents = load_documents(task, settings, vocabulary)
-    if any(cell.impl.needs_question for cell in cells):
-        divided = load_documents(task, dataclasses.replace(settings, question="after"), vocabulary)
-        documents = with_questions(documents, divided)
+    if method := needing(cells):
+        try:
+            divided = load_documents(task, dataclasses.replace(settings, question="after"), vocabulary)
+            documents = with_questions(documents, divided)
+        except TaskError as error:
+            raise TaskError(
+                f"{task.name}: where its questions begin cannot be told, which {method} has to know: leave one of the "
+                "two out"
+            ) from error
     return repeated(config, task, _with_given(config, task, documents))
 
 

@@ -11,10 +11,15 @@ from bench.methods.questions import AskedAfter
 from tasks.base import Continuation, Document, Generate, LogLikelihood, Task, TaskError
 
 
+def needing(cells: Sequence[Cell]) -> str | None:
+    """The first method that has to know where in a prompt the question begins; None for none."""
+    return next((cell.method for cell in cells if cell.impl.needs_question), None)
+
+
 def check_questions(cells: Sequence[Cell], tasks: Sequence[Task]) -> None:
     """Raises :class:`UserError` (exit code 2) where a method needs the question in the prompt that it compresses, and a
     task has it elsewhere, or does not tell it from the context."""
-    method = next((cell.method for cell in cells if cell.impl.needs_question), None)
+    method = needing(cells)
     if method is None:
         return
     for task in tasks:

@@ -450,6 +450,11 @@ def test_the_table_of_presses_is_that_of_the_library() -> None:
     assert list(names.PRESSES) == sorted(names.PRESSES)
 
 
+def test_what_a_press_that_decodes_cannot_meet_names_its_interval() -> None:
+    for options, tokens in (("", 512), ("[compression_interval=8]", 8)):
+        assert f"every {tokens} tokens" in names.limits_of(f"kvpress:decoding{options}+knorm")
+
+
 def test_every_press_is_usable_or_has_a_reason() -> None:
     rows = dict(names.descriptions())
     assert {"snapkv", "kvzip"} <= set(names.usable_presses())

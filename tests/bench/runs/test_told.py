@@ -16,6 +16,7 @@ from bench.runs.asked import asked_for, documents_of, models_of, plugins_of, tas
 from bench.runs.documents import prompt_hash
 from bench.runs.told import with_questions
 from bench.settings.run import RunConfig
+from tasks import needle
 from tasks.base import Continuation, Document, Generate, LogLikelihood, TaskError
 from tests.bench.conftest import define_toys, read_lines
 from tests.bench.runs.test_run import go
@@ -44,7 +45,7 @@ def test_a_run_tells_where_questions_begin(tiny_folder: Path, tmp_path: Path) ->
             assert line["tokens_evicted"] > 0, line["task"]
 
 
-def test_what_is_told_changes_no_prompt(tiny_folder: Path) -> None:
+def test_what_is_told_changes_no_prompt(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of other methods stay where they are."""
     settings: dict[str, Any] = {"tasks": ("needle", "turns"), "lengths": (300,), "samples": 1, "question": "before"}
     config = RunConfig(model=(str(tiny_folder),), methods=(FINCH,), device="cpu", **settings)
@@ -59,6 +60,15 @@ def test_what_is_told_changes_no_prompt(tiny_folder: Path) -> None:
         assert (plain.request.question_tokens, told.request.question_tokens) == (0, len(divided.question_ids))
         assert replace(told.request, question_tokens=0) == plain.request
         assert prompt_hash(told) == prompt_hash(plain)
+
+    def fails(*_: Any) -> Any:
+        raise TaskError("the chat template changes the text between context and question")
+
+    monkeypatch.setattr(needle._Frame, "parts", fails)
+    task = tasks_of(asked)[0][0]
+    assert len(documents_of(config, model, task, [])) == 1
+    with pytest.raises(TaskError, match="needle: where its questions begin cannot be told, which kvpress:finch has to"):
+        documents_of(config, model, task, cells)
 
 
 @pytest.mark.parametrize(
