@@ -14,6 +14,7 @@ from arkv import TriStateCache
 from bench.engine.engine import Engine, Failure, Measurement
 from bench.engine.steps import Steps
 from bench.methods.cell import Cell
+from bench.methods.grid import grid
 from bench.runs.executors.base import batches
 from tasks.base import Continuation, Document, Generate, LogLikelihood
 from tests.bench.engine.test_engine import cells, forwards, generated, plain_scores
@@ -83,6 +84,20 @@ def test_four_questions_cost_one_prefill_and_one_compression_per_method(
             assert together[key].answer == measured.answer
             assert together[key].kv_bytes == measured.kv_bytes
             assert together[key].tokens_evicted == measured.tokens_evicted
+
+
+def test_a_context_that_is_read_twice_is_so_once_for_four_questions(tiny: Any) -> None:
+    twice = grid(["mix-replay"], [{"cache_ratio": 0.25}], [8], None, {"budget_unit": "bytes"})
+    readings = []
+    for count in (1, 4):
+        shapes, handle = forwards(tiny)
+        try:
+            answers(tiny, twice, [asking(number) for number in range(count)])
+        finally:
+            handle.remove()
+        readings.append([shape for shape in shapes if shape[1] > 20])
+    assert readings[0] == readings[1]
+    assert len(readings[0]) == 2
 
 
 def test_the_weights_of_the_head_are_copied_for_no_row(tiny: Any) -> None:
