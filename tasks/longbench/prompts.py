@@ -66,6 +66,11 @@ def template(name: str) -> Template:
             "install the version that constraints.txt names"
         ) from error
     text = text.replace("{{context}}", "{context}").replace("{{question}}", "{input}")
+    if "{context}" not in text:
+        raise TaskError(
+            f"longbench: the prompt for {name} in {path} has no {{context}} to compress: install the version "
+            "of lm-eval that constraints.txt names"
+        )
     return Template(text=_with_white_space(name, text), max_new_tokens=max_new_tokens)
 
 

@@ -76,6 +76,11 @@ def test_an_lm_eval_without_the_templates(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr("importlib.util.find_spec", lambda name: Spec)
     with pytest.raises(TaskError, match=r"no prompt for trec in .*trec\.yaml"):
         template.__wrapped__("trec")
+    path = tmp_path / "tasks" / "longbench" / "trec.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("doc_to_text: 'What is {{question}}?'\ngeneration_kwargs: {max_gen_toks: 64}\n")
+    with pytest.raises(TaskError, match=r"the prompt for trec in .*trec\.yaml has no {context} to compress"):
+        template.__wrapped__("trec")
 
 
 def test_half_from_each_end_counts_the_special_token_and_drops_it() -> None:
