@@ -72,3 +72,8 @@ def budget_text(unit: str | None, cache_size: int | None, cache_ratio: float | N
         return ""
     counted = "tokens per layer" if unit == "tokens" else "tokens' worth of bytes per layer"
     return f"C={cache_size} {counted}"
+
+
+def install_extra(extra: str) -> str:
+    """How to get what an extra of pyproject.toml has: no index has the suite itself, a checkout does."""
+    return f"make env in the checkout, or pip install -c constraints.txt -e '.[{extra}]' there"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 
+from bench.names import install_extra
 from bench.settings.doctor import DoctorConfig
 from bench.settings.options import given, takes
 
@@ -73,7 +74,7 @@ def _packages() -> Iterator[Finding]:
         yield Finding(wrong is None, requirement.name, found)
     for extra, requirements in needed.items():
         lacking = [item.name for item in requirements if _lacking(item)]
-        found = "installed" if not lacking else f"without {', '.join(lacking)}: pip install 'arkv-bench[{extra}]'"
+        found = "installed" if not lacking else f"without {', '.join(lacking)}: {install_extra(extra)}"
         yield Finding(None if lacking else True, f"extra {extra}", found)
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from bench.errors import UserError
 from bench.methods.press_names import parse_press
-from bench.names import DESCRIPTIONS, HF, KVPRESS, LIMITS
+from bench.names import DESCRIPTIONS, HF, KVPRESS, LIMITS, install_extra
 from tasks.errors import nearest
 
-EXTRA = "pip install 'arkv-bench[peers]'"
+EXTRA = install_extra("peers")
 DISTRIBUTIONS = {"quanto": "optimum-quanto", "hqq": "hqq", KVPRESS: "kvpress"}
 """What a method of a library needs."""
 
@@ -109,6 +109,7 @@ A test holds the table to the installed library."""
 
 AT_PREFILL = "compresses at prefill only, the answer's tokens come on top"
 MASKS = f"masks tokens of single heads, which stay stored, so that it frees no bytes; {AT_PREFILL}"
+MASKS_QUANTIZED = f"masks tokens of single heads, which stay stored, so that only quantizing frees bytes; {AT_PREFILL}"
 DIVIDES = f"takes prompts that their questions stand in (--question before), and no others; {AT_PREFILL}"
 DECODES = "compresses to its budget every {interval} tokens that it reads or writes (compression_interval)"
 """What a press cannot meet."""
@@ -149,7 +150,8 @@ def limits_of(method: str) -> str:
     """What a method cannot meet, by its name alone; empty where nothing is known."""
     library = library_of(method)
     if library == KVPRESS:
-        parts = [part for part in parse_press(method, BACKENDS).parts if part.name in PRESSES]
+        asked = parse_press(method, BACKENDS)
+        parts = [part for part in asked.parts if part.name in PRESSES]
         presses = [PRESSES[part.name] for part in parts]
         for part, press in zip(parts, presses, strict=True):
             if press.decodes is not None:
@@ -157,7 +159,9 @@ def limits_of(method: str) -> str:
                 return f"{DECODES.format(interval=interval)}, {press.decodes}"
         if any(press.divides for press in presses):
             return DIVIDES
-        return MASKS if any(press.masks for press in presses) else AT_PREFILL
+        if any(press.masks for press in presses):
+            return MASKS if asked.backend is None else MASKS_QUANTIZED
+        return AT_PREFILL
     return LIMITS.get(method) or LIMITS.get(library or "", "")
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.errors import UserError
 from bench.models.loading import LoadedModel
+from bench.names import install_extra
 from bench.runs import folder as records
 from bench.runs.locked import LockedFolder
 from bench.search.config import FIDELITY, TuneConfig
@@ -174,7 +175,7 @@ def import_optuna() -> Any:
     try:
         import optuna
     except ModuleNotFoundError:
-        raise UserError("tune needs Optuna: pip install 'arkv-bench[tune]'") from None
+        raise UserError(f"tune needs Optuna: {install_extra('tune')}") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

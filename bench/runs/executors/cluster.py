@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bench.errors import UserError
+from bench.names import install_extra
 
 CONNECT_S = 15.0
 """How long a cluster has to answer."""
@@ -27,7 +28,7 @@ def ray_library() -> Any:
     try:
         import ray
     except ImportError:
-        raise UserError("--executor=ray needs Ray: pip install 'arkv-bench[ray]'") from None
+        raise UserError(f"--executor=ray needs Ray: {install_extra('ray')}") from None
     return ray
 
 

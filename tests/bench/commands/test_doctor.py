@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.commands import doctor
+from bench.names import install_extra
 
 
 def test_a_missing_package_or_another_version_comes_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +19,7 @@ def test_a_missing_package_or_another_version_comes_with_the_command(monkeypatch
         "typer": (False, f"{metadata.version('typer')} is installed: pip install 'typer>=999'"),
         "no-such-thing": (False, "missing: pip install 'no-such-thing<3,>=2'"),
         "rich": (True, metadata.version("rich")),
-        "extra tune": (None, "without gone: pip install 'arkv-bench[tune]'"),
+        "extra tune": (None, f"without gone: {install_extra('tune')}"),
     }
 
 

@@ -406,8 +406,14 @@ def test_wrong_names(name: str, said: str) -> None:
 @pytest.mark.parametrize("name", ["hf:hqq-int4", "kvpress:snapkv"])
 def test_what_is_not_installed_names_its_extra(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(versions, "DISTRIBUTIONS", dict.fromkeys(names.DISTRIBUTIONS, "no-such-distribution"))
-    with pytest.raises(UserError, match=r"is not installed: pip install 'arkv-bench\[peers\]'"):
+    with pytest.raises(UserError, match=r"is not installed: make env in the checkout, or pip install .* '\.\[peers\]'"):
         other_cell(name)
+
+
+def test_a_press_that_masks_frees_bytes_only_where_it_quantizes() -> None:
+    assert "frees no bytes" in names.limits_of("kvpress:kvzip")
+    assert "only quantizing frees bytes" in names.limits_of("kvpress:kvzip+quanto-int4")
+    assert names.limits_of("kvpress:snapkv+quanto-int4") == names.AT_PREFILL
 
 
 def test_a_press_that_cannot_do_the_model_says_why(
