@@ -82,15 +82,17 @@ def run(
 
 
 def _summarize(outcome: Outcome, console: Console) -> None:
-    """The tables, what failed, where everything is, and what to type next."""
+    """The answer and the tables, what failed, where everything is, and what to type next."""
     import shlex
 
+    from bench.records.finished import Run
     from bench.records.shown import headline
     from bench.report.averages import print_averages
-    from bench.report.terminal import print_comparison
+    from bench.report.terminal import print_answer, print_comparison
     from bench.runs.failures import failure_lines
 
     if asked_for := headline(outcome.rows):
+        print_answer(Run(name=outcome.path.name, rows=outcome.rows), console)
         print_comparison([asked_for], console)
         print_averages(outcome.rows, console)
     if parts := len({row.task for row in outcome.rows} - {row.task for row in asked_for}):

@@ -198,7 +198,8 @@ LEGEND = (
     "KV of full: all bytes that the cache stores, scales, positions and scores of tokens included, over the keys and "
     "values of a full one; in brackets what it would be if a method that only masks tokens of single heads stored each "
     "head by itself. O/Q/E: tokens that ended Original, Quantized, Evicted.",
-    "TTFT: prefill, compression and the first token; TPOT: every later token. Times are of the machine in record.json.",
+    "TTFT: prefill, compression and the first token; TPOT: every later token. Times are of the machine in record.json; "
+    "full is a stock cache, and how much of a gain on it is the kernel's, arkv-bench speed tells.",
 )
 """What the columns mean."""
 

@@ -117,6 +117,9 @@ def _verdict(group: Sequence[Row], full: Row | None, budget: str) -> Verdict:
 def _cost(row: Row, full: Row | None) -> str:
     """In bytes, time and score, beside the full cache."""
     said = [f"{percent_text(row.kv_share)} of full's bytes" if row.kv_share is not None else ""]
+    # A method that reads the prompt again is paid for before the first token.
+    if full is not None and full.ttft_ms and row.ttft_ms:
+        said.append(f"{row.ttft_ms / full.ttft_ms:.2f} x its time to the first token")
     if full is not None and full.tpot_ms and row.tpot_ms:
         said.append(f"{row.tpot_ms / full.tpot_ms:.2f} x its time per token")
     against = AGAINST_FULL.cell(row)

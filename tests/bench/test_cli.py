@@ -228,7 +228,8 @@ def test_a_whole_run_and_its_report(tiny_run: list[object], tmp_path: Path, caps
     with pytest.raises(SystemExit) as caught:
         main([str(argument) for argument in tiny_run])
     assert caught.value.code == 0
-    assert "needle (question after), exact_match" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.index("The answer") < said.index("needle (question after), exact_match")
     for arguments in (["--format", "markdown"], ["--format", "csv"], ["-o", str(tmp_path / "table.md")]):
         with pytest.raises(SystemExit) as caught:
             main(["report", str(tmp_path / "run"), *arguments])
