@@ -68,7 +68,7 @@ def list_things(**typed: Any) -> None:
                 row.name,
                 f"{row.description}; licence {row.licence}; "
                 f"{row.download / MB:,.0f} MB to fetch, {row.disk / MB:,.0f} MB on disk",
-                "in the cache" if row.present else "fetched when used",
+                "fetched already" if row.present else "fetched when used",
             )
             for row in list_models()
         ]
