@@ -135,7 +135,7 @@ def test_without_ray_the_extra_is_named(tiny_folder: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "ray", None)
     model = describe(str(tiny_folder))
     config = RunConfig(executor="ray")
-    with pytest.raises(UserError, match=r"--executor=ray needs Ray: pip install 'arkv-bench\[ray\]'"):
+    with pytest.raises(UserError, match=r"--executor=ray needs Ray: make env in .* '\.\[ray\]'"):
         make_executor(config, {model.name: model}, CELLS, None)  # type: ignore[arg-type]
     local = config.changed(executor="local")
     assert make_executor(local, {model.name: model}, CELLS, None).status() == ""  # type: ignore[arg-type]
