@@ -160,13 +160,18 @@ def test_finch_is_told_it_with_the_default_model(default_model: Any) -> None:
     assert same_as_with_a_delimiter(default_model, "finch", context, question, kept)
 
 
+WITH_WEIGHTS = [
+    *("adakv", "adakv+expected_attention", "block", "cap", "chunk", "chunkkv", "compactor", "criticaladakv"),
+    *("criticalkv", "expected_attention", "keydiff", "kvzip", "kvzip[kvzip_plus_normalization=true]", "snapkv"),
+]
+"""Those that are compared on real weights too."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", WITH_WEIGHTS)
 def test_the_same_answer_of_the_default_model(default_model: Any, name: str) -> None:
     """Real weights, the context a text and the question about it in words."""
     context, question = codes(default_model.tokenizer)
-    if asks_a_token(f"kvpress:{name}") or name == "pyramidkv":
-        context, question = torch.cat([context, question[:, :-1]], dim=1), question[:, -1:]
     name, kept = f"kvpress:{name}", context.shape[1] // 2
     cell = other_cell(name, unit="tokens", cache_size=kept)
     answers = [
