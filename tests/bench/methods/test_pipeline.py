@@ -163,6 +163,7 @@ def test_finch_is_told_it_with_the_default_model(default_model: Any) -> None:
 WITH_WEIGHTS = [
     *("adakv", "adakv+expected_attention", "block", "cap", "chunk", "chunkkv", "compactor", "criticaladakv"),
     *("criticalkv", "expected_attention", "keydiff", "kvzip", "kvzip[kvzip_plus_normalization=true]", "snapkv"),
+    "tova",
 ]
 """Those that are compared on real weights too."""
 
