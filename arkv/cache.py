@@ -391,14 +391,15 @@ class TriStateCache(WatchedCache):
         if not layers:
             return {"original": 0.0, "quantized": 0.0, "evicted": 0.0}
         check_samples([sample], len(layers[0].seen))
-        original = quantized = 0.0
-        for layer in layers:
-            counts = [int(pool.sum()) / layer.heads for pool in layer.counts(sample)]
-            original += counts[0]
-            quantized += sum(counts[1:])
-        original, quantized = original / len(layers), quantized / len(layers)
         seen = layers[0].seen[sample] - layers[0].padded[sample]
-        return {"original": original, "quantized": quantized, "evicted": seen - original - quantized}
+        found = dict.fromkeys(("original", "quantized", "evicted"), 0.0)
+        for layer in layers:
+            original, *rungs = (int(pool.sum()) for pool in layer.counts(sample))
+            # Whole numbers as long as can be: what nobody has evicted is 0 to the last digit.
+            counts = (original, sum(rungs), seen * layer.heads - original - sum(rungs))
+            for state, count in zip(found, counts, strict=True):
+                found[state] += count / layer.heads
+        return {state: count / len(layers) for state, count in found.items()}
 
 
 @contextlib.contextmanager

@@ -241,7 +241,8 @@ class Press(Method):
         """Masked tokens are evicted, if also stored."""
         held = [layer.held() for layer in cache.layers if isinstance(layer, Pressed)]
         original, low = (sum(counts) / len(held) for counts in zip(*held, strict=True))
-        evicted = self.tokens_seen(cache) - original - low
+        # Means of heads add up but for rounding.
+        evicted = max(0.0, self.tokens_seen(cache) - original - low)
         return {"original": original, "quantized": low, "evicted": evicted}
 
     def ragged_bytes(self, cache: Cache) -> int | None:

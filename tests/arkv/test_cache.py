@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +96,22 @@ def test_one_token_more_than_the_cache_loses_one(llama: Any, method: str) -> Non
     if method == "window":
         for layer in cache.layers:
             assert all(held == (set(range(25)) - {4}, set()) for held in held_sets(layer))
+
+
+def test_where_nothing_is_evicted_the_mean_over_many_layers_is_exactly_0() -> None:
+    """Heads that compete hold another number of Original tokens in each layer."""
+    generator = torch.Generator().manual_seed(0)
+    layers = []
+    for _ in range(28):
+        original = torch.randint(0, 48, (3,), generator=generator)
+        layers.append(
+            SimpleNamespace(
+                is_empty=False, heads=3, seen=[47], padded=[0], counts=lambda _, own=original: [own, 47 - own]
+            )
+        )
+    counts = TriStateCache.token_counts(SimpleNamespace(own_layers=layers))  # type: ignore[arg-type]
+    assert counts["evicted"] == 0.0
+    assert counts["original"] + counts["quantized"] == pytest.approx(47)
 
 
 # -- budgets and states, at every step ---------------------------------------------------------------------------------
