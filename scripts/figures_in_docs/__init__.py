@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from scripts.figures_in_docs import exam, negative, reading, results
+from scripts.figures_in_docs import claims, exam, negative, reading, results
 
 BEGIN, END = "<!-- Written by make docs: {} -->\n", "\n<!-- until here. -->"
 
@@ -31,7 +31,9 @@ def with_numbers(page: str, path: str) -> str:
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"exam figure": exam.exam_figure, "exam": exam.exam},
     "docs/results.md": {
+        "claims": claims.claims,
         "exam": exam.exam_whole,
+        "gsm8k": claims.gsm8k,
         "figure": results.figure,
         "demo": results.demo,
         "fidelity": results.fidelity,

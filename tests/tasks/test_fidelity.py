@@ -50,6 +50,22 @@ def test_prompts_are_spread_evenly(text: Path) -> None:
     assert documents != load({"text": text, "lengths": [50, 100], "samples": 4, "continuation": 10}, seed=1)
 
 
+def test_prompts_that_overlap_are_of_one_source(text: Path) -> None:
+    """And no others: also where the overlap is of a prompt's continuation, or with a prompt of another length."""
+    documents = load({"text": text, "lengths": [50, 150], "samples": 6, "continuation": 10})
+    reach = {}
+    for document in documents:
+        assert isinstance(document.request, Compare)
+        tokens = len(document.request.context_ids) + len(document.request.continuation_ids)
+        reach[document.id] = set(range(document.info["start"], document.info["start"] + tokens))
+    shared = {(a.id, b.id) for a in documents for b in documents if reach[a.id] & reach[b.id]}
+    while more := {(a, d) for a, b in shared for c, d in shared if b == c} - shared:
+        shared |= more
+    same = {(a.id, b.id) for a in documents for b in documents if a.info["source"] == b.info["source"]}
+    assert same == shared
+    assert 1 < len({document.info["source"] for document in documents}) < len(documents)
+
+
 def test_a_limit_counts_all_lengths_together(text: Path) -> None:
     options = {"text": text, "lengths": [50, 100], "samples": 4}
     everything = {document.id: document for document in load(options)}
