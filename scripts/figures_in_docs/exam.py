@@ -67,8 +67,8 @@ def exam() -> str:
         f"""RULER at {length_asked(EXAM):,} tokens, the question read through what was left of the context,
         {found.setup}: score in percent at {shares} % of the context's bytes ({named};
         intervals: [docs/results.md](docs/results.md)). Held are the true bytes in the end, in brackets
-        what a press that masks tokens of single heads would hold if each were stored by itself. TTFT of one
-        prompt of so many tokens, on an idle machine with {found.threads} (`results/{TIMES}`)."""
+        what a press that masks tokens of single heads would hold if each were stored by itself. TTFT: one prompt
+        with {found.threads}."""
     )
     return "\n".join([said, "", *aligned(heads, lines), "", paragraph(_best_of_exam(found.rows))])
 
