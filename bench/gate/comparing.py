@@ -24,6 +24,8 @@ from typing import Any
 
 from bench.errors import UserError
 from bench.gate.findings import (
+    DIVERGENCE,
+    DIVERGENCE_ELSEWHERE,
     LEAST_TOLERANCE,
     LOST_ELSEWHERE,
     MISSING,
@@ -96,6 +98,8 @@ def check(run: Run, baseline: Run, tolerances: Tolerances, *, partial: bool = Fa
     elsewhere = rounding(baseline.of_run, run.of_run)
     if tolerances.lost is None:
         tolerances = replace(tolerances, lost=LOST_ELSEWHERE if elsewhere else 0.0)
+    if tolerances.divergence is None:
+        tolerances = replace(tolerances, divergence=DIVERGENCE_ELSEWHERE if elsewhere else DIVERGENCE)
     findings: list[Finding] = []
     notes = [f"{side.name} has not ended" for side in (run, baseline) if not side.of_run.finished]
     for row in headline(baseline.rows):
@@ -193,8 +197,9 @@ def _explained(elsewhere: Sequence[Term], tolerances: Tolerances) -> str:
     names = ", ".join(term.name for term in elsewhere)
     return (
         f"sums are rounded in another way than in the baseline ({names}): up to {100 * (tolerances.lost or 0.0):g} % "
-        "of the right answers, rounded up, may be lost. One that is lost can be of rounding or of a change; to tell "
-        "them apart run the baseline's commit here"
+        "of the right answers, rounded up, may be lost, and divergences may grow by "
+        f"{100 * (tolerances.divergence or 0.0):g} %. Either can be of rounding or of a change; to tell them apart run "
+        "the baseline's commit here"
     )
 
 
@@ -235,7 +240,7 @@ def _of_row(
     lines: list[str] = []
     if not documents:
         return findings, lines
-    share = tolerances.score if row.higher_is_better else tolerances.divergence
+    share = tolerances.score if row.higher_is_better else tolerances.divergence or 0.0
     scores = [(now[item].scores.get(metric), before[item].scores.get(metric)) for item in documents]
     values = [(new, old) for new, old in scores if new is not None and old is not None]
     sampled = any(before[item].repeat is not None for item in documents)

@@ -316,6 +316,23 @@ def test_speed_on_other_instructions_is_not_judged(measured: Path, baseline: Pat
     assert "speed is not judged: instructions: AVX512 in the baseline, now AVX2" in report.notes
 
 
+@pytest.mark.parametrize(("larger", "passes"), [(1.3, True), (2.0, False)])
+def test_a_divergence_may_grow_by_half_where_sums_are_rounded_in_another_way(
+    measured: Path, baseline: Path, tmp_path: Path, larger: float, passes: bool
+) -> None:
+    def grown(sample: dict[str, Any]) -> dict[str, Any]:
+        scores = {name: value * larger if name == "kl" else value for name, value in sample["scores"].items()}
+        return {**sample, "scores": scores}
+
+    run = copied(measured, tmp_path / "run", grown)
+    assert ("mix", "fidelity kl") in worse(gate(run, baseline, judge_speed=False))
+    elsewhere = edited(run, hardware={**read(run).of_run.hardware, "cpu": "another"})
+    report = gate(elsewhere, baseline, judge_speed=False)
+    assert (("mix", "fidelity kl") not in worse(report)) == passes
+    assert any("divergences may grow by 50 %" in note for note in report.notes)
+    assert ("mix", "fidelity kl") in worse(gate(elsewhere, baseline, judge_speed=False, divergence=0.05))
+
+
 def test_speed_of_few_documents_is_left_open(measured: Path, baseline: Path, tmp_path: Path) -> None:
     few = {sample["document"] for sample in read_lines(measured / SAMPLES)[:15]}
     some = copied(measured, tmp_path / "few", lambda sample: sample if sample["document"] in few else None)
