@@ -24,7 +24,7 @@ is unlikely. On the same terms greedy decoding gives the same answer twice: ther
 DIVERGENCE, DIVERGENCE_ELSEWHERE = 0.05, 0.5
 """Shares of a divergence that pass on the baseline's terms, and where sums are rounded in another way: a small one,
 above all a percentile over tokens, is of the size of rounding. Between processors with and without products in bfloat16
-one grew by two fifths with the same code."""
+one grew by more than a twentieth with the same code."""
 
 
 @dataclass(frozen=True, kw_only=True)

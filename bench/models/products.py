@@ -24,23 +24,13 @@ LARGEST_SHARE = 0.5
 """Of the free memory, that the copies may take."""
 
 
-class LinearWithCopy(nn.Linear):
-    """A linear layer with a copy of its weights, with which products are faster."""
-
-    ITEMSIZE: int
-    """Bytes of a copied weight."""
-    copied: Tensor
-    """Layers that share their weights share it."""
-
-    @staticmethod
-    def copy(weight: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class LinearInFloat32(LinearWithCopy):
-    """Half-precision weights; multiplies in float32 and rounds the result once."""
+class LinearInFloat32(nn.Linear):
+    """A linear layer of half-precision weights that multiplies in float32 and rounds the result once."""
 
     ITEMSIZE = 4
+    """Bytes of a copied weight."""
+    copied: Tensor
+    """The weights as float32; layers that share their weights share it."""
 
     @staticmethod
     def copy(weight: Tensor) -> Tensor:
@@ -51,10 +41,13 @@ class LinearInFloat32(LinearWithCopy):
         return functional.linear(hidden.float(), self.copied, bias).to(hidden.dtype)
 
 
-class LinearInOrder(LinearWithCopy):
-    """bfloat16 weights; the copy, in an opaque layout of torch's, lies in the order in which it is read."""
+class LinearInOrder(nn.Linear):
+    """A linear layer of bfloat16 weights that lie in the order in which they are read."""
 
     ITEMSIZE = 2
+    """Bytes of a copied weight."""
+    copied: Tensor
+    """The weights in an opaque layout of torch's; layers that share their weights share it."""
 
     @staticmethod
     def copy(weight: Tensor) -> Tensor:
@@ -124,7 +117,7 @@ def multiply_faster(model: Any, free_bytes: int | None) -> bool:
     return True
 
 
-def _faster(dtype: torch.dtype) -> type[LinearWithCopy] | None:
+def _faster(dtype: torch.dtype) -> type[LinearInFloat32] | type[LinearInOrder] | None:
     """The kind of layer whose products of ``dtype`` are faster on this CPU than those of ``nn.Linear``, if one is."""
     if not multiplies(dtype):
         return LinearInFloat32
