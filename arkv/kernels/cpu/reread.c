@@ -63,17 +63,12 @@ int64_t arkv_reread_space(const struct reread *s) {
     return s->batch * s->heads * (key_words(s) + value_words(s)) + s->threads * own_space(s);
 }
 
-/* One number of float32, or one of bfloat16 in its half of a word. */
-INLINE void put(float *words, int64_t word, int64_t half, const uint8_t *from, int64_t index, const int pairs) {
-    if (pairs)
+/* The number at an index as one of float32, or of bfloat16 in its half of a word. */
+INLINE void put(const struct reread *s, float *words, int64_t word, int64_t half, const uint8_t *from, int64_t index) {
+    if (in_pairs(s))
         memcpy((uint8_t *)(words + word) + 2 * half, from + 2 * index, 2);
     else
-        memcpy(words + word, from + 4 * index, 4);
-}
-
-/* Of bfloat16, where the processor has no products of pairs. */
-INLINE void widen(float *words, int64_t word, const uint8_t *from, int64_t index) {
-    words[word] = number(from, index, BFLOAT16);
+        words[word] = number(from, index, s->type);
 }
 
 /* A row's keys, [panels, words, PANEL]. */
@@ -83,9 +78,7 @@ static void lay_out_keys(const struct reread *s, int64_t row, float *restrict to
     for (int64_t k = 0; k < s->keys; k++)
         for (int64_t d = 0; d < s->dim; d++) {
             int64_t word = (k / PANEL * words + d / each) * PANEL + k % PANEL, index = first + k * s->dim + d;
-            if (each == 2) put(to, word, d % 2, s->key, index, 1);
-            else if (s->type == FLOAT32) put(to, word, 0, s->key, index, 0);
-            else widen(to, word, s->key, index);
+            put(s, to, word, d % 2, s->key, index);
         }
 }
 
@@ -96,9 +89,7 @@ static void lay_out_values(const struct reread *s, int64_t row, float *restrict 
     for (int64_t k = 0; k < s->keys; k++)
         for (int64_t e = 0; e < s->value_dim; e++) {
             int64_t word = k / each * wide + e, index = first + k * s->value_dim + e;
-            if (each == 2) put(to, word, k % 2, s->value, index, 1);
-            else if (s->type == FLOAT32) put(to, word, 0, s->value, index, 0);
-            else widen(to, word, s->value, index);
+            put(s, to, word, k % 2, s->value, index);
         }
 }
 
@@ -109,9 +100,7 @@ static void lay_out_queries(const struct reread *s, int64_t first, int64_t count
     for (int64_t q = 0; q < count; q++)
         for (int64_t d = 0; d < s->dim; d++) {
             int64_t word = d / each * ROWS + q, index = (first + q) * s->dim + d;
-            if (each == 2) put(to, word, d % 2, s->query, index, 1);
-            else if (s->type == FLOAT32) put(to, word, 0, s->query, index, 0);
-            else widen(to, word, s->query, index);
+            put(s, to, word, d % 2, s->query, index);
         }
 }
 
