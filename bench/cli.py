@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from bench import errors
 from bench.commands import check, doctor, inspect, list_, plan, report, run, score, speed, tune, view
@@ -26,8 +28,22 @@ BUG = (
     "all that follows"
 )
 
+
+class _Command(TyperCommand):
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Printed as the suite prints helps: Typer's own cuts names."""
+        from bench.commands.helping import print_help
+
+        print_help(self, ctx)
+
+
+class _Group(TyperGroup):
+    format_help = _Command.format_help
+
+
 app = typer.Typer(
     name="arkv-bench",
+    cls=_Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -36,17 +52,17 @@ app = typer.Typer(
     epilog="Exit codes: " + ", ".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()) + ".",
     rich_markup_mode="rich",
 )
-app.command("run")(run.run)
-app.command("plan")(plan.plan)
-app.command("report")(report.report)
-app.command("view")(view.view)
-app.command("check")(check.check)
-app.command("score")(score.score)
-app.command("speed")(speed.speed)
-app.command("tune")(tune.tune)
-app.command("inspect")(inspect.inspect)
-app.command("list")(list_.list_things)
-app.command("doctor")(doctor.doctor)
+app.command("run", cls=_Command)(run.run)
+app.command("plan", cls=_Command)(plan.plan)
+app.command("report", cls=_Command)(report.report)
+app.command("view", cls=_Command)(view.view)
+app.command("check", cls=_Command)(check.check)
+app.command("score", cls=_Command)(score.score)
+app.command("speed", cls=_Command)(speed.speed)
+app.command("tune", cls=_Command)(tune.tune)
+app.command("inspect", cls=_Command)(inspect.inspect)
+app.command("list", cls=_Command)(list_.list_things)
+app.command("doctor", cls=_Command)(doctor.doctor)
 
 
 @app.callback(invoke_without_command=True)

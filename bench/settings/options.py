@@ -95,6 +95,7 @@ def given(model: type[Settings], typed: Mapping[str, Any]) -> dict[str, Any]:
 PRESET = Annotated[
     str | None,
     typer.Option(
+        metavar="NAME,...",
         help="Settings by name (see list presets) or from a YAML file; of several the last wins, and flags win.",
         rich_help_panel="Output",
         show_default=False,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_group
 
 from bench import errors
 from bench.cli import app, main, traceback_first, with_dashes
@@ -60,6 +61,40 @@ def say(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(say: Any, command: str) -> None:
     assert "Usage: " in say(command, "--help")
+
+
+@pytest.mark.parametrize("width", [60, 80])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_names_are_whole_in_a_narrow_help(
+    command: str, width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An option that is cut cannot be typed."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert not caught.value.code
+    text = capsys.readouterr().out
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    of_command = get_group(app).commands[command]
+    words = {word.strip(",") for word in text.split()}
+    for item in of_command.params:
+        names = [*item.opts, *item.secondary_opts] if item.param_type_name == "option" else [item.metavar]
+        assert set(names) <= words
+        # What takes a value says which.
+        assert item.metavar or getattr(item, "is_flag", False)
+
+
+def test_only_examples_keep_their_lines_in_a_help(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        main(["report", "--help"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    (first,) = [line for line in lines if line.startswith("Print the answer")]
+    assert first.endswith("in bold.")
+    assert "arkv-bench report runs/demo" in lines
 
 
 def test_the_help_of_all_names_every_command_and_exit_code() -> None:
