@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.judge.speed import Growth, SpeedRow
-from bench.records.files.numbers import bytes_text
+from bench.records.files.numbers import bytes_text, milliseconds_text, seconds_text
 
 
 def _number(value: Callable[[Any], float | None], digits: int, scale: float = 1.0) -> Callable[[Any], str]:
@@ -31,7 +31,7 @@ COLUMNS: Columns = (
     ("budget", lambda row: row.budget),
     ("method", _method),
     ("format", lambda row: row.quant_format or ""),
-    ("TPOT ms", _number(lambda row: row.tpot_ms, 1)),
+    ("TPOT ms", lambda row: milliseconds_text(row.tpot_ms)),
     ("tokens /s", _number(lambda row: row.decode_tokens_per_s, 1)),
     ("vs full", _number(lambda row: row.vs_full, 2)),
     ("vs fused", _number(lambda row: row.vs_fused, 2)),
@@ -41,7 +41,7 @@ COLUMNS: Columns = (
     ("prefill s", _number(lambda row: row.prefill_s, 2)),
     ("prefill\n/ full", _number(lambda row: row.prefill_vs_full, 2)),
     ("compr. s", _number(lambda row: row.compress_s, 3)),
-    ("TTFT ms", _number(lambda row: row.ttft_ms, 0)),
+    ("TTFT s", lambda row: seconds_text(row.ttft_ms)),
     ("min-max", lambda row: f"{row.tpot_min:.0f}-{row.tpot_max:.0f}"),
     ("read MB", _number(lambda row: row.step_bytes, 0, 1e-6)),
     ("peak GB", _number(lambda row: row.peak_memory_bytes, 2, 1e-9)),

@@ -12,6 +12,7 @@ from typing import Any
 
 from bench.names import FULL, budget_text
 from bench.records.document import Prompt
+from bench.records.files.numbers import bytes_text, milliseconds_text, percent_text, seconds_text
 from bench.records.files.text import write_output
 from bench.records.finished import Run
 from bench.records.sample import Measured, Sample
@@ -260,10 +261,7 @@ def _answer(item: Sample, differs: int | None) -> dict[str, Any]:
         "score": item.score,
         "scores": item.scores,
         "states": [_rounded(value) for value in (item.tokens_original, item.tokens_quantized, item.tokens_evicted)],
-        "bytes": item.kv_bytes,
-        "full_bytes": item.full_kv_bytes,
-        "tpot_ms": _rounded(item.tpot_ms),
-        "ttft_ms": _rounded(item.ttft_ms),
+        "costs": _costs(item),
         "differs": differs,
     }
     if item.text is not None:
@@ -273,6 +271,13 @@ def _answer(item: Sample, differs: int | None) -> dict[str, Any]:
     elif item.log_likelihoods is not None:
         found["choices"] = [[_rounded(scored.log_likelihood), scored.is_greedy] for scored in item.log_likelihoods]
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _costs(item: Sample) -> list[str]:
+    """Bytes and times, written as in the tables."""
+    share = f", {percent_text(item.kv_bytes / item.full_kv_bytes)} of full" if item.full_kv_bytes else ""
+    times = [("TTFT", seconds_text(item.ttft_ms), "s"), ("TPOT", milliseconds_text(item.tpot_ms), "ms")]
+    return [bytes_text(item.kv_bytes) + share, *(" ".join(parts) for parts in times if parts[1])]
 
 
 def _rounded(value: float | None) -> float | None:

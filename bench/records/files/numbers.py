@@ -35,6 +35,18 @@ def interval_text(low: float | None, high: float | None) -> str:
     return f"[{_decimals(low, digits)}, {_decimals(high, digits)}]"
 
 
+def seconds_text(milliseconds: float | None) -> str:
+    """A time to the first token, in seconds: two decimals, more where these would leave one digit."""
+    if milliseconds is None:
+        return ""
+    return score_text(milliseconds / 1000, 2) if milliseconds < 1000 else number_text(milliseconds / 1000, 2)
+
+
+def milliseconds_text(value: float | None) -> str:
+    """A time per token, in milliseconds."""
+    return number_text(value, 1)
+
+
 def percent_text(value: float | None, sign: str = "") -> str:
     """A share in percent."""
     return "" if value is None else f"{_decimals(100 * value, 1, sign)} %"

@@ -52,7 +52,6 @@
       return element;
     };
     const number = (value, digits = 4) => value === null || value === undefined ? "" : String(Number(value.toPrecision(digits)));
-    const bytes = (value) => value < 1e6 ? `${number(value / 1e3, 3)} kB` : `${number(value / 1e6, 3)} MB`;
     const colour = (cell) => cell.colour ? `var(--series-${cell.colour})` : "var(--text)";
     const fullOf = (cell) => index.cells.findIndex((other) => other.full && other.run === cell.run);
     // 1 and -1: better and worse than full. Unknown is 0.
@@ -243,9 +242,7 @@
         part.style.width = `${shares[place]}%`;
         bar.append(part);
       });
-      const share = answer.full_bytes ? `, ${number(100 * answer.bytes / answer.full_bytes, 3)} % of full` : "";
-      const times = [["TTFT", answer.ttft_ms], ["TPOT", answer.tpot_ms]].filter(([, value]) => value !== undefined).map(([name, value]) => `${name} ${number(value, 3)} ms`);
-      block.append(bar, make("p", `Original ${number(shares[0], 3)} %, Quantized ${number(shares[1], 3)} %, Evicted ${number(shares[2], 3)} % of the tokens; ${[`${bytes(answer.bytes)}${share}`, ...times].join("; ")}`, { class: "meta" }));
+      block.append(bar, make("p", `Original ${number(shares[0], 3)} %, Quantized ${number(shares[1], 3)} %, Evicted ${number(shares[2], 3)} % of the tokens; ${answer.costs.join("; ")}`, { class: "meta" }));
       return block;
     };
     const NAMES = { context: "Context", question: "Question", continuation: "Continuation", text: "Text" };

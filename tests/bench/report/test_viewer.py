@@ -12,6 +12,7 @@ import pytest
 from bench.records.document import Part, Prompt, prompt_line
 from bench.records.finished import read_runs
 from bench.report import viewer
+from bench.report.columns import EVERYTHING
 from bench.report.looks import COLOURED, colour_of
 from bench.report.page import build
 from bench.report.viewer import safe_json, viewer_of
@@ -80,6 +81,18 @@ def test_every_document_has_its_prompt_and_all_answers(tmp_path: Path) -> None:
     assert [part["role"] for part in entry["parts"]] == ["context", "question"]
     assert entry["reference"] == "042"
     assert [answer["text"] for answer in entry["answers"]] == ["it is 042", HOSTILE, "it was nothing"]
+
+
+def test_costs_are_written_as_in_the_tables(tmp_path: Path) -> None:
+    run = read_runs([made(tmp_path / "run", 1, ttft_ms=1234.0, tpot_ms=45.67, kv_bytes=4_000, full_kv_bytes=16_000)])
+    found = viewer_of(run)
+    assert found is not None
+    costs = json.loads(found.chunks[0])[0]["answers"][1]["costs"]
+    assert costs == ["4.0 kB, 25.0 % of full", "TTFT 1.23 s", "TPOT 45.7 ms"]
+    timed = row("window", 0.5, ttft_ms=1234.0, tpot_ms=45.67, kv_bytes_mean=4_000.0, kv_share=0.25)
+    cells = {column.header: column.cell(timed) for column in EVERYTHING}
+    table = [f"{cells['KV bytes']}, {cells['KV of full']} of full", f"TTFT {cells['TTFT s']} s"]
+    assert [*table, f"TPOT {cells['TPOT ms']} ms"] == costs
 
 
 def test_without_prompts_it_says_so(tmp_path: Path) -> None:
