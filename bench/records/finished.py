@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from bench.names import DOCUMENTS, RECORD, RESULTS, SAMPLES, SPEED
 from bench.records.document import Prompts
@@ -112,18 +111,19 @@ def _prompts(run: Run, model: str, task: str, documents: Container[str] | None) 
     }
 
 
-IDENTITY = ("method", "quant_format", "budget_unit", "cache_size", "cache_ratio", "window_size")
+BUDGET = ("method", "budget_unit", "cache_size", "cache_ratio")
+"""What makes two cells the same method at the same budget."""
+IDENTITY = (*BUDGET, "quant_format", "window_size")
 """What makes a cell the same one for a person, whatever its other settings."""
 
 
-def identities(samples: Iterable[Measured]) -> dict[str, tuple[Any, ...]]:
-    """Of each cell, what :data:`IDENTITY` names."""
-    return {sample.cell: tuple(getattr(sample, name) for name in IDENTITY) for sample in samples}
+def same_cells(first: Iterable[Measured], second: Iterable[Measured], of: Sequence[str] = IDENTITY) -> dict[str, str]:
+    """The second run's cell for each of the first's: the same settings, or the only one of the same identity.
 
-
-def same_cells(first: Iterable[Measured], second: Iterable[Measured]) -> dict[str, str]:
-    """The second run's cell for each of the first's: the same settings, or the only one of that method and budget."""
-    before, now = identities(first), identities(second)
+    Args:
+        of: what of a sample is its cell's identity.
+    """
+    before, now = ({item.cell: tuple(getattr(item, name) for name in of) for item in side} for side in (first, second))
     found = {cell: cell for cell in before if cell in now}
     counts = Counter(before.values()), Counter(now.values())
     for cell, identity in before.items():

@@ -1,8 +1,10 @@
 """Run against run: what a second run changed, method by method, on the documents that both have answered.
 
 The runs may be of two commits, precisions or machines. Everything that differs is named, since any of it may be the
-reason. Differences are paired by document; intervals and p-values hold for all rows of one model, task and metric
-together, by the procedure of the tables of a run (:mod:`bench.judge.family`).
+reason. Rows of one method and budget are paired whatever its other settings are, where each run has one.
+
+Differences are paired by document; intervals and p-values hold for all rows of one model, task and metric together, by
+the procedure of the tables of a run (:mod:`bench.judge.family`).
 """
 
 from __future__ import annotations
@@ -12,18 +14,23 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import inf, isfinite
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bench.judge.verdict import verdict
-from bench.names import FULL
-from bench.records.differing import differing
-from bench.records.finished import Run, difference, members, same_cells
+from bench.names import FULL, budget_text
+from bench.records.differing import Term, differing
+from bench.records.finished import BUDGET, Run, difference, members, same_cells
+from bench.records.record import Record
 from bench.records.row import Row
 from bench.records.sample import Measured
 from bench.records.shown import headline
 
 Document = tuple[str, str]
 """Task and id of a document."""
+OWN = ("quant_format", "window_size")
+"""Settings of a method that samples have."""
+SHOWN = ("model", "tasks", "methods", "full", "cache_size", "cache_ratio", "device", "dtype")
+"""Settings that rows tell, or what came of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,8 @@ class Change:
     """Of the first run."""
     cell: str
     """Of the second run."""
+    settings: list[Term]
+    """Of the method, where the two runs have others at the same budget: its format and its window."""
     n: int
     before: float
     now: float
@@ -79,9 +88,11 @@ def between(runs: Sequence[Run]) -> list[Pair]:
 def _pair(first: Run, second: Run) -> Pair:
     terms = [
         f"{term.name}: {_said(term.first)} in {first.name}, {_said(term.second)} in {second.name}"
-        for term in differing(first.of_run, second.of_run)
+        for term in (*_asked(first.of_run, second.of_run), *differing(first.of_run, second.of_run))
     ]
-    cells = same_cells(first.samples.values(), second.samples.values())
+    both = first.samples.values(), second.samples.values()
+    # Where nothing else can be meant, other settings of a method are what was changed.
+    cells = same_cells(*both, BUDGET) | same_cells(*both)
     sides = [_by_cell(run) for run in (first, second)]
     shifts: list[_Shift] = []
     notes: list[str] = []
@@ -102,12 +113,11 @@ def _pair(first: Run, second: Run) -> Pair:
                     notes.append(f"not compared on {task}, {row.model}: {reason}")
         if any(refused[row.model, task] for task in tasks):
             continue
-        shift = _shift(row, cells[row.cell], {item: (before[item], now[item]) for item in shared})
+        shift = _shift(row, {item: (before[item], now[item]) for item in shared})
         if shift is not None:
             shifts.append(shift)
     changes = _judged(shifts, second.name)
-    if lacking := sorted({row.method for row in first.rows if row.cell not in cells}):
-        notes.append(f"not in {second.name}: {', '.join(lacking)}")
+    notes += _alone(first, second, cells)
     if not changes:
         notes.append("nothing in common that could be compared")
     if len({change.n for change in changes}) > 1 or any(change.n < change.row.n for change in changes):
@@ -117,6 +127,51 @@ def _pair(first: Run, second: Run) -> Pair:
 
 def _said(value: object) -> str:
     return "unknown" if value is None else str(value)
+
+
+def _asked(first: Record, second: Record) -> list[Term]:
+    """Settings that change answers, where the two were given others; what an older record does not have is unknown."""
+    from bench.settings.fields import setting_of
+    from bench.settings.run import RunConfig
+
+    both = first.settings.keys() & second.settings.keys()
+    names = [
+        name
+        for name, field in RunConfig.model_fields.items()
+        if name in both and name not in SHOWN and setting_of(field).affects in ("answer", "grid")
+    ]
+    terms = [Term(name, *(_given(record.settings[name]) for record in (first, second))) for name in names]
+    return [term for term in terms if term.first != term.second]
+
+
+def _given(value: Any) -> str:
+    if value is None:
+        return "the default"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _alone(first: Run, second: Run, cells: Mapping[str, str]) -> list[str]:
+    """The rows of the first run that no row of the second is paired with, and what it has of their methods instead."""
+    lacking = _labels([row for row in first.rows if row.cell not in cells])
+    having = _labels(second.rows)
+    absent = sorted(lacking.keys() - having.keys())
+    notes = [f"not in {second.name}: {', '.join(absent)}"] if absent else []
+    return notes + [
+        f"not paired: {method} {'; '.join(lacking[method])}, while {second.name} has "
+        f"{method} {'; '.join(having[method])}: rows are paired by method and budget, where each run has one"
+        for method in lacking
+        if method in having
+    ]
+
+
+def _labels(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """By method, each setting of it once."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        window = "" if row.window_size is None else f"(window {row.window_size})"
+        budget = budget_text(row.budget_unit, row.cache_size, row.cache_ratio)
+        found.setdefault(row.method, {})[" ".join(filter(None, (row.quant_format, budget, window)))] = None
+    return {method: list(labels) for method, labels in found.items()}
 
 
 def _by_cell(run: Run) -> dict[tuple[str, str], dict[Document, Measured]]:
@@ -138,12 +193,13 @@ class _Shift(NamedTuple):
 
     row: Row
     cell: str
+    settings: list[Term]
     before: Mapping[Document, float]
     now: Mapping[Document, float]
     sources: Mapping[Document, object]
 
 
-def _shift(row: Row, cell: str, pairs: Mapping[Document, tuple[Measured, Measured]]) -> _Shift | None:
+def _shift(row: Row, pairs: Mapping[Document, tuple[Measured, Measured]]) -> _Shift | None:
     """None for a score that single documents do not have, such as a perplexity, or that is 0 by definition."""
     before: dict[Document, float] = {}
     now: dict[Document, float] = {}
@@ -159,7 +215,9 @@ def _shift(row: Row, cell: str, pairs: Mapping[Document, tuple[Measured, Measure
     sources = {
         item: item if old.source is None else (item[0], "source", old.source) for item, (old, _) in pairs.items()
     }
-    return _Shift(row, cell, before, now, sources)
+    mine, other = next(iter(pairs.values()))
+    settings = [Term(name, getattr(mine, name), getattr(other, name)) for name in OWN]
+    return _Shift(row, other.cell, [term for term in settings if term.first != term.second], before, now, sources)
 
 
 def _sources_of(sources: Mapping[Document, object], documents: Iterable[Document]) -> list[object]:
@@ -197,6 +255,7 @@ def _judged(shifts: Sequence[_Shift], name: str) -> list[Change]:
                 run=name,
                 row=shift.row,
                 cell=shift.cell,
+                settings=shift.settings,
                 n=item.n,
                 before=fmean(shift.before.values()),
                 now=fmean(shift.now.values()),

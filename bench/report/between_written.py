@@ -30,7 +30,16 @@ HEADERS = (
     "fell/rose",
 )
 LEFT = (0, 1, 2, 9)
-AGAINST = ("against_run", "against_n", "against_score", "change", "change_low", "change_high", "change_p")
+AGAINST = (
+    "against_run",
+    "against_cell",
+    "against_n",
+    "against_score",
+    "change",
+    "change_low",
+    "change_high",
+    "change_p",
+)
 """Columns of the CSV for a run that is compared with the first one."""
 LEGEND = (
     "change: second run minus first on the documents that both have answered, paired; its interval and p hold for all "
@@ -44,7 +53,7 @@ def cells(change: Change) -> list[str]:
     return [
         change.run,
         f"{row.task}, {row.metric}",
-        " ".join(filter(None, (row.method, row.quant_format))),
+        _method(change),
         budget_cell(row),
         str(change.n),
         score_text(change.before),
@@ -56,10 +65,20 @@ def cells(change: Change) -> list[str]:
     ]
 
 
+def _method(change: Change) -> str:
+    """With its format; with those of both runs, where they have others, and so of its window."""
+    changed = {term.name: f"{term.first or 'none'} to {term.second or 'none'}" for term in change.settings}
+    window = f"window {changed['window_size']}" if "window_size" in changed else ""
+    kind = changed.get("quant_format", change.row.quant_format)
+    return ", ".join(filter(None, (" ".join(filter(None, (change.row.method, kind))), window)))
+
+
 def notes(pair: Pair) -> list[str]:
     """What stands below the table."""
     differs = [f"differs: {term}" for term in pair.terms] or ["nothing in the records differs"]
-    return [*differs, *pair.notes]
+    changed = [_method(change) for change in pair.changes if change.settings]
+    paired = [f"paired by method and budget, though its settings differ: {name}" for name in dict.fromkeys(changed)]
+    return [*paired, *differs, *pair.notes]
 
 
 def _groups(pair: Pair) -> list[list[Change]]:
@@ -127,6 +146,6 @@ def csv_cells(pairs: Sequence[Pair]) -> dict[tuple[str, str, str, str, str], dic
         for change in pair.changes:
             row = change.row
             ends = (change.difference, change.low, change.high, change.p_adjusted)
-            values = dict(zip(AGAINST, (pair.first, change.n, change.before, *ends), strict=True))
+            values = dict(zip(AGAINST, (pair.first, row.cell, change.n, change.before, *ends), strict=True))
             found[pair.second, row.model, row.task, row.metric, change.cell] = values
     return found

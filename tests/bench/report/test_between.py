@@ -128,6 +128,74 @@ def test_everything_that_differs_is_named(made: Made) -> None:
     }
 
 
+@pytest.fixture
+def formats(tmp_path: Path) -> Made:
+    def make(name: str, *kinds: str, ratio: float = 0.25, window: int = 32, **record: Any) -> Path:
+        """A run of ``mix`` in some formats, each a cell of its own."""
+        folder = tmp_path / name
+        folder.mkdir()
+        lines, rows = [], [row("full", 1.0, None, n=N, cell="full")]
+        for kind in ("full", *kinds):
+            cell = kind if kind == "full" else f"mix-{kind}-{ratio}-{window}"
+            about: dict[str, Any] = {"quant_format": None, "budget_unit": None, "cache_size": None, "window_size": None}
+            if kind != "full":
+                about |= {"quant_format": kind, "budget_unit": "bytes", "cache_ratio": ratio, "window_size": window}
+                rows.append(row("mix", 1.0, n=N, cell=cell, **about))
+            asked = {"model": "tiny", "task": "needle", "scores": {"exact_match": 1.0}, **about}
+            lines += [line(f"d{number}", cell, prompt_sha256=str(number), **asked) for number in range(N)]
+        (folder / "samples.jsonl").write_text("".join(json.dumps(item) + "\n" for item in lines))
+        write(folder, rows)
+        (folder / RECORD).write_text(json.dumps({**RECORD_OF, **record}))
+        return folder
+
+    return make
+
+
+def test_rows_that_differ_in_their_settings_alone_are_paired_and_it_is_said(
+    formats: Made, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"batch_size": "1", "methods": ["mix"], "original_share": None}
+    a = formats("a", "int8", settings={**asked, "quant_format": ["int8"]})
+    b = formats("b", "k4v3", window=64, settings={**asked, "quant_format": ["k4v3"], "original_share": 0.2})
+    found = pair(a, b)
+    assert [(change.row.method, change.n) for change in found.changes] == [("full", N), ("mix", N)]
+    assert found.notes == []
+    assert found.terms == ["quant_format: int8 in a, k4v3 in b", "original_share: the default in a, 0.2 in b"]
+    monkeypatch.setenv("COLUMNS", "80")
+    report(a, b)
+    terminal = capsys.readouterr().out
+    assert max(map(len, terminal.splitlines())) <= 80
+    said = "paired by method and budget, though its settings differ: mix int8 to k4v3, window 32 to 64"
+    assert said in " ".join(terminal.split())
+    report(a, b, "--format", "markdown")
+    assert "| mix int8 to k4v3, window 32 to 64 | 25 % |" in capsys.readouterr().out
+
+
+def test_what_could_be_paired_with_several_is_paired_with_none_and_they_are_named(formats: Made) -> None:
+    found = pair(formats("a", "int8"), formats("b", "k4v3", "int4"))
+    assert [change.row.method for change in found.changes] == ["full"]
+    (said,) = found.notes
+    budget = "25 % of each prompt's bytes (window 32)"
+    assert said.startswith(
+        f"not paired: mix int8 {budget}, while b has mix k4v3 {budget}; int4 {budget}: rows are paired"
+    )
+    # The one with the same settings is meant, whatever stands beside it.
+    found = pair(formats("c", "int8"), formats("d", "k4v3", "int8"))
+    assert [change.cell for change in found.changes] == ["full", "mix-int8-0.25-32"]
+    assert not any(change.settings for change in found.changes)
+
+
+def test_another_budget_is_no_other_setting(formats: Made) -> None:
+    found = pair(formats("a", "int8"), formats("b", "int8", ratio=0.125))
+    assert [change.row.method for change in found.changes] == ["full"]
+    assert "while b has mix int8 12.5 % of each prompt's bytes" in found.notes[0]
+
+
+def test_a_method_that_is_not_there_is_named(made: Made, formats: Made) -> None:
+    a, b = made("a"), formats("b")
+    assert any(note == "not in b: mix" for note in pair(a, b).notes)
+
+
 def report(*arguments: object) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["report", *map(str, arguments)])
