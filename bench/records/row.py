@@ -147,6 +147,14 @@ class Row(BaseModel):
         """Nothing was compressed: the row says nothing about its method."""
         return self.method != FULL and self.compressed_documents == 0
 
+    @property
+    def ragged_share_of_prompt(self) -> float | None:
+        """``ragged_share`` of the bytes of the prompt alone."""
+        if self.ragged_share is None or not self.kv_share or self.kv_share_of_prompt is None:
+            return None
+        # Both are of the same sums.
+        return self.ragged_share * self.kv_share_of_prompt / self.kv_share
+
 
 RUN = "run"
 COLUMNS = [name for name in Row.model_fields if name != RUN]

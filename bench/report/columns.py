@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from bench.judge.verdict import ALPHA, p_text, verdict
 from bench.names import FULL
-from bench.records.files.numbers import bytes_text, interval_text, number_text, percent_text, score_text
+from bench.records.files.numbers import (
+    bytes_text,
+    interval_text,
+    milliseconds_text,
+    percent_text,
+    score_text,
+    seconds_text,
+)
 from bench.records.row import Row
 
 TOLERANCE = 0.02
@@ -144,8 +151,8 @@ AGAINST_FULL = Column("against full", _against_full, left=True)
 RETENTION = Column("score kept", _retention)
 """Stands where a row has one, see :func:`for_rows`; likewise the next two."""
 STATES = Column("O/Q/E %", _states)
-TTFT = Column("TTFT s", lambda row: "" if row.ttft_ms is None else number_text(row.ttft_ms / 1000, 2))
-TPOT = Column("TPOT ms", lambda row: number_text(row.tpot_ms, 1))
+TTFT = Column("TTFT s", lambda row: seconds_text(row.ttft_ms))
+TPOT = Column("TPOT ms", lambda row: milliseconds_text(row.tpot_ms))
 
 EVERYTHING = (
     BUDGET,
@@ -195,9 +202,10 @@ LEGEND = (
     "are tied: so many documents do not tell which is better, or whether either is.",
     "score kept (retention): score over that of full on the same documents, with a 95 % interval of each row alone; "
     "empty where that says nothing of what was kept.",
-    "KV of full: all bytes that the cache stores, scales, positions and scores of tokens included, over the keys and "
-    "values of a full one; in brackets what it would be if a method that only masks tokens of single heads stored each "
-    "head by itself. O/Q/E: tokens that ended Original, Quantized, Evicted.",
+    "KV of full: all bytes that the cache stores in the end, scales, positions and scores of tokens included, over the "
+    "keys and values that a full one stores then, question and answer included (a budget is a share of the prompt's "
+    "alone); in brackets what it would be if a method that only masks tokens of single heads stored each head by "
+    "itself. O/Q/E: tokens that ended Original, Quantized, Evicted.",
     "TTFT: prefill, compression and the first token; TPOT: every later token. Times are of the machine in record.json; "
     "full is a stock cache, and how much of a gain on it is the kernel's, arkv-bench speed tells.",
 )

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bench.judge.budgets import by_budget
+from bench.judge.verdict import ALPHA
 from bench.methods.names import limits_of
 from bench.names import BUDGET_UNITS, FULL, LEAST_DOCUMENTS, RECORD, RESULTS, TRISTATE
 from bench.records.files.numbers import percent_text, score_text
 from bench.records.finished import Run, comparable
 from bench.records.row import Row
 from bench.records.shown import headline
-from bench.report.columns import TOLERANCE, budget_cell, is_older, no_retention, off_budget, untold
+from bench.report.columns import TOLERANCE, adjusted, budget_cell, is_older, no_retention, off_budget, untold
 from bench.report.looks import place_of
 
 WITHIN = "differences, p-values and bold are within each run; what changed from run to run stands in a table of its own"
@@ -103,6 +104,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         notes.append(f"answers are sampled, {times} of each document: scores are avg@{times}, intervals over documents")
     if any(row.leading for row in rows):
         notes.append("bold: the best of a budget, and what cannot be told from it")
+    notes += filter(None, [_tied_and_behind(rows)])
     notes += dict.fromkeys(filter(None, map(untold, rows)))
     notes += filter(None, [no_retention(rows)])
     notes += detectable(rows)
@@ -118,18 +120,18 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         )
     if any(row.not_exercised for row in rows):
         notes.append("not exercised: every prompt and answer fits the budget, so that nothing was compressed")
-    off = [
-        f"{row.method} {percent_text(row.kv_share_of_prompt)} of {budget_cell(row)}" for row in rows if off_budget(row)
-    ]
+    off = [row for row in rows if off_budget(row)]
     if off:
         notes.append(
-            f"* more than {100 * TOLERANCE:.0f} % off the share of the prompt's bytes asked for: {', '.join(off)}"
+            f"* not within {100 * TOLERANCE:.0f} % of the bytes asked for, as shares of the prompt's bytes (KV of full "
+            f"is a share of what full holds in the end): {_taken(off)}"
         )
-        notes += dict.fromkeys(filter(None, map(_why_off, filter(off_budget, rows))))
+        notes += dict.fromkeys(filter(None, map(_why_off, off)))
     for row in rows:
         if row.method != FULL and row.cache_size is None and row.cache_ratio is None:
-            stands = f"{row.method} stands at {percent_text(row.kv_share_of_prompt)} of the prompt's bytes"
-            notes.append(f"{stands}: it is of a fixed size")
+            shares = ((row.kv_share_of_prompt, "the prompt's bytes"), (row.kv_share, "what full holds in the end"))
+            stands = ", ".join(f"{percent_text(share)} of {whole}" for share, whole in shares if share is not None)
+            notes.append(f"{row.method} is of a fixed size: {stands}")
     truncated = max((row.truncated_documents or 0) for row in rows)
     if truncated:
         notes.append(f"{truncated:.0f} prompts were longer than the context or --max-length and were cut")
@@ -157,6 +159,33 @@ def _name(row: Row) -> str:
     """What tells a row from the others of its table."""
     window = "" if row.window_size is None else f"W={row.window_size}"
     return " ".join(filter(None, (row.run, row.method, row.quant_format, budget_cell(row), window)))
+
+
+def _taken(rows: Sequence[Row]) -> str:
+    """What rows hold of the prompt's bytes beside what they were asked for, method by method."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        found.setdefault(row.method, []).append(f"{percent_text(row.kv_share_of_prompt)} for {budget_cell(row)}")
+    return "; ".join(f"{method} {', '.join(said)}" for method, said in found.items())
+
+
+def _tied_and_behind(rows: Sequence[Row]) -> str:
+    """Why a row can be tied with ``full`` and behind the best of its budget; empty where none is both."""
+    both = [
+        f"{' '.join(filter(None, (row.run, row.method, row.quant_format)))} at {budget_cell(row)}"
+        for row in rows
+        if row.difference is not None
+        and not untold(row)
+        and (adjusted(row) or 0.0) >= ALPHA
+        and row.p_to_best is not None
+        and row.p_to_best < ALPHA
+    ]
+    if not both:
+        return ""
+    return (
+        f"tied with full and still behind the best of the budget: {', '.join(both)}; a tie means that so many "
+        "documents do not show a difference to full, not that there is none, and to the best they do show one"
+    )
 
 
 def _why_off(row: Row) -> str:

@@ -8,6 +8,7 @@ from statistics import fmean, median
 
 from bench.names import FULL, RECORD, own_name
 from bench.records.files.markdown import markdown_table
+from bench.records.files.numbers import seconds_text
 from bench.records.row import Row
 from bench.records.timing import read_timings
 from scripts.figures_in_docs.common import (
@@ -66,9 +67,9 @@ def exam() -> str:
     said = paragraph(
         f"""RULER at {length_asked(EXAM):,} tokens, the question read through what was left of the context,
         {found.setup}: score in percent at {shares} % of the context's bytes ({named};
-        intervals: [docs/results.md](docs/results.md)). Held are the true bytes in the end, in brackets
-        what a press that masks tokens of single heads would hold if each were stored by itself. TTFT: one prompt
-        with {found.threads}."""
+        intervals: [docs/results.md](docs/results.md)). Held are the true bytes in the end, of the context's,
+        in brackets what a press that masks tokens of single heads would hold if each were stored by itself. TTFT: one
+        prompt with {found.threads}."""
     )
     return "\n".join([said, "", *aligned(heads, lines), "", paragraph(_best_of_exam(found.rows))])
 
@@ -86,9 +87,9 @@ def exam_whole() -> str:
     said = paragraph(
         f"""RULER at {length_asked(EXAM):,} tokens, the question read through what was left of the context,
         {found.setup}, score in percent with 95 % interval, by shares of the context's bytes. Bytes held are the
-        true ones in the end: a press that masks tokens of single heads still stores them; in brackets is what they
-        would be if every head were stored by itself. TTFT of one prompt of so many tokens, on an idle machine with
-        {found.threads} (`results/{TIMES}`)."""
+        true ones in the end, of the context's too: a press that masks tokens of single heads still stores them; in
+        brackets is what they would be if every head were stored by itself. TTFT of one prompt of so many tokens, on an
+        idle machine with {found.threads} (`results/{TIMES}`)."""
     )
     return "\n".join([said, "", *markdown_table(heads, lines, right=range(1, len(heads)))])
 
@@ -116,18 +117,18 @@ class _Exam:
         return self._cells.get((method, task, ratio))
 
     def held(self, method: str) -> str:
-        """Bytes in the end at the smallest budget, in brackets with every head by itself."""
+        """Bytes in the end at the smallest budget, of the context's; in brackets with every head by itself."""
         least = [row for row in self.rows if row.method == method and row.cache_ratio in (None, self.ratios[-1])]
         said = percent(fmean(row.kv_share_of_prompt or 0.0 for row in least))
-        if ragged := [row.ragged_share for row in least if row.ragged_share is not None]:
+        if ragged := [share for row in least if (share := row.ragged_share_of_prompt) is not None]:
             said += f" ({percent(fmean(ragged))})"
         return said
 
     def ttft(self, method: str) -> str:
         """Median in seconds, at the smallest budget."""
         mine = [item for item in self._timings if item.method == method and item.cache_ratio in (None, self.ratios[-1])]
-        times = [item.ttft_ms / 1000 for item in mine if item.ttft_ms is not None]
-        return f"{median(times):.1f}" if times else ""
+        times = [item.ttft_ms for item in mine if item.ttft_ms is not None]
+        return seconds_text(median(times)) if times else ""
 
 
 def _whole(row: Row | None) -> str:
@@ -148,5 +149,5 @@ def _best_of_exam(rows: Sequence[Row]) -> str:
             f"{second.score:g} ({ASKED[own_name(task)]})"
         )
         masked = [row for row in rows_at(mine, ratio) if row.ragged_share is not None and row.score >= best.score]
-        said += [f"`{row.method}` has {row.score:g} at the {percent(row.ragged_share)} in brackets" for row in masked]
+        said += [f"`{row.method}` has {row.score:g}, at the bytes in brackets" for row in masked]
     return f"Of methods that hold no more than {100 * ratio:g} % of the bytes, {'; '.join(said)}."

@@ -10,6 +10,7 @@ from bench.judge.verdict import ALPHA
 from bench.names import FULL, FUSED, RECORD
 from bench.records.files.csv_ import read_cells
 from bench.records.files.markdown import markdown_table
+from bench.records.files.numbers import seconds_text
 from bench.records.row import Row
 from bench.records.timing import read_timings
 from bench.report.columns import adjusted
@@ -55,7 +56,7 @@ def _length(rows: Sequence[Row]) -> int:
 def demo() -> str:
     """The table of the preset demo, and what follows from it."""
     rows = rows_of("demo", "exact_match")
-    headers = ["budget (bytes)", "method", "exact match", "95 % interval", "KV of full"]
+    headers = ["budget (bytes)", "method", "exact match", "95 % interval", "bytes held"]
     headers += ["Original / Quantized / Evicted", "TTFT s", "ms per token"]
     lines = []
     for row in sorted(rows, key=lambda row: -(row.cache_ratio or 1.0)):
@@ -69,7 +70,7 @@ def demo() -> str:
                 f"{row.score_low:.2f} to {row.score_high:.2f}",
                 f"{(row.kv_bytes_mean or 0.0) / 1e6:.1f} MB" if full else percent(row.kv_share_of_prompt),
                 f"{' / '.join(f'{100 * (share or 0.0):.0f}' for share in shares)} %",
-                f"{(row.ttft_ms or 0.0) / 1000:.1f}",
+                seconds_text(row.ttft_ms),
                 f"{row.tpot_ms:.0f}",
             ]
         )
@@ -85,7 +86,8 @@ def demo() -> str:
             paragraph(
                 f"""SmolLM2-135M-Instruct (bfloat16, CPU, {in_words(threads)} thread{"s" if threads > 1 else ""}; its
                 weights are those of a Q4_1 file, dequantized), {in_words(n)} passkey prompts of {_length(rows):,}
-                tokens, asked after compression, at equal true bytes; KV of full is of the context's bytes:"""
+                tokens, asked after compression, at equal true bytes; held are the true bytes in the end,
+                of the context's:"""
             ),
             "",
             *markdown_table(headers, lines, right=[0, *range(2, len(headers))]),

@@ -142,7 +142,7 @@ def test_full_on_top_budgets_grouped_and_most_bytes_first() -> None:
     rows = [row("mix", 1.0, kv_bytes_mean=9e6), row("window", 0.0, kv_bytes_mean=11e6)]
     rows += [row("mix", 1.0, 1024, kv_bytes_mean=20e6), row("full", 1.0)]
     fixed = {"cache_size": None, "budget_unit": None, "window_size": None}
-    rows.append(row("hf:quanto-int4", 1.0, **fixed, kv_bytes_mean=13e6, kv_share_of_prompt=0.281))
+    rows.append(row("hf:quanto-int4", 1.0, **fixed, kv_bytes_mean=13e6, kv_share_of_prompt=0.281, kv_share=0.25))
     (comparison,) = compare(rows)
     assert [[r.method for r in group] for group in comparison.groups] == [
         ["full"],
@@ -151,7 +151,7 @@ def test_full_on_top_budgets_grouped_and_most_bytes_first() -> None:
         ["window", "mix"],
     ]
     assert comparison.title == "needle, exact_match (higher is better), tiny, n=8"
-    said = "hf:quanto-int4 stands at 28.1 % of the prompt's bytes: it is of a fixed size"
+    said = "hf:quanto-int4 is of a fixed size: 28.1 % of the prompt's bytes, 25.0 % of what full holds in the end"
     assert said in comparison.notes
 
 
@@ -262,6 +262,19 @@ def test_a_difference_is_never_called_more_than_it_is() -> None:
     assert "- so few documents cannot show a difference to full" in to_markdown([nothing])
 
 
+def test_a_row_that_is_tied_with_full_and_behind_the_best_is_explained() -> None:
+    best = row("mix", 1.0, p_adjusted=0.7, leading=True)
+    behind = row("quant", 0.5, p_adjusted=0.06, leading=False, p_to_best=0.01)
+    said = "tied with full and still behind the best of the budget: quant int8 at 512; a tie means that so many"
+    assert said in to_markdown([[row("full", 0.9), best, behind]])
+    assert said in " ".join(printed([row("full", 0.9), best, behind], 80).split())
+    # Nor worse than full and behind, nor tied with both.
+    worse = row("quant", 0.2, p_adjusted=0.01, leading=False, p_to_best=0.01)
+    equal = row("quant", 0.9, p_adjusted=0.8, leading=False, p_to_best=0.4)
+    for other in (worse, equal):
+        assert "behind the best" not in to_markdown([[row("full", 0.9), best, other]])
+
+
 def test_an_older_file_shows_no_interval_beside_a_verdict_of_another_procedure() -> None:
     older = [row("full", 1.0), row("mix", 0.875, p_adjusted=None)]
     text = to_markdown([older])
@@ -294,13 +307,17 @@ def test_bytes_off_the_budget_have_a_footnote() -> None:
     share = {"cache_size": None, "cache_ratio": 0.25, "budget_unit": "bytes"}
     rows = [row("mix", 1.0, **share, kv_share=0.235, kv_share_of_prompt=0.2451)]
     rows.append(row("kvpress:snapkv", 0.5, **share, kv_share=0.262, kv_share_of_prompt=0.2731))
+    rows.append(row("kvpress:snapkv", 0.5, **{**share, "cache_ratio": 0.125}, kv_share_of_prompt=0.1411))
     text = to_markdown([rows])
-    assert "more than 2 % off the share of the prompt's bytes asked for: kvpress:snapkv 27.3 % of 25 %" in text
+    (said,) = [line for line in text.splitlines() if "not within 2 % of the bytes asked for" in line]
+    # The table's share is of other bytes than the budget.
+    assert "as shares of the prompt's bytes (KV of full is a share of what full holds in the end)" in said
+    assert said.endswith(": kvpress:snapkv 27.3 % for 25 %, 14.1 % for 12.5 %")
     assert "26.2 %\\*" in text
     assert "23.5 % |" in text
     # A share of the tokens promises no bytes.
     tokens = row("mix", 1.0, **{**share, "budget_unit": "tokens"}, kv_share_of_prompt=0.4)
-    assert "off the share" not in to_markdown([[tokens]])
+    assert "not within" not in to_markdown([[tokens]])
 
 
 def test_cut_prompts_and_uneven_counts_are_noted() -> None:
