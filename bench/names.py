@@ -50,6 +50,12 @@ RESULTS, CURVE, STATES = "results.csv", "curve.csv", "states.json"
 SPEED = "speed.csv"
 """The timings of a folder of ``arkv-bench speed``."""
 
+
+def with_format(method: str, quant_format: str | None) -> str:
+    """A method with the format of its quantized tokens, where its name does not end with it."""
+    return method if quant_format is None or method.endswith(quant_format) else f"{method} {quant_format}"
+
+
 QUESTION_AFTER = " (question after)"
 """How the name of a task ends whose questions are read behind the compressed context."""
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from bench.names import own_name
+from bench.names import own_name, with_format
 from bench.records.files.markdown import in_markdown, markdown_table
 from bench.records.row import Row
 from bench.report.columns import BUDGET
@@ -52,7 +52,7 @@ def _lines(benchmark: str, cells: Mapping[tuple[str | None, str], Sequence[tuple
     lines = [[*(["run"] if several else []), "budget", "method", *kinds]]
     for key, mine in cells.items():
         first = mine[0][0]
-        method = " ".join(filter(None, (first.method, first.quant_format)))
+        method = with_format(first.method, first.quant_format)
         scores = []
         for kind in kinds:
             mean = means[key].get(kind)

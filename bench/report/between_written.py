@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from bench.names import with_format
 from bench.records.files.latex import latex_table
 from bench.records.files.markdown import in_markdown, markdown_table
 from bench.records.files.numbers import interval_text, score_text
@@ -70,7 +71,7 @@ def _method(change: Change) -> str:
     changed = {term.name: f"{term.first or 'none'} to {term.second or 'none'}" for term in change.settings}
     window = f"window {changed['window_size']}" if "window_size" in changed else ""
     kind = changed.get("quant_format", change.row.quant_format)
-    return ", ".join(filter(None, (" ".join(filter(None, (change.row.method, kind))), window)))
+    return ", ".join(filter(None, (with_format(change.row.method, kind), window)))
 
 
 def notes(pair: Pair) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from bench.judge.budgets import by_budget
 from bench.judge.verdict import ALPHA
 from bench.methods.names import limits_of
-from bench.names import BUDGET_UNITS, FULL, LEAST_DOCUMENTS, RECORD, RESULTS, TRISTATE
+from bench.names import BUDGET_UNITS, FULL, LEAST_DOCUMENTS, RECORD, RESULTS, TRISTATE, with_format
 from bench.records.files.numbers import percent_text, score_text
 from bench.records.finished import Run, comparable
 from bench.records.row import Row
@@ -103,7 +103,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         times = "-".join(map(str, repeats))
         notes.append(f"answers are sampled, {times} of each document: scores are avg@{times}, intervals over documents")
     if any(row.leading for row in rows):
-        notes.append("bold: the best of a budget, and what cannot be told from it")
+        notes.append("bold: the best of a budget, and what is tied with it")
     notes += filter(None, [_tied_and_behind(rows)])
     notes += dict.fromkeys(filter(None, map(untold, rows)))
     notes += filter(None, [no_retention(rows)])
@@ -158,7 +158,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 def _name(row: Row) -> str:
     """What tells a row from the others of its table."""
     window = "" if row.window_size is None else f"W={row.window_size}"
-    return " ".join(filter(None, (row.run, row.method, row.quant_format, budget_cell(row), window)))
+    return " ".join(filter(None, (row.run, with_format(row.method, row.quant_format), budget_cell(row), window)))
 
 
 def _taken(rows: Sequence[Row]) -> str:
@@ -172,7 +172,7 @@ def _taken(rows: Sequence[Row]) -> str:
 def _tied_and_behind(rows: Sequence[Row]) -> str:
     """Why a row can be tied with ``full`` and behind the best of its budget; empty where none is both."""
     both = [
-        f"{' '.join(filter(None, (row.run, row.method, row.quant_format)))} at {budget_cell(row)}"
+        f"{' '.join(filter(None, (row.run, with_format(row.method, row.quant_format))))} at {budget_cell(row)}"
         for row in rows
         if row.difference is not None
         and not untold(row)

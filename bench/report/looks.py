@@ -9,9 +9,11 @@ from bench.names import DESCRIPTIONS, FULL, HF, KVPRESS
 COLOURED = (
     *("mix", "origin", "window", "quant", "mix-replay"),
     *(f"{KVPRESS}:snapkv", f"{KVPRESS}:kvzip", f"{HF}:quanto-int4"),
+    *(f"{KVPRESS}:kvzip+quanto-int4", f"{KVPRESS}:adakv+snapkv"),
 )
-"""Methods that have a colour of their own; the others share the last ones of them."""
-_SHARED = 3
+"""Methods that have a colour of their own."""
+COLOURS, SHARED = 12, 5
+"""How many there are, and how many of them, the last ones, all other methods share."""
 
 
 def colour_of(method: str) -> int:
@@ -20,7 +22,7 @@ def colour_of(method: str) -> int:
         return 0
     if method in COLOURED:
         return COLOURED.index(method) + 1
-    return len(COLOURED) - _SHARED + 1 + zlib.crc32(method.encode()) % _SHARED
+    return COLOURS - SHARED + 1 + zlib.crc32(method.encode()) % SHARED
 
 
 def place_of(method: str) -> tuple[int, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from bench.names import RECORD, RESULTS, SAMPLES
+from bench.names import RECORD, RESULTS, SAMPLES, with_format
 from bench.records.finished import Run
 from bench.records.record import Record
 from bench.records.row import Row
@@ -17,7 +17,7 @@ LISTED = 50
 
 def named(row: Row) -> str:
     """A method with its format."""
-    return " ".join(filter(None, (row.method, row.quant_format)))
+    return with_format(row.method, row.quant_format)
 
 
 def in_words(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""The answer of a run in a few lines: at each budget the best method, what cannot be told from it, its costs."""
+"""The answer of a run in a few lines: at each budget the best method, what is tied with it, its costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bench.report.paragraphs import in_words, named, tally
 
 LINES = 5
 """Of the table: more is for the tables below it."""
-HEADERS = ("budget", "best method", "cannot be told from it", "what it costs")
+HEADERS = ("budget", "best method", "tied with it", "what it costs")
 FIXED = "fixed size"
 TOGETHER = 2
 """Tasks of a model whose budgets stand one by one; of more, each budget is counted over all of them."""
@@ -149,9 +149,9 @@ def _counted(tasks: Sequence[Sequence[Row]]) -> list[Verdict]:
         leads = tally([named(row) for group in told for row in group if row.leading])
         worse = tally([named(row) for group in found for row in group if AGAINST_FULL.cell(row).startswith("worse")])
         shares = [row.kv_share for group in playing for row in group if row.kv_share is not None]
-        undecided = f"no method from the best in {len(playing) - len(told)} of {len(found)}"
+        undecided = f"all methods in {len(playing) - len(told)} of {len(found)}"
         idle = f"; nothing was compressed in {len(found) - len(playing)}" if len(playing) < len(found) else ""
         cost = f"{percent_text(fmean(shares))} of full's bytes; " if shares else ""
-        best = f"best, or not told from the best: {leads}" if leads else ""
+        best = f"best, or tied with the best: {leads}" if leads else ""
         lines.append(Verdict(budget, best, undecided + idle, f"{cost}worse than full beyond doubt: {worse or 'none'}"))
     return lines

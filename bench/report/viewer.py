@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from bench.names import FULL, budget_text
+from bench.names import FULL, budget_text, with_format
 from bench.records.document import Prompt
 from bench.records.files.numbers import bytes_text, milliseconds_text, percent_text, seconds_text
 from bench.records.files.text import write_output
@@ -152,7 +152,8 @@ def _cells(runs: Sequence[Run], documents: Sequence[_Document]) -> dict[tuple[in
     labels: dict[tuple[int, str], str] = {}
     for key in order:
         item = samples[key]
-        words = [item.method, item.quant_format, _budget(item), runs[key[0]].name if len(runs) > 1 else None]
+        named = with_format(item.method, item.quant_format)
+        words = [named, _budget(item), runs[key[0]].name if len(runs) > 1 else None]
         labels[key] = " ".join(filter(None, words))
     several = {label for label in labels.values() if list(labels.values()).count(label) > 1}
     cells: dict[tuple[int, str], dict[str, Any]] = {}

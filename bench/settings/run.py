@@ -72,7 +72,7 @@ class RunConfig(Settings):
     tasks: tuple[str, ...] = setting(("needle",), "Tasks, see list tasks.", DATA, "grid", read=_read_tasks)
     methods: tuple[str | Variant, ...] = setting(
         (FULL, "window", "origin", "quant", "mix"),
-        "Methods, those of others too: see list methods. In a preset also variants of them (docs/tutorial.md).",
+        "Methods, third-party ones too: see list methods. In a preset also variants of them (docs/tutorial.md).",
         GRID,
         "grid",
         unset="full,window,origin,quant,mix",

@@ -15,7 +15,7 @@ from markupsafe import escape
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogLocator
 
-from bench.names import FULL
+from bench.names import FULL, with_format
 from bench.records.files.text import write_output
 from bench.records.row import Row
 from bench.report.looks import colour_of
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 
 FOREGROUND = "#16191d"
-SERIES = ("#0059b3", "#a84300", "#00704a", "#a1007f", "#6544b8", "#5a6300", "#a3262a", "#00707c")
+SERIES = (
+    *("#0059b3", "#a84300", "#00704a", "#a1007f", "#6544b8", "#5a6300", "#a3262a", "#00707c"),
+    *("#6b4226", "#4a5568", "#2e7d00", "#1a237e"),
+)
 """Colours on white, told apart by most eyes; the page has a brighter set of its own on black."""
 MARKERS = "osD^vPX"
 FORMATS = ("svg", "png", "pdf")
@@ -115,7 +118,7 @@ def file_name(*parts: str) -> str:
 
 def series(row: Row) -> str:
     """What a row's points are labelled with: rows that differ in nothing but the budget are one series."""
-    return " ".join(filter(None, (row.method, row.quant_format, row.run)))
+    return " ".join(filter(None, (with_format(row.method, row.quant_format), row.run)))
 
 
 def colour(method: str) -> str:

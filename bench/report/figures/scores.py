@@ -94,7 +94,7 @@ def _draw(axes: Axes, shown: Sequence[Row], looks: Mapping[str, Any], name: str,
         for place, row in enumerate(mine):
             x = _bytes(row) / 1e6
             if row.score_low is not None and row.score_high is not None:
-                axes.plot([x, x], [row.score_low, row.score_high], color=look["color"], linewidth=1, alpha=0.45)
+                axes.plot([x, x], [row.score_low, row.score_high], color=look["color"], linewidth=1, alpha=0.7)
             tip = f"{name}-{number}-{place}"
             axes.plot([x], [row.score], marker="o", markersize=14, alpha=0.0, gid=tip, color=look["color"])
             interval = SCORE.cell(row).replace("\n", " ")

@@ -8,6 +8,7 @@ from statistics import fmean
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from bench.judge.speed import SpeedRow
+from bench.names import with_format
 from bench.records.files.numbers import bytes_text
 from bench.records.row import Row
 from bench.records.sample import Measured
@@ -145,4 +146,4 @@ def speed_figure(name: str, rows: Sequence[SpeedRow]) -> Figure:
 def speed_series(row: SpeedRow) -> str:
     """What a cell of arkv-bench speed is labelled with."""
     size = row.budget if row.cache_size is None else f"C={row.cache_size}"
-    return " ".join(filter(None, (row.method, row.quant_format, size)))
+    return " ".join(filter(None, (with_format(row.method, row.quant_format), size)))

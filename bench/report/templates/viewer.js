@@ -3,6 +3,8 @@
   const source = document.getElementById("samples-index");
   const PAGE = 50;
   const BUCKETS = 12;
+  // Cells whose scores have room on a page that stands upright.
+  const UPRIGHT = 14;
   if (source) view(JSON.parse(source.textContent));
 
   function view(index) {
@@ -10,6 +12,7 @@
     const list = document.getElementById("list");
     const article = document.getElementById("document");
     const form = root.querySelector("form");
+    list.classList.toggle("wide", index.cells.length > UPRIGHT);
     const count = document.getElementById("count");
     const table = list.querySelector(".scroll").appendChild(document.createElement("table"));
     const head = table.createTHead().insertRow();
@@ -143,8 +146,9 @@
       const button = make("button", row.id, { type: "button", "data-number": row.number });
       button.addEventListener("click", () => open(row));
       name.append(button);
+      // In a column of its own it would leave a phone no room for a score.
+      if (index.tasks.length > 1) name.append(make("small", index.tasks[row.task].task));
       element.append(name);
-      if (index.tasks.length > 1) element.append(make("td", index.tasks[row.task].task, { class: "left" }));
       element.append(make("td", row.tokens));
       if (spans.depth.length) element.append(make("td", number(row.depth, 3)));
       row.scores.forEach((score, place) => {
@@ -161,7 +165,7 @@
       element.prepend(swatch);
       return element;
     };
-    const heads = [["document", true], ...(index.tasks.length > 1 ? [["task", true]] : []), ["tokens"], ...(spans.depth.length ? [["depth"]] : [])];
+    const heads = [["document", true], ["tokens"], ...(spans.depth.length ? [["depth"]] : [])];
     head.append(...heads.map(([text, left]) => make("th", text, left ? { scope: "col", class: "left" } : { scope: "col" })),
       ...index.cells.map((cell) => swatched(make("th", cell.label, { scope: "col", title: cell.about }), cell)));
 

@@ -24,6 +24,7 @@ from bench.report.figures.canvas import FOREGROUND, SERIES
 from bench.report.figures.layers import layer_means
 from bench.report.figures.scores import pareto_front
 from bench.report.figures.times import share_figure
+from bench.report.looks import COLOURS
 from bench.report.page import MAPS, Page, build
 from bench.report.verdicts import answer, verdicts
 from tests.bench.browser import Browser, chromium
@@ -231,7 +232,7 @@ def test_many_tasks_are_counted(tmp_path: Path) -> None:
     assert found.lines[1].cells == (
         "C=512 tokens per layer",
         "",
-        "no method from the best in 3 of 3",
+        "all methods in 3 of 3",
         "25.0 % of full's bytes; worse than full beyond doubt: window in 3, origin in 3",
     )
 
@@ -550,7 +551,7 @@ def test_contrast_is_aa_in_both_themes(plain: Page) -> None:
         for ground in ("shade", "warn", "mark"):
             assert contrast(theme["text"], theme[ground]) >= 4.5
     # The files have the page's light colours.
-    assert [themes[0][f"series-{number}"] for number in range(1, 9)] == list(SERIES)
+    assert [themes[0][f"series-{number}"] for number in range(1, COLOURS + 1)] == list(SERIES)
     assert themes[0]["text"] == FOREGROUND
 
 

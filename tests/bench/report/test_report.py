@@ -249,7 +249,7 @@ def test_leaders_are_bold() -> None:
     markdown = to_markdown([rows])
     assert "| **512** | **mix** | **int8** | **0.875** |" in markdown
     assert "| 512 | window |" in markdown
-    assert "- bold: the best of a budget, and what cannot be told from it" in markdown
+    assert "- bold: the best of a budget, and what is tied with it" in markdown
     assert "bold" not in to_markdown([ROWS])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from bench.records.document import Part, Prompt, prompt_line
 from bench.records.finished import read_runs
 from bench.report import viewer
 from bench.report.columns import EVERYTHING
-from bench.report.looks import COLOURED, colour_of
+from bench.report.looks import COLOURED, COLOURS, SHARED, colour_of
 from bench.report.page import build
 from bench.report.viewer import safe_json, viewer_of
 from tests.bench.browser import Browser, chromium
@@ -149,8 +151,11 @@ def test_json_cannot_end_its_element(text: str) -> None:
 
 def test_a_method_has_one_colour() -> None:
     assert colour_of("full") == 0
-    assert [colour_of(method) for method in COLOURED] == list(range(1, 9))
-    assert 5 <= colour_of("kvpress:tova") <= 8
+    assert [colour_of(method) for method in COLOURED] == list(range(1, len(COLOURED) + 1))
+    others = ["kvpress:tova", "kvpress:keydiff", "hf:fp8", "mix-published", "origin-published", "mine"]
+    assert all(COLOURS - SHARED < colour_of(method) <= COLOURS for method in others)
+    # What the records stand beside each other.
+    assert len({colour_of(f"{method}-published") for method in ("origin", "quant", "mix")}) == 3
 
 
 @pytest.mark.slow
@@ -226,6 +231,34 @@ def test_a_person_looks_for_what_went_wrong(tmp_path: Path) -> None:
         assert browser.evaluate("getComputedStyle(document.querySelector('#document nav')).display") == "none"
         methods = {event["method"] for event in browser.events}
         assert not methods & {"Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled"}
+
+
+@pytest.mark.slow
+def test_scores_are_in_sight_on_a_phone_and_on_paper(tmp_path: Path) -> None:
+    """However long the names of tasks and methods are, and however many cells there are."""
+    program = chromium()
+    edges = "Array.from(document.querySelector('#viewer tbody tr').cells, cell => cell.getBoundingClientRect().right)"
+    with Browser(program, tmp_path / "profile") as browser:
+        for cells, standing in ((8, {"595 841"}), (24, {"595 841", "841 595"})):
+            lines = [
+                sample(f"mix-{size}", "1024-0", task=task, cache_size=size, method="kvpress:kvzip+quanto-int4")
+                for task in ("ruler:niah_multikey_2 (question after)", "ruler:vt (question after)")
+                for size in range(100, 100 + cells)
+            ]
+            run = make_run(tmp_path / f"run-{cells}", [row("mix", 0.5, 100, cell="mix-100")], lines)
+            file = tmp_path / f"{cells}.html"
+            file.write_text(build(read_runs([run])).html)
+            browser.open(file, width=390)
+            # The document, its tokens, then scores: some of them can be seen without a finger.
+            assert sum(edge < 390 for edge in browser.evaluate(edges)) >= 6
+            assert "ruler:vt" in browser.evaluate("document.querySelector('#viewer tbody').textContent")
+            browser.open(file, width=700 if cells < 14 else 1000)
+            browser.call("Emulation.setEmulatedMedia", media="print")
+            assert max(browser.evaluate(edges)) <= browser.evaluate("document.documentElement.clientWidth")
+            paper = base64.b64decode(browser.call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)["data"])
+            boxes = re.findall(rb"MediaBox \[0 0 (\d+)[.\d]* (\d+)", paper)
+            assert {f"{wide.decode()} {high.decode()}" for wide, high in boxes} == standing
+            browser.call("Emulation.setEmulatedMedia", media="")
 
 
 @pytest.mark.slow
