@@ -8,6 +8,7 @@ import typer
 
 from bench.commands.output import named_or_newest
 from bench.errors import UserError
+from bench.names import RECORD
 from bench.settings.options import given, takes
 from bench.settings.view import ViewConfig
 
@@ -25,14 +26,18 @@ def view(**typed: Any) -> None:
     import tempfile
     from pathlib import Path
 
-    from bench.report.serving import HOST, Site, server_of
     from bench.runs.kinds import RUN, kind_of
 
     config = ViewConfig(**given(ViewConfig, typed))
     (run,) = named_or_newest([config.run] if config.run is not None else None)
     held = kind_of(run)
+    if held is None:
+        raise UserError(f"{run} is no run folder: it has no {RECORD}")
     if held != RUN:
-        raise UserError(f"{run} holds {held or 'nothing that can be shown'}: give the folder of a run", exit_code=2)
+        raise UserError(f"{run} holds {held}: give the folder of a run", exit_code=2)
+    # Figures take a second to import, which a wrong path need not wait for.
+    from bench.report.serving import HOST, Site, server_of
+
     with tempfile.TemporaryDirectory() as place, server_of(Site(run, Path(place)), config.port) as server:
         typer.echo(f"{run}: http://{HOST}:{server.server_port}/ (Ctrl-C ends it)")
         server.serve_forever()

@@ -75,6 +75,11 @@ def test_a_slip_does_not_wait_for_torch(arguments: list[str], said: str) -> None
     assert set(ended["loaded"]) & NEITHER == set()
 
 
+def test_a_wrong_path_does_not_wait_for_figures() -> None:
+    ended = json.loads(called("view", "nowhere").stderr.splitlines()[-1])
+    assert ended == {"code": 1, "loaded": []}
+
+
 def test_scores_of_predictions(tmp_path: Path) -> None:
     made = {"pred": "Ann", "answers": ["Ann"], "all_classes": None, "length": 5000}
     (tmp_path / "qasper.jsonl").write_text(json.dumps(made) + "\n")
