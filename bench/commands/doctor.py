@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import typer
 
@@ -16,6 +22,12 @@ from bench.settings.options import given, takes
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
+
+
+HUB_S = 2.0
+"""Seconds that the hub has to answer in."""
+WIDTH = len("model qwen2.5-coder-1.5b")
+"""Columns for what is looked at."""
 
 
 class Finding(NamedTuple):
@@ -143,6 +155,49 @@ def _models() -> Iterator[Finding]:
         yield Finding(True if row.present else None, f"model {row.name}", found)
 
 
+class _Hub(Thread):
+    """Asks the hub while everything else is looked at: to find out that nobody knows its name can take longer than any
+    timeout of a connection."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._url = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+        self._offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        self._end = time.monotonic() + HUB_S
+        self._answers = False
+        self._said = f"no answer within {HUB_S:g} s"
+
+    def run(self) -> None:
+        """Ask it once."""
+        if self._offline:
+            return
+        try:
+            urlopen(Request(self._url, method="HEAD"), timeout=HUB_S).close()
+            self._answers = True
+        except HTTPError as error:
+            # Somebody is there.
+            self._answers, self._said = error.code < 500, f"status {error.code}"
+        except (OSError, HTTPException, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            self._said = " ".join(str(getattr(reason, "strerror", None) or reason).split())
+
+    def findings(self) -> Iterator[Finding]:
+        """What came of it, once its time is over at the latest."""
+        from bench.models.index import without_key
+
+        shown = without_key(self._url)
+        if self._offline:
+            yield Finding(
+                None, "hub", f"{shown} is not asked: HF_HUB_OFFLINE is set, so only what is in its cache is there"
+            )
+            return
+        self.join(max(0.0, self._end - time.monotonic()))
+        found = (
+            shown if self._answers else f"{shown} is out of reach ({self._said}): only what is in its cache is there"
+        )
+        yield Finding(True if self._answers else None, "hub", found)
+
+
 def _data(data_dir: Path | None) -> Iterator[Finding]:
     yield Finding(True, "task needle", "generated, needs no data")
     if data_dir is None:
@@ -173,19 +228,26 @@ def doctor(**typed: Any) -> None:
     from rich.table import Table
 
     config = DoctorConfig(**given(DoctorConfig, typed))
-    findings = [
-        *_safely(_packages, "packages"),
-        *_safely(_devices, "devices"),
-        *_safely(_models, "models"),
-        *_safely(lambda: _data(config.data_dir), "data"),
-    ]
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column()
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    hub = _Hub()
+    hub.start()
+    checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
+        ("packages", _packages),
+        ("devices", _devices),
+        ("models", _models),
+        ("hub", hub.findings),
+        ("data", lambda: _data(config.data_dir)),
+    )
+    console, broken = Console(), False
     marks = {True: "ok", False: "[red]FAIL[/red]", None: "[dim]-[/dim]"}
-    for finding in findings:
-        table.add_row(marks[finding.ok], finding.what, escape(finding.found))
-    Console().print(table, highlight=False)
-    if any(finding.ok is False for finding in findings):
+    for what, check in checks:
+        for finding in _safely(check, what):
+            # As they are found: torch alone takes seconds to import.
+            table = Table(box=None, show_header=False, pad_edge=False)
+            table.add_column(min_width=len("FAIL"))
+            table.add_column(no_wrap=True, min_width=WIDTH)
+            table.add_column(overflow="fold")
+            table.add_row(marks[finding.ok], finding.what, escape(finding.found))
+            console.print(table, highlight=False)
+            broken = broken or finding.ok is False
+    if broken:
         raise typer.Exit(1)
