@@ -113,6 +113,8 @@ MASKS_QUANTIZED = f"masks tokens of single heads, which stay stored, so that onl
 DIVIDES = f"takes prompts that their questions stand in (--question before), and no others; {AT_PREFILL}"
 DECODES = "compresses to its budget every {interval} tokens that it reads or writes (compression_interval)"
 """What a press cannot meet."""
+IN_A_WORD = {MASKS: "masked", MASKS_QUANTIZED: "masked", AT_PREFILL: "answer on top"}
+"""The same where there is room for no more, as in a row that stands at other bytes than it was asked for."""
 
 
 def library_of(method: str) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from bench.judge.verdict import ALPHA, p_text, verdict
+from bench.methods.names import IN_A_WORD, limits_of
 from bench.names import FULL
 from bench.records.files.numbers import (
     bytes_text,
@@ -36,6 +37,12 @@ def _states(row: Row) -> str:
 def _share(row: Row) -> str:
     ragged = "" if row.ragged_share is None else f" ({percent_text(row.ragged_share)})"
     return percent_text(row.kv_share) + ("*" if off_budget(row) else "") + ragged
+
+
+def _bytes(row: Row) -> str:
+    """With why they are not those that were asked for, where the method's kind tells it."""
+    why = IN_A_WORD.get(limits_of(row.method), "") if off_budget(row) else ""
+    return ", ".join(filter(None, (bytes_text(row.kv_bytes_mean), why)))
 
 
 def off_budget(row: Row) -> bool:
@@ -164,7 +171,7 @@ EVERYTHING = (
     Column("95 % interval", _difference_interval),
     AGAINST_FULL,
     RETENTION,
-    Column("KV bytes", lambda row: bytes_text(row.kv_bytes_mean)),
+    Column("KV bytes", _bytes),
     Column("KV of full", _share),
     STATES,
     TTFT,
@@ -182,7 +189,7 @@ P = Column("p", lambda row: "" if (p := adjusted(row)) is None else p_text(p))
 P_RETENTION = Column("p\nkept", lambda row: _two_lines(P.cell(row), _kept(row)))
 """In the place of the p alone: 80 columns have no room for the interval of retention."""
 DIFFERENCE = Column("Δ vs full", _difference, needed=True)
-SHARE = Column("KV\nof full", lambda row: _two_lines(_share(row), bytes_text(row.kv_bytes_mean)), needed=True)
+SHARE = Column("KV\nof full", lambda row: _two_lines(_share(row), _bytes(row)), needed=True)
 
 STACKED = (
     BUDGET,

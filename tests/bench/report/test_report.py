@@ -18,7 +18,7 @@ from bench.names import RESULTS
 from bench.records.row import COLUMNS, Row, read_results
 from bench.records.shown import headline
 from bench.records.timing import Timing
-from bench.report.columns import EVERYTHING, LEGEND
+from bench.report.columns import EVERYTHING, LEGEND, SHARE
 from bench.report.comparison import compare
 from bench.report.speed import speed_table
 from bench.report.terminal import print_comparison
@@ -310,6 +310,12 @@ def test_bytes_off_the_budget_have_a_footnote() -> None:
     rows.append(row("kvpress:snapkv", 0.5, **{**share, "cache_ratio": 0.125}, kv_share_of_prompt=0.1411))
     text = to_markdown([rows])
     (said,) = [line for line in text.splitlines() if "not within 2 % of the bytes asked for" in line]
+    # The row itself says why, in a word.
+    assert "46.0 MB, answer on top" in text
+    assert ["26.2 %*", "46.0 MB, answer on top"] in [SHARE.cell(item).split("\n") for item in rows]
+    masks = row("kvpress:kvzip", 0.5, **share, kv_share_of_prompt=1.1)
+    assert SHARE.cell(masks).endswith("46.0 MB, masked")
+    assert SHARE.cell(row("kvpress:kvzip", 0.5, **share, kv_share_of_prompt=0.25)).endswith("46.0 MB")
     # The table's share is of other bytes than the budget.
     assert "as shares of the prompt's bytes (KV of full is a share of what full holds in the end)" in said
     assert said.endswith(": kvpress:snapkv 27.3 % for 25 %, 14.1 % for 12.5 %")
