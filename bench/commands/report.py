@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +88,7 @@ def report(**typed: Any) -> None:
         averages.print_averages(averages.together(by_run), console)
         for line in so_far:
             console.print(line, markup=False, highlight=False, style="yellow", soft_wrap=True)
-        named = " ".join(shlex.quote(str(path)) for path in folders)
-        line = f"Next, every answer and its prompt: arkv-bench report {named} --html page.html"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print("Next, every answer and its prompt on a page: the same with --html page.html", highlight=False)
         return
     if pairs is not None:
         text = published.to_csv(pairs) if config.format == "csv" else published.to_markdown(pairs)

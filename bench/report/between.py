@@ -103,6 +103,8 @@ def _pair(first: Run, second: Run) -> Pair:
         now = _of(sides[1], row.model, cells.get(row.cell, ""), tasks)
         shared = [document for document in before if document in now]
         if not shared:
+            if before and now and (said := f"no document of {row.task}, {row.model}, in common") not in notes:
+                notes.append(said)
             continue
         for task in tasks:
             if (row.model, task) not in refused:

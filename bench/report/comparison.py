@@ -109,9 +109,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     notes += filter(None, [no_retention(rows)])
     notes += detectable(rows)
     if any(row.p_to_best is not None and row.difference is None for row in rows):
+        distance = any(row.of_full is not None or row.method == FULL for row in rows)
+        why = "a distance from full is not compared with full" if distance else "full was not measured"
+        how = ", by the ratio of the two where it cannot be negative" if distance else ""
         notes.append(
-            "a distance from full is not compared with full: each row is with the best at the same budget, paired, by "
-            "the ratio of the two where it cannot be negative; like the best: tied with it"
+            f"{why}: each row is compared with the best at the same budget, paired{how}; like the best: tied with it"
         )
     if any(map(is_older, rows)):
         notes.append(

@@ -96,6 +96,15 @@ def test_only_documents_of_both_count_and_it_is_said(made: Made) -> None:
     assert any(note.startswith("n: documents that both runs have answered") for note in found.notes)
 
 
+def test_no_document_in_common_is_said(made: Made) -> None:
+    a, b = made("a"), made("b")
+    lines = (b / "samples.jsonl").read_text().replace('"document": "d', '"document": "e')
+    (b / "samples.jsonl").write_text(lines)
+    found = pair(a, b)
+    assert found.changes == []
+    assert found.notes == ["no document of needle, tiny, in common", "nothing in common that could be compared"]
+
+
 def test_what_must_not_be_compared_is_not(made: Made) -> None:
     found = pair(made("a"), made("b", prompt="q"))
     assert found.changes == []

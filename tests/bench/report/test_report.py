@@ -288,10 +288,14 @@ def test_a_divergence_is_compared_with_the_best_of_its_budget() -> None:
     best = row("mix", 0.01, **untested)
     behind = row("window", 0.02, **untested, to_best=2.0, p_to_best=0.004)
     alike = row("origin", 0.011, **untested, to_best=1.1, p_to_best=0.5)
-    text = to_markdown([[best, behind, alike]])
+    text = to_markdown([[row("full", 0.0), best, behind, alike]])
     assert "| 2 x the best, p 0.004 |" in text
     assert "| like the best |" in text
     assert "a distance from full is not compared with full" in text
+    # A score without a full cache beside it is no distance.
+    text = to_markdown([[best, behind, alike]])
+    assert "a distance" not in text
+    assert "- full was not measured: each row is compared with the best at the same budget, paired; like" in text
 
 
 def test_a_row_that_was_not_exercised_says_so() -> None:
