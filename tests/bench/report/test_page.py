@@ -577,6 +577,13 @@ def test_in_a_browser(tmp_path: Path) -> None:
                 )
                 ground = browser.evaluate("getComputedStyle(document.body).backgroundColor")
                 assert ground == ("rgb(20, 23, 27)" if dark else "rgb(255, 255, 255)")
+        # On paper (A4 upright, in pixels) nothing is cut.
+        browser.open(file, width=718)
+        browser.call("Emulation.setEmulatedMedia", media="print")
+        edges = "Array.from(document.querySelectorAll('table'), item => item.getBoundingClientRect().right)"
+        assert max(browser.evaluate(edges)) <= 718
+        browser.call("Emulation.setEmulatedMedia", media="")
+        browser.open(file, width=1400)
         before = browser.evaluate(column)
         browser.evaluate(press)
         rising = browser.evaluate(column)
