@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,10 +122,23 @@ def fill(layer: Any, keys: torch.Tensor, values: torch.Tensor, backend: str, bit
     whole = tokens - tokens % multiple
     if not whole:
         raise ValueError(f"of {tokens} tokens is shorter than the {multiple} of a whole group")
+    if backend == "quanto" and keys.device.type == "cpu":
+        _announce_compiling()
     # What does not fill a group waits at model precision, as the tokens to come do: hqq fails on parts of groups.
     for part in (slice(whole), slice(whole, None)):
         if keys[:, :, part].shape[2]:
             layer.update(keys[:, :, part], values[:, :, part])
+
+
+@cache
+def _announce_compiling() -> None:
+    """Say that quanto is about to compile its kernels, as it does silently when they are first used."""
+    from optimum.quanto.library.extensions import get_extension
+    from rich.console import Console
+
+    if not (Path(get_extension("quanto_cpp").build_directory) / "pytorch_version.txt").is_file():
+        line = "Compiling quanto's kernels, once for this environment: half a minute ..."
+        Console(stderr=True).print(line, highlight=False, soft_wrap=True)
 
 
 def whole_groups(backend: str, bits: int, heads: int, *dims: int) -> int:

@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from arkv import storage_bytes
 from bench.engine.engine import Engine
 from bench.errors import UserError
-from bench.methods import names, presses, versions
+from bench.methods import hf, names, presses, versions
 from bench.methods.cell import Cell
 from bench.methods.grid import grid, other_cell
 from bench.methods.hf import FP8_LAYER
@@ -472,3 +473,23 @@ def test_every_press_is_usable_or_has_a_reason() -> None:
         if not press.usable:
             with pytest.raises(UserError, match=f"kvpress:{name}: {name} (cannot be compared|is not offered)"):
                 other_cell(f"kvpress:{name}", unit="tokens", cache_size=64)
+
+
+def test_compiling_quantos_kernels_is_no_silent_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from optimum.quanto.library.extensions import get_extension
+
+    keys = torch.zeros(1, 2, 64, 64)
+    monkeypatch.setattr(get_extension("quanto_cpp"), "build_directory", str(tmp_path))
+    said = []
+    for built in (False, True):
+        if built:
+            (tmp_path / "pytorch_version.txt").write_text(torch.__version__)
+        hf._announce_compiling.cache_clear()
+        for _ in range(2):
+            layer = cache_utils.QuantoQuantizedLayer(4, **hf.layer_settings("quanto"))
+            hf.fill(layer, keys, keys, "quanto", 4)
+        said.append(capsys.readouterr().err.count("Compiling quanto's kernels, once for this environment"))
+    hf._announce_compiling.cache_clear()
+    assert said == [1, 0]
