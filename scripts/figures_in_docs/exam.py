@@ -68,8 +68,8 @@ def exam() -> str:
         f"""RULER at {length_asked(EXAM):,} tokens, the question read through what was left of the context,
         {found.setup}: score in percent at {shares} % of the context's bytes ({named};
         intervals: [docs/results.md](docs/results.md)). Held in the end, of the context's bytes, in brackets what
-        a press that masks tokens of single heads would hold if each were stored by itself. TTFT: one prompt
-        with {found.threads}."""
+        a press that masks tokens of single heads would hold if each stored its own. TTFT: one prompt,
+        {found.threads}."""
     )
     return "\n".join([said, "", *aligned(heads, lines), "", paragraph(_best_of_exam(found.rows))])
 
