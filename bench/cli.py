@@ -116,18 +116,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sys.stdout.flush()
     except BaseException as error:
         if errors.nobody_reads(error):
-            errors.close_output()
-            typer.echo("arkv-bench: nobody reads what it prints; stopped", err=True)
+            errors.close_output(sys.stdout)
+            _tell("arkv-bench: nobody reads what it prints; stopped")
             sys.exit(errors.NOBODY_READS)
         if (explained := _explain(error)) is not None:
             message, code = explained
             if errors.SHOW_TRACEBACK:
-                typer.echo(errors.whole_traceback(error), err=True, nl=False)
-            typer.echo(f"arkv-bench: {message}", err=True)
+                _tell(errors.whole_traceback(error).rstrip("\n"))
+            _tell(f"arkv-bench: {message}")
             sys.exit(code)
         if isinstance(error, Exception):
-            typer.echo(f"arkv-bench: {BUG}", err=True)
+            _tell(f"arkv-bench: {BUG}")
         raise
+
+
+def _tell(text: str) -> None:
+    """On standard error, which may go into the pipe that nobody reads, too (``2>&1 | head``)."""
+    try:
+        typer.echo(text, err=True)
+    except BrokenPipeError:
+        errors.close_output(sys.stderr)
 
 
 def _explain(error: BaseException) -> tuple[str, int] | None:

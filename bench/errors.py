@@ -8,6 +8,7 @@ import textwrap
 import traceback
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 from tasks.base import TaskError
 
@@ -114,10 +115,10 @@ def nobody_reads(error: BaseException) -> bool:
     return False
 
 
-def close_output() -> None:
+def close_output(stream: TextIO) -> None:
     """Nothing more is written to a pipe that nobody reads, not even when the process ends."""
     try:
-        number = sys.stdout.fileno()
+        number = stream.fileno()
     except (OSError, ValueError):
         return
     os.dup2(os.open(os.devnull, os.O_WRONLY), number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,7 +69,7 @@ def run(
         raise UserError(message, exit_code=130) from None
     except (OSError, SystemExit) as error:
         if nobody_reads(error):
-            close_output()
+            close_output(sys.stdout)
             message = f"stopped, since nobody reads what it prints; what was measured is in {path}: {again}"
             raise UserError(message, exit_code=NOBODY_READS) from None
         if not isinstance(error, OSError) or not error.strerror:

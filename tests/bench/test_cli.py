@@ -369,6 +369,17 @@ def test_reports_of_what_is_no_run(fail: Any, tmp_path: Path) -> None:
     assert "no column" in fail("report", tmp_path)[1]
 
 
+def test_output_and_errors_that_nobody_reads() -> None:
+    """As in ``arkv-bench report RUN 2>&1 | head -1``: one pipe, which is closed."""
+    command = [sys.executable, "-m", "bench.cli", "report", "results/demo"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=quiet_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(120) == errors.NOBODY_READS
+
+
 @pytest.fixture
 def no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """What --traceback sets is set back afterwards."""
