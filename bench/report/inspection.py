@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,6 +28,8 @@ COLOURS = ("bright_black", "dark_orange3", "dodger_blue2")
 SHOWN_WORDS = 1200
 """More words are shown in part in the terminal."""
 LEFT = ("token", "demoted most", "evicted most")
+BROKEN = 10
+"""Columns that a cell of these has at least in the terminal: it goes on below."""
 
 Lines = tuple[str, list[str], list[list[str]], list[str]]
 """Title, headers, cells and notes of a table."""
@@ -216,16 +219,41 @@ def print_inspection(found: Inspection, console: Console) -> None:
 
 def _print_table(table: Lines, console: Console) -> None:
     title, headers, lines, notes = table
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for header in headers:
-        left = header in LEFT
-        shown.add_column(Text(header), justify="left" if left else "right", no_wrap=not left)
-    for line in lines:
-        shown.add_row(*map(Text, line))
-    console.print(shown)
+    for number, places in enumerate(_fitting(headers, lines, console.width)):
+        shown = Table(
+            title=None if number else title,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            padding=(0, 1, 0, 0),
+        )
+        for place in places:
+            left = headers[place] in LEFT
+            shown.add_column(
+                Text(headers[place]), justify="left" if left else "right", no_wrap=not left, overflow="fold"
+            )
+        for line in lines:
+            shown.add_row(*(Text(line[place]) for place in places))
+        if number:
+            console.print()
+        console.print(shown)
     for note in notes:
         console.print(note, markup=False, highlight=False, style="dim")
     console.print()
+
+
+def _fitting(headers: Sequence[str], lines: Sequence[Sequence[str]], room: int) -> list[list[int]]:
+    """The columns in as many parts as have room, each with the first one: a number that is cut says nothing."""
+    # With the padding, and the space between two columns.
+    widths = [max(map(cell_len, column)) + 2 for column in zip(headers, *lines, strict=True)]
+    # These are broken instead.
+    widths = [min(width, BROKEN) if header in LEFT else width for header, width in zip(headers, widths, strict=True)]
+    parts: list[list[int]] = [[0]]
+    for place in range(1, len(headers)):
+        if len(parts[-1]) > 1 and sum(widths[item] for item in parts[-1]) + widths[place] > room:
+            parts.append([0])
+        parts[-1].append(place)
+    return parts
 
 
 def _print_map(found: Inspection, console: Console) -> None:

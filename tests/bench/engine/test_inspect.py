@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from arkv import CacheConfig, TriStateCache
 from bench.cli import main
@@ -25,7 +27,7 @@ from bench.methods.grid import OwnMethod, grid, tristate_cell
 from bench.methods.reading import record
 from bench.methods.states import EVICTED, ORIGINAL, QUANTIZED, state_codes
 from bench.records.finished import read_runs
-from bench.report.inspection import to_html
+from bench.report.inspection import layer_table, print_inspection, to_html
 from bench.report.page import build
 from tests.bench.report.test_page import Parsed
 
@@ -158,6 +160,23 @@ def test_text_stays_text_on_the_page(found: Inspection) -> None:
     assert len(html) < 3_000_000
     layers, changes, steps = parsed.tables
     assert [len(table) for table in (layers, changes, steps)] == [3, 3, 4]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_no_number_is_cut_in_a_narrow_terminal(found: Inspection, width: int) -> None:
+    console = Console(width=width, file=io.StringIO())
+    print_inspection(found, console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    _, headers, lines, _ = layer_table(found)
+    words = text.split()
+    assert all(cell in words for line in lines for cell in line)
+    # The layer leads every part.
+    heads = [line.split() for line in text.splitlines() if line.split()[:1] == ["layer"]]
+    assert len(heads) == {60: 3, 80: 2, 200: 1}[width]
+    assert " ".join(["layer", *(word for head in heads for word in head[1:])]) == " ".join(headers)
 
 
 def command(folder: Path, *more: object) -> list[str]:
