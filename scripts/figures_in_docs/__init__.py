@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from scripts.figures_in_docs import claims, exam, negative, reading, results
+from scripts.figures_in_docs import claims, evidence, exam, negative, reading, results
 
 BEGIN, END = "<!-- Written by make docs: {} -->\n", "\n<!-- until here. -->"
 
@@ -33,6 +33,8 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/results.md": {
         "claims": claims.claims,
         "exam": exam.exam_whole,
+        "ruler": evidence.ruler,
+        "longbench": evidence.longbench,
         "gsm8k": claims.gsm8k,
         "figure": results.figure,
         "demo": results.demo,

@@ -13,10 +13,10 @@ from bench.records.finished import read_runs
 from bench.records.row import Row, read_results
 from bench.records.timing import Timing, read_timings
 from bench.report.columns import adjusted
-from scripts.figures_in_docs.common import RESULTS, model_of, paragraph, percent, rows_of, the_row
+from scripts.figures_in_docs.common import RESULTS, in_words, model_of, paragraph, percent, rows_of, the_row
+from scripts.figures_in_docs.evidence import LONGBENCH, kept, kept_of_longbench
 
 GSM8K, SHORT = "evidence/gsm8k", "evidence/commonsense"
-LONGBENCH = {"retention/multi_news": "news summaries", "retention/lcc": "code completions"}
 KEPT = 0.97
 """Share of the full cache's score on LongBench that the paper claims at a quarter of the memory."""
 STRICT = "exact_match,strict-match"
@@ -95,21 +95,17 @@ def _gsm8k() -> tuple[str, str]:
 
 
 def _longbench() -> tuple[str, str]:
-    """Retention on what was measured of LongBench, each dataset by itself."""
-    said, verdicts = [], set()
-    for folder, what in LONGBENCH.items():
-        rows = [row for row in read_results(RESULTS / folder) if row.part_of is not None or row.task != "longbench"]
-        mix, origin = the_row(rows, "mix", 0.25), the_row(rows, "origin", 0.25)
-        assert mix.retention_low is not None
-        assert mix.retention_high is not None
-        verdicts.add(HOLDS if mix.retention_low >= KEPT else FAILS if mix.retention_high < KEPT else UNKNOWN)
-        said.append(f"{what}: mix keeps {_kept(mix)}, origin {_kept(origin)} ({_source(folder, mix.n)})")
-    return "; ".join(said), verdicts.pop() if len(verdicts) == 1 else UNKNOWN
-
-
-def _kept(row: Row) -> str:
-    ends = [percent(end, 0).removesuffix(" %") for end in (row.retention_low, row.retention_high)]
-    return f"{percent(row.retention, 0)} [{', '.join(ends)}]"
+    """What is kept where each dataset weighs the same, and where each document does."""
+    ways = (False, True)
+    found = [kept_of_longbench("mix", by_document=way) for way in ways]
+    verdicts = {HOLDS if low >= KEPT else FAILS if high < KEPT else UNKNOWN for _, low, high in found}
+    others = ", ".join(f"{name} {kept(*kept_of_longbench(name))}" for name in ("quant", "origin", "window"))
+    of = [row for row in read_results(RESULTS / LONGBENCH) if row.part_of is not None and row.method == FULL]
+    measured = (
+        f"mix keeps {kept(*found[0])} of the mean of {in_words(len(of))} datasets ({others}), and {kept(*found[1])} "
+        f"where each document weighs the same ({_source(LONGBENCH, sum(row.n for row in of))})"
+    )
+    return measured, verdicts.pop() if len(verdicts) == 1 else UNKNOWN
 
 
 def _short() -> tuple[str, str]:
