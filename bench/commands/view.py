@@ -26,13 +26,14 @@ def view(**typed: Any) -> None:
     import tempfile
     from pathlib import Path
 
+    from bench.records.lacking import no_run_folder
     from bench.runs.kinds import RUN, kind_of
 
     config = ViewConfig(**given(ViewConfig, typed))
     (run,) = named_or_newest([config.run] if config.run is not None else None)
     held = kind_of(run)
     if held is None:
-        raise UserError(f"{run} is no run folder: it has no {RECORD}")
+        raise no_run_folder(run, RECORD)
     if held != RUN:
         raise UserError(f"{run} holds {held}: give the folder of a run", exit_code=2)
     # Figures take a second to import, which a wrong path need not wait for.

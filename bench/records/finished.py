@@ -63,7 +63,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
                 name=name,
                 path=path,
                 rows=read_results(path) if has_results else [],
-                record=_record(path, is_speed=bool(timings)),
+                record=record_of(path, is_speed=bool(timings)),
                 samples=samples,
                 prompts=Prompts(path / DOCUMENTS),
                 timings=timings,
@@ -73,7 +73,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def _record(path: Path, *, is_speed: bool) -> Record | SpeedRecord | None:
+def record_of(path: Path, *, is_speed: bool = False) -> Record | SpeedRecord | None:
+    """The record in a folder; None where it has none."""
     if not (path / RECORD).is_file():
         return None
     return read_speed_record(path) if is_speed else read_record(path)

@@ -7,9 +7,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from bench.errors import UserError
 from bench.names import RECORD
 from bench.records.files.json_ import json_text, read_json
+from bench.records.lacking import no_run_folder
 from bench.records.version import FORMAT_VERSION, Versioned
 
 _OPEN = ConfigDict(extra="allow", allow_inf_nan=False)
@@ -133,7 +133,7 @@ def read_record(path: Path) -> Record:
     """``record.json`` of a run folder. Raises :class:`UserError` when it is missing or damaged."""
     file = path / RECORD
     if not file.is_file():
-        raise UserError(f"{path} is no run folder: it has no {RECORD}")
+        raise no_run_folder(path, RECORD)
     return read_json(file, _RECORD, "the record of a run")
 
 

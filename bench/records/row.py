@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from bench.errors import UserError
 from bench.names import BUDGET_UNITS, FULL, RESULTS, SAMPLES
 from bench.records.files.csv_ import DIGITS, csv_text, read_models
+from bench.records.lacking import no_run_folder
 
 Share = Annotated[float, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
@@ -199,7 +200,7 @@ def read_results(path: Path) -> list[Row]:
     if not file.is_file():
         if (path / SAMPLES).is_file():
             raise UserError(f"{path} has no {RESULTS}: no task of the run has ended yet")
-        raise UserError(f"{path} is no run folder: it has no {RESULTS}")
+        raise no_run_folder(path, RESULTS)
     rows = read_models(file, Row, NEEDED, "the run's own command writes the file anew")
     if not rows:
         raise UserError(f"{file} has no rows: no task of the run has ended yet, or all have failed")

@@ -48,7 +48,7 @@ def score_folder(folder: Path, *, extended: bool = False) -> tuple[list[FolderSc
         TaskError: a line that makes no sense (file, line and field are named).
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder")
+        raise UserError(f"{folder} is no folder{'' if folder.exists() else ': it does not exist'}", exit_code=2)
     own = folder / (FOLDER_E if extended else FOLDER)
     other = folder / (FOLDER if extended else FOLDER_E)
     if other.is_dir() and not own.is_dir():

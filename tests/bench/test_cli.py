@@ -357,14 +357,15 @@ def test_ctrl_c_says_how_to_go_on(fail: Any, tiny_run: list[object], monkeypatch
 )
 def test_exit_codes_of_a_folder_that_is_not_there_agree(fail: Any, tmp_path: Path, command: list[str]) -> None:
     code, said = fail(command[0], tmp_path / "nowhere", *command[1:])
-    assert (code, len(said.splitlines())) == (1, 1)
+    assert (code, len(said.splitlines())) == (2, 1)
     assert f"{tmp_path / 'nowhere'} is no " in said
+    assert said.strip().endswith("it does not exist")
 
 
 def test_reports_of_what_is_no_run(fail: Any, tmp_path: Path) -> None:
     code, text = fail("report", tmp_path)
-    assert (code, "is no run folder" in text) == (1, True)
-    assert fail("report", tmp_path / "nowhere")[0] == 1
+    assert (code, "is no run folder: it has no results.csv" in text) == (2, True)
+    assert fail("report", tmp_path / "nowhere")[0] == 2
     (tmp_path / "results.csv").write_text("nonsense\n")
     assert "no column" in fail("report", tmp_path)[1]
 

@@ -94,7 +94,7 @@ def test_a_port_in_use_is_said(run: Path, tmp_path: Path) -> None:
 def test_what_is_no_run_is_not_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["view", str(tmp_path)])
-    assert ended.value.code == 1
+    assert ended.value.code == 2
     assert "is no run folder: it has no record.json" in capsys.readouterr().err
     (tmp_path / "study.jsonl").touch()
     with pytest.raises(SystemExit) as ended:
