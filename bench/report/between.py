@@ -90,6 +90,8 @@ def _pair(first: Run, second: Run) -> Pair:
         f"{term.name}: {_said(term.first)} in {first.name}, {_said(term.second)} in {second.name}"
         for term in (*_asked(first.of_run, second.of_run), *differing(first.of_run, second.of_run))
     ]
+    if said := _other_models(first, second):
+        terms.insert(0, said)
     both = first.samples.values(), second.samples.values()
     # Where nothing else can be meant, other settings of a method are what was changed.
     cells = same_cells(*both, BUDGET) | same_cells(*both)
@@ -125,6 +127,17 @@ def _pair(first: Run, second: Run) -> Pair:
     if len({change.n for change in changes}) > 1 or any(change.n < change.row.n for change in changes):
         notes.append("n: documents that both runs have answered, which scores and differences are over")
     return Pair(first=first.name, second=second.name, terms=terms, changes=changes, notes=notes)
+
+
+def _other_models(first: Run, second: Run) -> str:
+    """That the two have no model in common, so that nothing is compared; empty where they have, or one has none."""
+    mine, others = (list(dict.fromkeys(row.model for row in run.rows)) for run in (first, second))
+    if not mine or not others or not set(mine).isdisjoint(others):
+        return ""
+    return (
+        f"model: {', '.join(mine)} in {first.name}, {', '.join(others)} in {second.name}; runs of different models are "
+        "not compared"
+    )
 
 
 def _said(value: object) -> str:

@@ -105,6 +105,21 @@ def test_no_document_in_common_is_said(made: Made) -> None:
     assert found.notes == ["no document of needle, tiny, in common", "nothing in common that could be compared"]
 
 
+def test_runs_of_different_models_say_so_first(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = made("a"), made("b", settings={"batch_size": "1", "seed": 1})
+    assert not any(term.startswith("model: ") for term in pair(first, second).terms)
+    for name in ("samples.jsonl", "results.csv"):
+        (second / name).write_text((second / name).read_text().replace("tiny", "large"))
+    found = pair(first, second)
+    assert found.terms[0] == "model: tiny in a, large in b; runs of different models are not compared"
+    assert found.changes == []
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(first), str(second)])
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert "- differs: model: tiny in a, large in b;" in said.partition("b against a")[2].splitlines()[1]
+
+
 def test_what_must_not_be_compared_is_not(made: Made) -> None:
     found = pair(made("a"), made("b", prompt="q"))
     assert found.changes == []
