@@ -51,7 +51,7 @@ def report(**typed: Any) -> None:
         if output is None:
             return
     from bench.records.files.markdown import in_markdown
-    from bench.records.finished import Run
+    from bench.records.finished import Run, record_of
     from bench.records.row import read_results
     from bench.records.shown import run_names
     from bench.report import against as published
@@ -79,8 +79,9 @@ def report(**typed: Any) -> None:
         if pairs is not None:
             published.print_against(pairs, console)
             return
+        records = dict(zip(run_names(folders), map(record_of, folders), strict=True))
         for name, mine in by_run.items():
-            print_answer(Run(name=name, rows=mine), console, name if len(by_run) > 1 else "")
+            print_answer(Run(name=name, rows=mine, record=records[name]), console, name if len(by_run) > 1 else "")
         changed.print_pairs(pairs_of_runs, console)
         print_comparison(shown, console)
         for reason in reasons:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -10,6 +10,7 @@ from bench.judge.budgets import by_budget
 from bench.names import FULL, budget_text
 from bench.records.files.numbers import percent_text
 from bench.records.finished import Run
+from bench.records.record import Record
 from bench.records.row import Row
 from bench.records.shown import headline
 from bench.report.columns import AGAINST_FULL, DIFFERENCE, SCORE
@@ -20,6 +21,9 @@ LINES = 5
 """Of the table: more is for the tables below it."""
 HEADERS = ("budget", "best method", "tied with it", "what it costs")
 FIXED = "fixed size"
+TIME = "x its time"
+"""As a cost in time is said."""
+TIMES = "Times are of this run, beside whatever else the machine did: arkv-bench speed measures them by themselves"
 TOGETHER = 2
 """Tasks of a model whose budgets stand one by one; of more, each budget is counted over all of them."""
 
@@ -58,31 +62,53 @@ def answer(run: Run) -> Answer:
     if not groups:
         return Answer([], ["No task has ended yet: there is nothing to compare."])
     notes: list[str] = []
+    timed = timed_with(run.of_run)
     if len(groups) > TOGETHER:
         lines = _counted(list(groups.values()))
         notes.append(f"{len(groups)} comparisons of a model on a task, each by its first metric.")
     else:
         lines = []
         for (model, task), rows in groups.items():
-            lines += verdicts(rows, task if len(groups) > 1 else "")
+            lines += verdicts(rows, task if len(groups) > 1 else "", timed)
             full = next((row for row in rows if row.method == FULL), None)
             what = f"{task} ({rows[0].metric}, {model}, n={max(row.n for row in rows)})"
             said = f"the full cache scores {_scored(full)}" if full else "the full cache was not measured"
             notes.append(" ".join([f"On {what}, {said}.", *(f"{_capital(text)}." for text in detectable(rows))]))
+    if any(TIME in line.cost for line in lines):
+        notes.append(f"{TIMES}.")
     if len(lines) > LINES:
         notes.append(f"{len(lines) - LINES} more budgets stand in the tables below.")
     return Answer(lines[:LINES], notes)
 
 
-def verdicts(rows: Sequence[Row], task: str = "") -> list[Verdict]:
+def timed_with(record: Record) -> str:
+    """What a run's times are of, in a few words; empty where its record does not say."""
+    last = [(start.hardware or {}, (start.model_extra or {}).get("batch_size")) for start in record.starts]
+    found = last or [(record.hardware, record.settings.get("batch_size"))]
+    threads = {hardware.get("torch_threads") for hardware, _ in found} - {None}
+    batches = {str(batch) for _, batch in found if batch is not None}
+    said = [f"{_either(threads)} {'thread' if threads == {1} else 'threads'}"] if threads else []
+    return ", ".join([*said, f"batch size {_either(batches)}"] if batches else said)
+
+
+def _either(values: Iterable[object]) -> str:
+    """All of them where starts differ."""
+    return " or ".join(sorted(map(str, values)))
+
+
+def verdicts(rows: Sequence[Row], task: str = "", timed: str = "") -> list[Verdict]:
     """A line per budget, those that methods were asked for first.
 
     Args:
         rows: of one run, model, task and metric.
         task: where lines of several stand together.
+        timed: what the times are of, by :func:`timed_with`.
     """
     full = next((row for row in rows if row.method == FULL), None)
-    return [_verdict(group, full, ", ".join(filter(None, (task, budget)))) for budget, group in _budgets(rows).items()]
+    return [
+        _verdict(group, full, ", ".join(filter(None, (task, budget))), timed)
+        for budget, group in _budgets(rows).items()
+    ]
 
 
 def _budgets(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -95,7 +121,7 @@ def _budgets(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return dict(sorted(found.items(), key=lambda item: -(item[1][0].cache_ratio or item[1][0].cache_size or 0)))
 
 
-def _verdict(group: Sequence[Row], full: Row | None, budget: str) -> Verdict:
+def _verdict(group: Sequence[Row], full: Row | None, budget: str, timed: str) -> Verdict:
     playing = [row for row in group if not row.not_exercised]
     if not playing:
         return Verdict(budget, "", "", "every prompt fits: nothing was compressed")
@@ -111,17 +137,22 @@ def _verdict(group: Sequence[Row], full: Row | None, budget: str) -> Verdict:
     else:
         rest = [row for row in playing if row not in tops]
         equal = ", ".join(map(named, rest)) or "they score the same"
-    return Verdict(budget, f"{in_words([named(row) for row in tops])}: {_scored(best)}", equal, _cost(best, full))
+    return Verdict(
+        budget, f"{in_words([named(row) for row in tops])}: {_scored(best)}", equal, _cost(best, full, timed)
+    )
 
 
-def _cost(row: Row, full: Row | None) -> str:
+def _cost(row: Row, full: Row | None, timed: str) -> str:
     """In bytes, time and score, beside the full cache."""
     said = [f"{percent_text(row.kv_share)} of full's bytes" if row.kv_share is not None else ""]
+    times = []
     # A method that reads the prompt again is paid for before the first token.
     if full is not None and full.ttft_ms and row.ttft_ms:
-        said.append(f"{row.ttft_ms / full.ttft_ms:.2f} x its time to the first token")
+        times.append(f"{row.ttft_ms / full.ttft_ms:.2f} {TIME} to the first token")
     if full is not None and full.tpot_ms and row.tpot_ms:
-        said.append(f"{row.tpot_ms / full.tpot_ms:.2f} x its time per token")
+        times.append(f"{row.tpot_ms / full.tpot_ms:.2f} {TIME} per token")
+    if times:
+        said.append("; ".join(times) + (f" ({timed})" if timed else ""))
     against = AGAINST_FULL.cell(row)
     difference = DIFFERENCE.cell(row).replace("\n", " ")
     said.append(": ".join(filter(None, (against and f"score {against}", difference))) or "not compared with full")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from rich.console import Console
 from bench.cli import main
 from bench.errors import UserError
 from bench.judge.speed import summarize
-from bench.names import RESULTS
+from bench.names import RECORD, RESULTS
+from bench.records.finished import Run, read_runs
 from bench.records.row import COLUMNS, Row, read_results
 from bench.records.shown import headline
 from bench.records.timing import Timing
@@ -22,6 +24,7 @@ from bench.report.columns import EVERYTHING, LEGEND, SHARE
 from bench.report.comparison import compare
 from bench.report.speed import speed_table
 from bench.report.terminal import print_comparison
+from bench.report.verdicts import answer
 from bench.report.writing import to_csv, to_latex, to_markdown
 
 
@@ -463,3 +466,29 @@ def test_the_share_of_the_score_that_is_kept_stands_in_every_table_or_a_note_say
         assert "score kept |" not in to_markdown([without])
     distance = [row(method, 0.1, retention=None, higher_is_better=False) for method in ("full", "mix")]
     assert "no retention" not in to_markdown([distance])
+
+
+def test_what_a_method_costs_in_time_says_what_the_times_are_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, ROWS)
+    record: dict[str, Any] = {"fingerprint": {}, "finished": "2026-01-01T00:00:00+00:00"}
+    starts = [
+        {"hardware": {"torch_threads": threads}, "batch_size": batch} for threads, batch in ((1, "auto"), (2, "auto"))
+    ]
+    for given, said in (
+        ({}, ""),
+        ({"hardware": {"torch_threads": 4}, "settings": {"batch_size": 8}}, " (4 threads, batch size 8)"),
+        ({"starts": starts[:1]}, " (1 thread, batch size auto)"),
+        ({"starts": starts}, " (1 or 2 threads, batch size auto)"),
+    ):
+        (tmp_path / RECORD).write_text(json.dumps({**record, **given}))
+        with pytest.raises(SystemExit):
+            main(["report", str(tmp_path)])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "Times are of this run, beside whatever else the machine did" in shown
+        (run,) = read_runs([tmp_path])
+        costs = [line.cost for line in answer(run).lines]
+        assert [f"1.00 x its time per token{said}; " in cost for cost in costs] == [True] * len(costs)
+    untimed = [one.model_copy(update={"ttft_ms": None, "tpot_ms": None}) for one in ROWS]
+    assert not any("Times" in note for note in answer(Run(name="a", rows=untimed)).notes)
