@@ -25,7 +25,9 @@ def run(
     print_config: Annotated[
         bool,
         typer.Option(
-            "--print-config", help="Print the settings and where each comes from, and stop.", rich_help_panel=OUTPUT
+            "--print-config",
+            help="Print the settings and where each comes from, checked as a run checks them, and stop.",
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
     **typed: Any,
@@ -38,9 +40,11 @@ def run(
     [bold]arkv-bench run --preset demo[/bold]
     [bold]arkv-bench run --tasks needle,gsm8k --data-dir DATA --methods full,mix --cache-size 512,1024[/bold]
     """
+    from bench.commands.first_look import first_look
     from bench.settings.presets import resolve
 
     config, origin = resolve(given(RunConfig, typed), preset)
+    first_look(config)
     if print_config:
         shown = config.to_json()
         width = max(map(len, shown))
@@ -50,10 +54,8 @@ def run(
 
     from rich.console import Console
 
-    from bench.commands.first_look import first_look
     from bench.models.imports import import_lightly
 
-    first_look(config)
     import_lightly()
     from bench.runs.folder import DISK_FULL
     from bench.runs.kinds import new_folder
@@ -86,14 +88,14 @@ def _summarize(outcome: Outcome, console: Console) -> None:
     """The answer and the tables, what failed, where everything is, and what to type next."""
     import shlex
 
-    from bench.records.finished import Run
+    from bench.records.finished import Run, record_of
     from bench.records.shown import headline
     from bench.report.averages import print_averages
     from bench.report.terminal import print_answer, print_comparison
     from bench.runs.failures import failure_lines
 
     if asked_for := headline(outcome.rows):
-        print_answer(Run(name=outcome.path.name, rows=outcome.rows), console)
+        print_answer(Run(name=outcome.path.name, rows=outcome.rows, record=record_of(outcome.path)), console)
         print_comparison([asked_for], console)
         print_averages(outcome.rows, console)
     if parts := len({row.task for row in outcome.rows} - {row.task for row in asked_for}):

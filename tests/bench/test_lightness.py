@@ -63,6 +63,9 @@ def test_the_gate_needs_statistics_and_the_page_figures(tmp_path: Path) -> None:
     [
         (["run", "--methods", "snapkv,windo"], "unknown method 'windo': did you mean window"),
         (["run", "--tasks", "needel"], "unknown task 'needel': did you mean needle"),
+        (["run", "--methods", "windo", "--print-config"], "unknown method 'windo': did you mean window"),
+        (["run", "--tasks", "needel", "--print-config"], "unknown task 'needel': did you mean needle"),
+        (["run", "--model", "./nowhere", "--print-config"], "The model path ./nowhere does not exist"),
         (["speed", "--model", "./nowhere"], "The model path ./nowhere does not exist"),
         (["tune", "--methods", "minx"], "unknown method 'minx': did you mean mix?"),
     ],
@@ -77,7 +80,7 @@ def test_a_slip_does_not_wait_for_torch(arguments: list[str], said: str) -> None
 
 def test_a_wrong_path_does_not_wait_for_figures() -> None:
     ended = json.loads(called("view", "nowhere").stderr.splitlines()[-1])
-    assert ended == {"code": 1, "loaded": []}
+    assert ended == {"code": 2, "loaded": []}
 
 
 def test_scores_of_predictions(tmp_path: Path) -> None:
