@@ -1,6 +1,6 @@
 """Writes what the code says of itself: docs/commands, a page per command; docs/layout.md, a line per file; the table of
 generation settings in docs/tasks.md; the tables of the runs under results/, out of their samples; the numbers of
-README.md and of pages under docs/, out of results/."""
+README.md and of pages under docs/, and their pictures, out of results/."""
 
 from __future__ import annotations
 
@@ -99,9 +99,10 @@ def main() -> None:
     LAYOUT.write_text(layout(), encoding="utf-8")
     TASKS.write_text(with_settings(TASKS.read_text(encoding="utf-8")), encoding="utf-8")
     from scripts import recorded
-    from scripts.figures_in_docs import PAGES, with_numbers
+    from scripts.figures_in_docs import PAGES, pictures, with_numbers
 
     recorded.write()
+    pictures.write()
     for name in PAGES:
         page = ROOT / name
         page.write_text(with_numbers(page.read_text(encoding="utf-8"), name), encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import re
 import shlex
 from collections.abc import Iterator
@@ -13,12 +14,14 @@ import click
 import pytest
 import typer.main
 import yaml
+from PIL import Image
 
 from bench.cli import app, main
 from bench.settings.presets import resolve
 from bench.settings.run import FIELDS
 from scripts.figures_in_docs import PAGES as NUMBERED
 from scripts.figures_in_docs import with_numbers
+from scripts.figures_in_docs.pictures import PICTURES, SAYS, drawing
 from tests.bench.conftest import save_tiny_model
 from tests.bench.runs.test_run import go
 
@@ -213,6 +216,32 @@ def test_a_number_that_was_edited_is_written_anew() -> None:
     edited = re.sub(r"\d+ /", "7 /", readme, count=1)
     assert edited != readme
     assert with_numbers(edited, "README.md") == readme
+
+
+@pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)
+def test_pictures_show_the_rows_of_the_records(path: Path) -> None:
+    rows = PICTURES[path]()
+    figure, said = drawing(rows)
+    with Image.open(path) as picture:
+        assert picture.text[SAYS] == said, "run make docs"
+    with Image.open(io.BytesIO(figure.encoded("png", {SAYS: said}))) as again:
+        assert again.text == {SAYS: said}
+    assert said.count("\n") == len(rows), "every row is a point"
+
+
+def test_the_caption_on_top_is_of_the_rows_of_its_picture() -> None:
+    block = (
+        (ROOT / "README.md").read_text(encoding="utf-8").partition("make docs: exam figure -->")[2].partition("<!--")[0]
+    )
+    (path,) = re.findall(r"\]\((\S+\.png)\)", block)
+    with Image.open(ROOT / path) as picture:
+        shown, *points = picture.text[SAYS].splitlines()
+    task, documents = shown.split(", ")
+    assert f"`{task.partition(':')[2]}`, {documents}" in " ".join(block.split())
+    share, said = re.findall(r"; in (\S+ %) of the bytes: (.*)\]\(", block)[0]
+    for item in said.split(", "):
+        method, score = item.split()
+        assert any(re.match(rf"{method}( \S+)? {share}: string_match {score}\b", point) for point in points), item
 
 
 def test_the_table_on_top_fits_a_terminal() -> None:

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from bench.models.catalogue import EMBEDDED
 from bench.names import RECORD
 from bench.records.row import Row, read_results
 
@@ -77,10 +78,13 @@ def paragraph(text: str) -> str:
 
 
 def model_of(folder: str) -> str:
-    """The model of a run, and what it computed in."""
+    """The model of a run, how its publisher's file holds the weights, and what it computed in."""
     record = json.loads((RESULTS / folder / RECORD).read_text(encoding="utf-8"))
     ((name, about),) = record["models"].items()
-    return f"{name} ({about['dtype']}, CPU)"
+    known = EMBEDDED.get(name)
+    # The description names the model, then the number format of its file.
+    held = known.description.partition(";")[0].rpartition(", ")[2] if known and known.origin == about["source"] else ""
+    return f"{name} ({f'{held}, dequantized to ' if held else ''}{about['dtype']}, CPU)"
 
 
 def length_asked(folder: str) -> int:

@@ -66,7 +66,7 @@ class Figure:
 
     def inline_svg(self) -> str:
         """An ``<svg>`` element for a page: text and axes in the page's text colour, series in its ``--series-N``."""
-        text = self._bytes("svg").decode()
+        text = self.encoded("svg").decode()
         text = text[text.index("<svg") :]
         # Names of XML namespaces mean nothing within HTML.
         text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
@@ -91,14 +91,15 @@ class Figure:
         """
         paths = [folder / f"{self.name}.{ending}" for ending in FORMATS]
         for path, ending in zip(paths, FORMATS, strict=True):
-            write_output(path, self._bytes(ending))
+            write_output(path, self.encoded(ending))
         return paths
 
-    def _bytes(self, ending: str) -> bytes:
+    def encoded(self, ending: str, said: Mapping[str, str] | None = None) -> bytes:
+        """The drawing in one of :data:`FORMATS`; a PNG file has ``said`` in it, texts by their keywords."""
         buffer = io.BytesIO()
         # No date and no maker: equal figures are equal files.
         nothing = {"svg": ("Creator", "Date", "Format", "Type"), "pdf": ("Creator", "Producer", "CreationDate")}
-        metadata = dict.fromkeys(nothing.get(ending, ("Software",)))
+        metadata = {**dict.fromkeys(nothing.get(ending, ("Software",))), **(said or {})}
         with matplotlib.rc_context(STYLE):
             self.canvas.savefig(buffer, format=ending, transparent=ending == "svg", dpi=200, metadata=metadata)
         return buffer.getvalue()
