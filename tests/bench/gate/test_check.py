@@ -598,21 +598,26 @@ def nonsense(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "said"),
+    ("spoil", "said", "code"),
     [
-        (nonsense, "line 3, column 'n': 'many' is no number"),
-        (lambda path: (path / SAMPLES).write_text('{"model": "tiny"}\n'), "line 1, field 'task': missing"),
-        (lambda path: (path / SAMPLES).write_text("oops\nx\n"), "line 1: not valid JSON"),
-        (lambda path: (path / SAMPLES).unlink(), "has no samples"),
-        (lambda path: (path / RECORD).unlink(), "is no run folder"),
+        (nonsense, "line 3, column 'n': 'many' is no number", 1),
+        (lambda path: (path / SAMPLES).write_text('{"model": "tiny"}\n'), "line 1, field 'task': missing", 1),
+        (lambda path: (path / SAMPLES).write_text("oops\nx\n"), "line 1: not valid JSON", 1),
+        (lambda path: (path / SAMPLES).unlink(), "has no samples", 1),
+        (lambda path: (path / RECORD).unlink(), "is no run folder", 2),
     ],
 )
 def test_damaged_folders_are_named_in_one_line(
-    measured: Path, tmp_path: Path, spoil: Callable[[Path], None], said: str, capsys: pytest.CaptureFixture[str]
+    measured: Path,
+    tmp_path: Path,
+    spoil: Callable[[Path], None],
+    said: str,
+    code: int,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = copied(measured, tmp_path / "damaged")
     spoil(run)
-    assert command(run, "--against", measured) == 1
+    assert command(run, "--against", measured) == code
     error = capsys.readouterr().err
     assert said in error
     assert len(error.splitlines()) == 1

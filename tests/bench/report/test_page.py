@@ -26,7 +26,7 @@ from bench.report.figures.scores import pareto_front
 from bench.report.figures.times import share_figure
 from bench.report.looks import COLOURS
 from bench.report.page import MAPS, Page, build
-from bench.report.verdicts import answer, verdicts
+from bench.report.verdicts import TIMES, answer, verdicts
 from tests.bench.browser import Browser, chromium
 from tests.bench.lines import line
 from tests.bench.report.test_report import ROWS, row, write
@@ -208,7 +208,8 @@ def test_the_answer_names_the_best_of_each_budget(tmp_path: Path) -> None:
     ]
     assert found.notes == [
         "On needle (exact_match, tiny, n=8), the full cache scores 1.000 [0.90, 1.10]. "
-        "Smallest difference to full that so many documents show with 80 % power: 0.52."
+        "Smallest difference to full that so many documents show with 80 % power: 0.52.",
+        f"{TIMES}.",
     ]
 
 

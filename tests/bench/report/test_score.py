@@ -86,15 +86,21 @@ def test_a_folder_of_files_itself(official: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, message",
-    [("missing", "is no folder"), ("empty", "holds no predictions"), ("odd", "treck.jsonl: did you mean trec")],
+    "name, message, status",
+    [
+        ("missing", "is no folder: it does not exist", 2),
+        ("empty", "holds no predictions", 1),
+        ("odd", "treck.jsonl: did you mean trec", 1),
+    ],
 )
-def test_nothing_to_score(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str) -> None:
+def test_nothing_to_score(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str, status: int
+) -> None:
     (tmp_path / "empty").mkdir()
     write(tmp_path / "odd" / "treck.jsonl", "Ann")
     _, err, code = call(capsys, str(tmp_path / name))
     assert message in err
-    assert code == 1
+    assert code == status
     assert "Traceback" not in err
 
 
