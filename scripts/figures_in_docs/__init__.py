@@ -36,6 +36,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "ruler": evidence.ruler,
         "longbench": evidence.longbench,
         "gsm8k": claims.gsm8k,
+        "gsm8k replay": evidence.gsm8k_replay,
         "figure": results.figure,
         "demo": results.demo,
         "fidelity": results.fidelity,

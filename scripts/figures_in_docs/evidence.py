@@ -9,9 +9,19 @@ from bench.names import FULL, own_name
 from bench.records.files.markdown import markdown_table
 from bench.records.finished import read_runs
 from bench.records.row import Row, read_results
-from scripts.figures_in_docs.common import RESULTS, in_words, length_asked, model_of, paragraph, percent, with_interval
+from scripts.figures_in_docs.common import (
+    RESULTS,
+    in_words,
+    length_asked,
+    model_of,
+    paragraph,
+    percent,
+    the_row,
+    with_interval,
+)
 
-RULER, LONGBENCH = "evidence/ruler", "evidence/longbench"
+RULER, LONGBENCH, GSM8K_REPLAY = "evidence/ruler", "evidence/longbench", "evidence/gsm8k-replay"
+STRICT = "exact_match,strict-match"
 
 
 def ruler() -> str:
@@ -102,3 +112,21 @@ def kept(share: float | None, low: float | None, high: float | None) -> str:
     """A share with the ends of its interval."""
     ends = ", ".join(percent(end, 0).removesuffix(" %") for end in (low, high) if end is not None)
     return f"{percent(share, 0)} [{ends}]" if ends else percent(share, 0)
+
+
+def gsm8k_replay() -> str:
+    """The second reading, in a run of its own beside the full cache."""
+    rows = [row for row in read_results(RESULTS / GSM8K_REPLAY) if row.metric == STRICT]
+    full = the_row(rows, FULL)
+    said = []
+    for row in rows:
+        if row.method == FULL:
+            continue
+        assert row.difference_low is not None
+        assert row.difference_high is not None
+        ends = f"[{100 * row.difference_low:+.0f}, {100 * row.difference_high:+.0f}]"
+        said.append(f"{100 * row.score:g} % in {100 * (row.cache_ratio or 0.0):g} % of the bytes ({ends} points)")
+    return paragraph(
+        f"""`mix-replay`, in a run of its own on the first {full.n} of these questions: {", ".join(said)}, where the
+        full cache has {100 * full.score:g} % (`results/{GSM8K_REPLAY}`)."""
+    )
