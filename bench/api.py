@@ -95,8 +95,9 @@ class Results:
         console = console or Console()
         runs = [self, *others]
         tables = [results.rows for results in runs]
-        for name, rows in zip(run_names([results.path for results in runs]), tables, strict=True):
-            print_answer(Run(name=name, rows=rows), console, name if others else "")
+        for name, results in zip(run_names([results.path for results in runs]), runs, strict=True):
+            run = Run(name=name, rows=results.rows, record=results.record)
+            print_answer(run, console, name if others else "")
         print_comparison([headline(rows) for rows in tables], console)
         for rows in tables:
             print_averages(rows, console)

@@ -73,7 +73,7 @@ def test_every_package_of_the_library_is_named() -> None:
     assert set(settings(ROOT / "arkv")["tool"]["setuptools"]["packages"]) == found, "name it in arkv/pyproject.toml"
 
 
-IMPORTED_AS = {"lm-eval": "lm_eval", "pyyaml": "yaml"}
+IMPORTED_AS = {"optimum-quanto": "optimum", "lm-eval": "lm_eval", "pyyaml": "yaml"}
 """Where the name of an import is not that of its distribution."""
 COMES_WITH = {
     "huggingface_hub": "transformers",

@@ -394,7 +394,7 @@ def test_a_traceback_on_request(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     line.insert(place, "--traceback")
     with pytest.raises(SystemExit) as caught:
         main(line)
-    assert caught.value.code == 1
+    assert caught.value.code == 2
     said = capsys.readouterr().err
     assert "Traceback (most recent call last)" in said
     assert "read_results" in said
@@ -411,7 +411,7 @@ def test_a_traceback_by_the_environment(tmp_path: Path) -> None:
             cwd=ROOT,
             env=quiet_environment(ARKV_TRACEBACK=value),
         )
-        assert ("Traceback" in done.stderr, done.returncode) == (shown, 1)
+        assert ("Traceback" in done.stderr, done.returncode) == (shown, 2)
 
 
 def test_the_cause_that_a_line_hides_stands_in_the_traceback() -> None:
