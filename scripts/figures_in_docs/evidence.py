@@ -94,7 +94,9 @@ def kept_of_longbench(method: str, *, by_document: bool = False) -> tuple[float,
     for sample in run.samples.values():
         for name, of_task in cells.items():
             if of_task[sample.task] == sample.cell:
-                found[name][sample.task, sample.document] = sample.scores[metrics[sample.task]] or 0.0
+                score = sample.scores[metrics[sample.task]]
+                assert score is not None, "an unknown score is none of 0"
+                found[name][sample.task, sample.document] = score
     documents = list(found[FULL])
     sizes = {row.task: row.n for row in parts}
     weights = np.array([1.0 if by_document else 1.0 / sizes[task] for task, _ in documents])
