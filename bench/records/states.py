@@ -73,7 +73,10 @@ def read_maps(folder: Path) -> list[MapRecord]:
 
 
 def write_maps(folder: Path, maps: Sequence[MapRecord]) -> None:
-    """Add maps to those of a folder; one of the same model, task and cell is replaced."""
+    """Add maps to those of a folder; one of the same model, task and cell is replaced.
+
+    They are in the order of these names, whichever worker ends first.
+    """
     together = {(item.model, item.task, item.cell): item for item in [*read_maps(folder), *maps]}
-    content = {"format_version": FORMAT_VERSION, "maps": [item.model_dump() for item in together.values()]}
+    content = {"format_version": FORMAT_VERSION, "maps": [together[key].model_dump() for key in sorted(together)]}
     write_atomic(folder / STATES, json_text(content, indent=None))
