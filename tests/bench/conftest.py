@@ -30,6 +30,15 @@ TIMES = (
 """Fields of a sample that are measured anew in every run."""
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What quanto quantizes in comes with the slow tests: in a new environment its kernels are compiled first, for most
+    of a minute."""
+    for item in items:
+        if "quanto-int" in getattr(getattr(item, "callspec", None), "id", ""):
+            item.add_marker(pytest.mark.slow)
+
+
 def save_tiny_model(folder: Path, *, context: int = 512, seed: int = 0, family: str = "Llama") -> Path:
     """A random Llama or Qwen3 of two layers and a byte-level tokenizer with a few words, as transformers saves them."""
     import torch

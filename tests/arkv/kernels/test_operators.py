@@ -82,7 +82,7 @@ def test_modes(mode: type[AbstractContextManager[Any]], stored: Any, served: boo
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @needs_compiler
 def test_compiled(backend: str) -> None:
     torch._dynamo.reset()

@@ -21,7 +21,7 @@ from tasks.base import Compare, Continuation, Document, Generate, LogLikelihood,
 from tests.arkv.families import FAMILIES, INDEXED, ITSELF, NO_INTERFACE, NOTHING, SHARED, SLIDING, Family
 
 TOKENIZER: Any = SimpleNamespace(eos_token_id=None, decode=lambda ids, skip_special_tokens=True: str(list(ids)))
-QUANTIZING = "hf:fp8" if hasattr(cache_utils, FP8_LAYER) else "hf:quanto-int4"
+QUANTIZING = "hf:fp8" if hasattr(cache_utils, FP8_LAYER) else "hf:hqq-int4"
 OWN_STATES = ("recurrent_gemma", "kimi_linear")
 """They keep states of layers without attention, by means of their own."""
 SERVED = [

@@ -335,19 +335,19 @@ def test_fp8_says_what_it_needs() -> None:
 def test_a_row_of_the_grid(tiny: Any) -> None:
     """Peers run beside the others in one engine, presses on a prefill of their own."""
     cells = grid(
-        ["full", "mix", "hf:quanto-int4", "kvpress:streaming_llm"],
+        ["full", "mix", "hf:hqq-int4", "kvpress:streaming_llm"],
         [{"cache_ratio": 0.5}, {"cache_ratio": 0.25}],
         [8],
         None,
         {"budget_unit": "bytes"},
     )
     assert [cell.method for cell in cells] == [
-        *("full", "mix", "mix", "hf:quanto-int4", "kvpress:streaming_llm", "kvpress:streaming_llm")
+        *("full", "mix", "mix", "hf:hqq-int4", "kvpress:streaming_llm", "kvpress:streaming_llm")
     ]
     assert [cell.cache_ratio for cell in cells] == [None, 0.5, 0.25, None, 0.5, 0.25]
     assert len({cell.key for cell in cells}) == len(cells)
     assert (cells[3].quant_format, cells[4].quant_format) == ("int4", None)
-    assert cells[3].label == "hf:quanto-int4"
+    assert cells[3].label == "hf:hqq-int4"
     assert cells[4].label == "kvpress:streaming_llm 50 % of each prompt's bytes"
     ids = torch.randint(0, 300, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     engine = Engine(tiny.model, tiny.tokenizer, cells)
