@@ -12,6 +12,8 @@ BUILT := build arkv/build arkv_bench.egg-info arkv/arkv.egg-info
 PYTEST := TQDM_DISABLE=1 $(PYTHON) -m pytest
 # Each test computes with one thread.
 FAST := $(PYTEST) -m "not slow" -n auto --maxprocesses 8 --dist worksteal
+# Two files at a time: many wait for other processes, and each may hold a real model.
+SLOW := $(PYTEST) -m slow -n 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help env env-newest system-deps demo test gate check lint format types docs wheels clean lock
@@ -43,7 +45,7 @@ test: env-newest ## everything: lint, types, fast tests, slow tests, the regress
 	if [ "$${CI:-}" = true ]; then $(MAKE) --no-print-directory system-deps $(KERNEL); fi; \
 	for step in lint types; do $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; done; \
 	$(FAST) 2>&1 | tee "$$logs/fast" || failed="$$failed fast-tests"; \
-	$(PYTEST) -m slow 2>&1 | tee "$$logs/slow" || failed="$$failed slow-tests"; \
+	$(SLOW) 2>&1 | tee "$$logs/slow" || failed="$$failed slow-tests"; \
 	$(MAKE) --no-print-directory gate || failed="$$failed gate"; \
 	if [ -n "$$failed" ]; then echo "failed:$$failed"; fi; \
 	for lane in fast slow; do grep -E '^=.* in [0-9.]+s' "$$logs/$$lane" | tail -n 1; done; \

@@ -124,7 +124,7 @@ def test_lm_eval_is_capped_below_its_next_minor() -> None:
 
 def run(*command: object, errors: bool = False, **options: Any) -> str:
     done = subprocess.run(
-        list(map(str, command)), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, **options
+        list(map(str, command)), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, **options
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
     return done.stdout + (done.stderr if errors else "")
@@ -367,6 +367,7 @@ class Required(Installed):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # it installs, compiles, and beside others answers
 def test_a_demo_in_an_empty_environment(built: Built, tmp_path: Path) -> None:
     """As after `pip install arkv-bench`: no checkout, no pip, no extras; the kernels are compiled by the first use."""
     from bench.models.storage import cache_root
