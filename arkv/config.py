@@ -144,12 +144,13 @@ class CacheConfig:
     max_pool_width: int = 15
     """``mean_max``: width of the maximum pooling of the largest attention; odd, 1 is none."""
 
-    decode_importance: Literal["latest", "mean"] = "latest"
-    """How a decoding step updates the scores: replaced by the attention just computed (published), or a running
-    average."""
+    decode_importance: Literal["latest", "mean", "largest"] = "latest"
+    """How a decoding step updates the scores: replaced by the attention just computed (published), a running average,
+    or the largest attention so far, which fades."""
 
     decode_rate: float = 1 / 32
-    """``mean``: weight of the newest step in the running average."""
+    """``mean``: weight of the newest step in the running average. ``largest``: share that a score loses with every
+    step."""
 
     attention: Literal["fused", "reconstruct"] = "fused"
     """Prompts are scored and steps done by a kernel where there is one (:mod:`arkv.kernels`), or in any case by the
@@ -331,7 +332,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "layer_budgets": ("equal", "oq"),
     "head_budgets": ("equal", "layer", "all"),
     "ranking": ("heavy_hitter", "recency"),
-    "decode_importance": ("latest", "mean"),
+    "decode_importance": ("latest", "mean", "largest"),
     "attention": ("fused", "reconstruct"),
 }
 

@@ -73,10 +73,14 @@ def update_scores(part: Part, importance: torch.Tensor, order: torch.Tensor, ste
     if config.ranking == "recency":
         return
     by_place = torch.empty_like(importance).scatter_(1, order, importance)
-    keep = (1.0 - config.decode_rate) ** steps if config.decode_importance == "mean" else 0.0
+    keep = 0.0 if config.decode_importance == "latest" else (1.0 - config.decode_rate) ** steps
     place = 0
     for number, pool in enumerate(part.pools):
         taken = padded(part, number).taken
         newest = by_place[:, place : place + taken.shape[1]][taken]
-        pool.score.mul_(keep).add_(newest, alpha=1.0 - keep)
+        pool.score.mul_(keep)
+        if config.decode_importance == "largest":
+            torch.maximum(pool.score, newest, out=pool.score)
+        else:
+            pool.score.add_(newest, alpha=1.0 - keep)
         place += taken.shape[1]

@@ -81,8 +81,9 @@ class Group:
 
     def _remember(self) -> None:
         """Turn the attention of the step into scores."""
-        rate = self.config.decode_rate if self.config.decode_importance == "mean" else 0.0
-        sizes = (self.config.recent, rate, self.config.pool_width)
+        kind = self.config.decode_importance
+        rate = 0.0 if kind == "latest" else self.config.decode_rate
+        sizes = (self.config.recent, rate, self.config.pool_width, kind == "largest")
         if self.fused:
             kernels.remember(self.store.rows, self.store.tensors(), self.formats, self.importance, *sizes)
         else:

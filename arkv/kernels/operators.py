@@ -125,15 +125,16 @@ def _remember(
     window: int,
     rate: float,
     pool_width: int,
+    largest: bool = False,
 ) -> None:
     table = _table(rows, tensors, formats, 1, tensors[2].dtype)
     if table is not None:
-        scores = [pool.score for pool in pools_of(tensors, formats)] if rate else []
-        steps.remember(rows, table, scores, importance, window, rate, pool_width)
+        scores = [pool.score for pool in pools_of(tensors, formats)] if rate or largest else []
+        steps.remember(rows, table, scores, importance, window, rate, pool_width, largest)
         return
     with torch.inference_mode():
         pools = pools_of(tensors, formats)
-        (_gpu(rows, tensors, 1) or twin).remember(rows, pools, importance, window, rate, pool_width)
+        (_gpu(rows, tensors, 1) or twin).remember(rows, pools, importance, window, rate, pool_width, largest)
 
 
 def _quantize(x: torch.Tensor, bits: int, levels: Sequence[float], floating: bool) -> list[torch.Tensor]:
@@ -177,7 +178,7 @@ _register(
 )
 _register(
     "remember(Tensor rows, Tensor(a!)[] tensors, str[] formats, Tensor[] importance, int window, float rate, "
-    "int pool_width) -> ()",
+    "int pool_width, bool largest=False) -> ()",
     _remember,
     _nothing,
 )

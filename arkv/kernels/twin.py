@@ -172,6 +172,7 @@ def remember(
     window: int,
     rate: float,
     pool_width: int,
+    largest: bool = False,
 ) -> None:
     """Bring the scores of all rows up to date with the attention of a step; in place.
 
@@ -180,7 +181,12 @@ def remember(
         rate: weight of the newest step in a running average; 0: the newest attention replaces the score, averaged over
             neighbours among the tokens that can leave at the next step (the published update).
         pool_width: how many neighbours, odd; beyond the ends counts as zero.
+        largest: a score is the largest attention so far, of which it loses the share ``rate`` with every step.
     """
+    if largest:
+        for stored, new in zip(pools, importance, strict=True):
+            torch.maximum(stored.score.mul_(1.0 - rate), new, out=stored.score)
+        return
     if rate:
         for stored, new in zip(pools, importance, strict=True):
             stored.score.mul_(1.0 - rate).add_(new, alpha=rate)

@@ -103,7 +103,7 @@ def idle(name: str, base: CacheConfig, searched: Sequence[str], decodes: bool) -
     if name in ("gamma", *OF_MEAN_MAX) and "importance" not in searched:
         wanted = "mean_var" if name == "gamma" else "mean_max"
         return None if base.importance == wanted else f"importance is {base.importance}"
-    if name == "decode_rate" and base.decode_importance != "mean":
+    if name == "decode_rate" and base.decode_importance == "latest":
         return "every decoding step replaces the scores in budgets of tokens"
     if name == "decode_rate" and not decodes:
         return "the continuation is read in one chunk: give a smaller --chunk"

@@ -262,6 +262,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mix bytes": {"method": "mix", "budget_unit": "bytes", "cache_size": 44},
     "quant bytes int2": {"method": "quant", "budget_unit": "bytes", "cache_size": 44, "quant_format": "int2"},
     "mix mean": {"method": "mix", "decode_importance": "mean", "original_share": 0.5},
+    "mix largest": {"method": "mix", "decode_importance": "largest", "original_share": 0.5},
 }
 
 

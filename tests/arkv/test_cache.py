@@ -414,7 +414,9 @@ def test_two_samples_of_the_same_length_are_independent(model: Any, method: str)
     assert_as_alone(model, [prompt(50, seed=1), prompt(50, seed=2)], config_of(method), 16)
 
 
-@pytest.mark.parametrize("method, importance", [*((name, "latest") for name in PUBLISHED), ("mix", "mean")])
+@pytest.mark.parametrize(
+    "method, importance", [*((name, "latest") for name in PUBLISHED), ("mix", "mean"), ("mix", "largest")]
+)
 def test_left_padded_samples_are_independent(llama: Any, method: str, importance: str) -> None:
     """Longer than the cache, shorter than the cache, as long as the window, and shorter: all outgrow the cache."""
     prompts = [prompt(length, seed=10 + length) for length in (50, 18, W, W - 3)]

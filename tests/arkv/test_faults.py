@@ -17,9 +17,9 @@ from tests.arkv.conftest import SHAPE, Driver, feed, forward, gemma3, held_sets,
 
 
 @pytest.mark.parametrize("rate, length", [(0.5, 150), (1.0, 1), (1.0, 20)])
-@pytest.mark.parametrize("method", ["origin", "quant"])
-def test_sinks_stay_whatever_the_running_average_forgets(llama: Any, method: str, rate: float, length: int) -> None:
-    settings = {"cache_size": 32, "window_size": 8, "n_sink": 4, "decode_importance": "mean", "decode_rate": rate}
+@pytest.mark.parametrize("method, importance", [("origin", "mean"), ("quant", "mean"), ("quant", "largest")])
+def test_sinks_stay_whatever_is_forgotten(llama: Any, method: str, importance: str, rate: float, length: int) -> None:
+    settings = {"cache_size": 32, "window_size": 8, "n_sink": 4, "decode_importance": importance, "decode_rate": rate}
     cache = TriStateCache(llama, CacheConfig.for_method(method, **settings))
     with attach(llama):
         forward(llama, cache, prompt(40, seed=1))

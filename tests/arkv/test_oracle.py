@@ -235,6 +235,8 @@ class Oracle:
             token = head.tokens[n]
             if config.decode_importance == "mean":
                 score = token.score + (score - token.score) * config.decode_rate
+            elif config.decode_importance == "largest":
+                score = max(token.score * (1.0 - config.decode_rate), score)
             token.score = self._fixed(n, score)
 
 
@@ -293,10 +295,12 @@ CASES = {
     "recency, quantized": {"ranking": "recency", "original_share": 0.5},
     "origin": {"original_share": 1.0},
     "origin, mean": {"original_share": 1.0, "decode_importance": "mean", "decode_rate": 0.2},
+    "origin, largest": {"original_share": 1.0, "decode_importance": "largest", "decode_rate": 0.2},
     "quant": {"original_share": 0.0},
     "quant, mean": {"original_share": 0.0, "decode_importance": "mean"},
     "mix": {},
     "mix, mean": {"decode_importance": "mean", "decode_rate": 0.2},
+    "mix, largest": {"decode_importance": "largest", "decode_rate": 0.05},
     "mix, int8": {"quant_format": "int8"},
     "mix, sinks": {"n_sink": 3},
     "mix, no pooling": {"pool_width": 1},

@@ -61,6 +61,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
         *(_ADDRESS, _ADDRESS, _INT),
     ],
     "arkv_average": [_ADDRESS, _ADDRESS, _INT, _REAL, _INT],
+    "arkv_largest": [_ADDRESS, _ADDRESS, _INT, _REAL, _INT],
     "arkv_smooth": [_ADDRESS, _INT, _ADDRESS, _INT, _INT, _ADDRESS, *[_INT] * 3],
     "arkv_quantize": [_ADDRESS, _INT, _INT, _ADDRESS, _INT, _INT, *[_ADDRESS] * 3, _INT],
 }

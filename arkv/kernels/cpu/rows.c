@@ -98,6 +98,17 @@ void arkv_average(float *restrict score, const float *restrict importance, int64
     for (int64_t slot = 0; slot < slots; slot++) score[slot] = score[slot] * kept + importance[slot] * added;
 }
 
+/* The largest so far; rate: the share of it that is lost with every step. */
+void arkv_largest(float *restrict score, const float *restrict importance, int64_t slots, double rate,
+                  int64_t threads) {
+    const float kept = (float)(1.0 - rate);
+#pragma omp parallel for simd schedule(static) num_threads((int)threads)
+    for (int64_t slot = 0; slot < slots; slot++) {
+        float before = score[slot] * kept;
+        score[slot] = importance[slot] > before ? importance[slot] : before;
+    }
+}
+
 /* The tokens of a row in sequence order: a bit for every position, and how many bits are set before each word. */
 struct order {
     uint64_t *bits;

@@ -77,12 +77,14 @@ def remember(
     window: int,
     rate: float,
     pool_width: int,
+    largest: bool,
 ) -> None:
     """:func:`arkv.kernels.twin.remember`; ``scores``: those of every pool."""
     functions, threads = _functions(), torch.get_num_threads()
-    if rate:
+    if rate or largest:
+        update = functions.arkv_largest if largest else functions.arkv_average
         for score, new in zip(scores, importance, strict=True):
-            functions.arkv_average(score.data_ptr(), new.data_ptr(), score.shape[0], rate, threads)
+            update(score.data_ptr(), new.data_ptr(), score.shape[0], rate, threads)
         return
     count, columns = rows.shape
     fine = functions.arkv_smooth(

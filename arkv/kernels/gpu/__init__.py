@@ -182,8 +182,13 @@ def remember(
     window: int,
     rate: float,
     pool_width: int,
+    largest: bool = False,
 ) -> None:
     """As :func:`arkv.kernels.twin.remember`, in torch operations whose sizes do not depend on what rows hold."""
+    if largest:
+        for stored, new in zip(pools, importance, strict=True):
+            torch.maximum(stored.score.mul_(1.0 - rate), new, out=stored.score)
+        return
     if rate:
         for stored, new in zip(pools, importance, strict=True):
             stored.score.mul_(1.0 - rate).add_(new, alpha=rate)

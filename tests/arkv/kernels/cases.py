@@ -160,6 +160,7 @@ class Step:
     recency: bool = False
     rate: float = 0.0
     pool_width: int = 5
+    largest: bool = False
 
 
 def states(mine: Case, step: Step, layer: int, seed: int, device: str = "cpu") -> tuple[torch.Tensor, ...]:
@@ -211,8 +212,8 @@ def compare(
         same_tokens(mine, its)
         for one, other in zip(found, expected, strict=True):
             one.copy_(other)
-        remember(*ahead, found, mine.window, step.rate, step.pool_width)
-        twin.remember(its.rows, its.pools, expected, its.window, step.rate, step.pool_width)
+        remember(*ahead, found, mine.window, step.rate, step.pool_width, step.largest)
+        twin.remember(its.rows, its.pools, expected, its.window, step.rate, step.pool_width, step.largest)
         for place, (one, other) in enumerate(zip(mine.pools, its.pools, strict=True)):
             held = mine.held(place)
             torch.testing.assert_close(one.score[held], other.score[held], rtol=1e-6, atol=1e-12)

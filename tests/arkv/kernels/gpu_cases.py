@@ -199,7 +199,14 @@ def attend_both(
 
 
 def step_both(
-    mine: Store, its: Store, group: int, recency: bool = False, rate: float = 0.1, pool_width: int = 5, **kw: Any
+    mine: Store,
+    its: Store,
+    group: int,
+    recency: bool = False,
+    rate: float = 0.1,
+    pool_width: int = 5,
+    largest: bool = False,
+    **kw: Any,
 ) -> None:
     """A step of all layers; the kernels then go on with the twin's store, so that differences do not add up."""
     for store, make_room in ((mine, gpu.make_room), (its, twin.make_room)):
@@ -213,7 +220,7 @@ def step_both(
         # Each layer wrote to slots of its own.
         importance = [sum(parts[1:], parts[0]) for parts in zip(*(pair[which] for pair in found), strict=True)]
         if not recency:
-            remember(store.rows, store.pools, importance, WINDOW, rate, pool_width)
+            remember(store.rows, store.pools, importance, WINDOW, rate, pool_width, largest)
     compare(mine, its)
 
 
@@ -275,6 +282,13 @@ def test_scores_averaged_over_neighbours(pool_width: int) -> None:
     mine, its = both(store_of("int4"))
     for _ in range(2):
         step_both(mine, its, 2, rate=0.0, pool_width=pool_width)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_scores_of_the_largest_attention(rate: float) -> None:
+    mine, its = both(store_of("int4"))
+    for _ in range(2):
+        step_both(mine, its, 2, rate=rate, largest=True)
 
 
 @pytest.mark.parametrize("name", ["none", "fp8", "int4", "k4v3", "int2", "table"])
@@ -408,8 +422,8 @@ def kernel_modules() -> dict[str, Any]:
     return {"make_room_rows": rule, "attend_splits": attention, "combine_splits": combining}
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.1])
-def test_nothing_waits_for_the_device(rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rate, largest", [(0.0, False), (0.1, False), (0.1, True)])
+def test_nothing_waits_for_the_device(rate: float, largest: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     store = store_of("int4", layers=1)
     importance = [torch.zeros_like(pool.score) for pool in store.pools]
     tensors = incoming(store, 2)
@@ -421,7 +435,7 @@ def test_nothing_waits_for_the_device(rate: float, monkeypatch: pytest.MonkeyPat
         gpu.make_room(store.rows, store.pools, SINKS, WINDOW, False)
         settings = SINKS, WINDOW, 0.125, 0.0, None
         gpu.attend(*tensors, store.rows, 0, store.pools, *settings, importance, widths=store.widths)
-        gpu.remember(store.rows, store.pools, importance, WINDOW, rate, 5)
+        gpu.remember(store.rows, store.pools, importance, WINDOW, rate, 5, largest)
 
 
 class _Nothing:

@@ -74,6 +74,12 @@ def test_scores(quant_format: str | None, rate: float, width: int, positions: to
     check(case(quant_format, original=30, quantized=20, positions=positions), Step(rate=rate, pool_width=width))
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("quant_format", [None, "int8"])
+def test_scores_of_the_largest_attention(quant_format: str | None, rate: float) -> None:
+    check(case(quant_format, original=30, quantized=20), Step(rate=rate, largest=True))
+
+
 @pytest.mark.parametrize(
     "settings", [{"n_sink": 0, "window": 1}, {"n_sink": 4, "window": 64}, {"n_sink": 0, "window": 8}]
 )
