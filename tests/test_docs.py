@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from bench.cli import app, main
 from bench.settings.presets import resolve
 from bench.settings.run import FIELDS
 from scripts.figures_in_docs import PAGES as NUMBERED
-from scripts.figures_in_docs import with_numbers
+from scripts.figures_in_docs import claims, evidence, with_numbers
+from scripts.figures_in_docs.common import RESULTS
 from scripts.figures_in_docs.pictures import PICTURES, SAYS, drawing
 from tests.bench.conftest import save_tiny_model
 from tests.bench.runs.test_run import go
@@ -216,6 +219,24 @@ def test_a_number_that_was_edited_is_written_anew() -> None:
     edited = re.sub(r"\d+ /", "7 /", readme, count=1)
     assert edited != readme
     assert with_numbers(edited, "README.md") == readme
+
+
+def test_an_unknown_score_of_a_record_is_no_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = tmp_path / evidence.LONGBENCH
+    shutil.copytree(RESULTS / evidence.LONGBENCH, folder)
+    first, rest = (folder / "samples.jsonl").read_text(encoding="utf-8").split("\n", 1)
+    sample = json.loads(first)
+    sample["scores"] = dict.fromkeys(sample["scores"])
+    (folder / "samples.jsonl").write_text(f"{json.dumps(sample)}\n{rest}", encoding="utf-8")
+    monkeypatch.setattr(evidence, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match=f"score of {sample['document']} with {sample['method']}"):
+        evidence.longbench()
+
+
+def test_a_sentence_that_records_contradict_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "PUBLISHED", 10)
+    with pytest.raises(SystemExit, match="the published 10 tokens hold such prompts whole"):
+        claims.claims()
 
 
 @pytest.mark.parametrize("path", PICTURES, ids=lambda path: path.name)

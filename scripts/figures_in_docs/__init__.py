@@ -19,13 +19,19 @@ def with_numbers(page: str, path: str) -> str:
     Raises:
         SystemExit: a block has no place in it.
     """
-    for name, block in PAGES[path].items():
-        before, begin, rest = page.partition(BEGIN.format(name))
-        _, end, after = rest.partition(END)
-        if not begin or not end:
-            raise SystemExit(f"{path} has no place for the numbers called {name}")
-        page = before + begin + block() + end + after
+    places = {name: _place_of(page, path, name) for name in PAGES[path]}
+    for name, place in places.items():
+        page = page.replace(place, BEGIN.format(name) + PAGES[path][name]() + END)
     return page
+
+
+def _place_of(page: str, path: str, name: str) -> str:
+    """A block with its marks, as it stands in the page."""
+    _, begin, rest = page.partition(BEGIN.format(name))
+    block, end, _ = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{path} has no place for the numbers called {name}")
+    return begin + block + end
 
 
 PAGES: dict[str, dict[str, Callable[[], str]]] = {

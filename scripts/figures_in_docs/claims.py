@@ -10,11 +10,22 @@ from bench.judge.verdict import ALPHA
 from bench.names import FULL, FUSED
 from bench.records.files.markdown import markdown_table
 from bench.records.finished import read_runs
-from bench.records.row import Row, read_results
+from bench.records.row import Row
 from bench.records.timing import Timing, read_timings
 from bench.report.columns import adjusted
-from scripts.figures_in_docs.common import RESULTS, in_words, model_of, paragraph, percent, rows_of, the_row
-from scripts.figures_in_docs.evidence import LONGBENCH, STRICT, kept, kept_of_longbench
+from scripts.figures_in_docs.common import (
+    RESULTS,
+    check_said,
+    in_words,
+    known,
+    model_of,
+    paragraph,
+    percent,
+    record_of,
+    rows_of,
+    the_row,
+)
+from scripts.figures_in_docs.evidence import LONGBENCH, STRICT, LongBench, kept
 
 GSM8K, SHORT = "evidence/gsm8k", "evidence/commonsense"
 KEPT = 0.97
@@ -22,6 +33,8 @@ KEPT = 0.97
 FLEXIBLE = "exact_match,flexible-extract"
 FAR = 10.0
 """Points of 100 that count as far above."""
+PUBLISHED = 512
+"""Tokens of the published budget."""
 EQUAL = 5.0
 """Points of 100 within which a score counts as equal."""
 SLOWER = 1.05
@@ -42,23 +55,14 @@ def claims() -> str:
 
 def gsm8k() -> str:
     """All rows of gsm8k."""
-    rows = _of_gsm8k()
+    rows = rows_of(GSM8K, STRICT)
     flexible = {row.cell: row for row in rows_of(GSM8K, FLEXIBLE)}
     lines = []
     for row in rows:
         apart = row.method != FULL and (p := adjusted(row)) is not None and p < ALPHA
-        lines.append(
-            [
-                row.method,
-                row.quant_format or "",
-                _budget(row),
-                percent(row.kv_share_of_prompt),
-                _points(row),
-                _points(flexible[row.cell]),
-                "" if row.method == FULL else _difference(row),
-                ("" if row.method == FULL else "told from full" if apart else "tied with full"),
-            ]
-        )
+        beside = ["", ""] if row.method == FULL else [_difference(row), f"{'told from' if apart else 'tied with'} full"]
+        about = [row.method, row.quant_format or "", _budget(row), percent(row.kv_share_of_prompt)]
+        lines.append([*about, _points(row), _points(flexible[row.cell]), *beside])
     said = paragraph(
         f"""gsm8k with five examples, {model_of(GSM8K)}, {rows[0].n} questions. Only the examples are compressed, before
         the question is read. Strict match in percent with 95 % interval, and so flexible, which takes the last number
@@ -80,7 +84,7 @@ def _format_lost(rows: Sequence[Row], flexible: Mapping[str, Row]) -> str:
             _scale(row) * (mine.score - of.score)
             for mine, of in ((row, full), (flexible[row.cell], flexible[full.cell]))
         )
-        assert strict < number <= 0
+        check_said(f"`{name}` loses the form of answers rather than their numbers", strict < number <= 0)
         lost.append(f"{-strict:.1f} and {-number:.1f} with `{name}`")
     return (
         f"At a quarter of the bytes strict match and flexible lose {', '.join(lost)}, in points: part of what methods "
@@ -93,29 +97,25 @@ def _little_told(rows: Sequence[Row]) -> str:
     full = the_row(rows, FULL)
     lows = [row.difference_low for row in rows if (p := adjusted(row)) is not None and p >= ALPHA]
     worst = min(low for low in lows if low is not None)
-    assert -worst > full.score / 2
+    share = min(-worst / full.score, 1.0)
     return (
         f"The full cache itself is right in {_points(full)} %, and intervals of rows that are tied with it go down to "
-        f"{_scale(full) * worst:+.1f} points: more than half of its answers could be lost unseen."
+        f"{_scale(full) * worst:+.1f} points: {percent(share, 0)} of its right answers could be lost unseen."
     )
-
-
-def _of_gsm8k() -> list[Row]:
-    return rows_of(GSM8K, STRICT)
 
 
 def _gsm8k() -> tuple[str, str]:
     """With the published budget and format, against the same with all tokens in one format."""
-    rows = _of_gsm8k()
+    rows = rows_of(GSM8K, STRICT)
     mix, quant = (the_row(rows, f"{name}-published") for name in ("mix", "quant"))
     scores: dict[str, dict[str, float]] = {}
     (run,) = read_runs([RESULTS / GSM8K])
     for sample in run.samples.values():
-        scores.setdefault(sample.cell, {})[sample.document] = sample.scores[STRICT] or 0.0
+        score = known(sample.scores[STRICT], f"score of {sample.document} in {GSM8K}")
+        scores.setdefault(sample.cell, {})[sample.document] = score
     documents = list(scores[mix.cell])
     pair = ([scores[row.cell][document] for document in documents] for row in (mix, quant))
-    interval = difference_interval(*pair, bounds=(0.0, 1.0))
-    assert interval is not None
+    interval = known(difference_interval(*pair, bounds=(0.0, 1.0)), "interval of mix against quant on gsm8k")
     low, high = (100 * end for end in interval)
     verdict = HOLDS if low > 0 and high >= FAR else FAILS if high < FAR else UNKNOWN
     uniform = the_row(rows, "hf:quanto-int4")
@@ -130,33 +130,35 @@ def _gsm8k() -> tuple[str, str]:
 
 def _longbench() -> tuple[str, str]:
     """What is kept where each dataset weighs the same, and where each document does."""
-    ways = (False, True)
-    found = [kept_of_longbench("mix", by_document=way) for way in ways]
-    verdicts = {HOLDS if low >= KEPT else FAILS if high < KEPT else UNKNOWN for _, low, high in found}
-    others = ", ".join(f"{name} {kept(*kept_of_longbench(name))}" for name in ("quant", "origin", "window"))
-    of = [row for row in read_results(RESULTS / LONGBENCH) if row.part_of is not None and row.method == FULL]
+    found = LongBench()
+    shares = [found.kept("mix", by_document=way) for way in (False, True)]
+    verdicts = {HOLDS if low >= KEPT else FAILS if high < KEPT else UNKNOWN for _, low, high in shares}
+    others = ", ".join(f"{name} {kept(*found.kept(name))}" for name in ("quant", "origin", "window"))
     measured = (
-        f"mix keeps {kept(*found[0])} of the mean of {in_words(len(of))} datasets ({others}), and {kept(*found[1])} "
-        f"where each document weighs the same ({_source(LONGBENCH, sum(row.n for row in of))})"
+        f"mix keeps {kept(*shares[0])} of the mean of {in_words(len(found.sizes))} datasets ({others}), and "
+        f"{kept(*shares[1])} where each document weighs the same ({_source(LONGBENCH, sum(found.sizes.values()))})"
     )
     return measured, verdicts.pop() if len(verdicts) == 1 else UNKNOWN
 
 
 def _short() -> tuple[str, str]:
-    """Whole prompts, each budget by itself; 512 tokens would hold them without losing any."""
+    """Whole prompts, each budget by itself."""
     rows = rows_of(SHORT, "acc,none")
     said, verdicts = [], []
-    for mix in sorted((row for row in rows if row.method == "mix"), key=lambda row: -(row.cache_ratio or 0.0)):
-        low, high = mix.difference_low, mix.difference_high
-        assert low is not None
-        assert high is not None
-        share = f"{100 * (mix.cache_ratio or 0.0):g} %"
+    mixes = {known(row.cache_ratio, "budget of mix"): row for row in rows if row.method == "mix"}
+    for ratio, mix in sorted(mixes.items(), reverse=True):
+        low, high = (known(end, f"interval of mix in {SHORT}") for end in (mix.difference_low, mix.difference_high))
+        share = f"{100 * ratio:g} %"
         said.append(f"mix {_score(mix)} in {share} of the bytes, {_difference(mix)} points")
         verdict = FAILS if high < 0 else f"{HOLDS} to within {EQUAL:g} points" if 100 * low >= -EQUAL else UNKNOWN
         verdicts.append(f"{verdict} at {share}")
+    full = the_row(rows, FULL)
+    tokens = known(full.prompt_tokens, f"tokens of the prompts in {SHORT}")
+    whole = f"the published {PUBLISHED} tokens hold such prompts whole"
+    check_said(whole, tokens < PUBLISHED)
     measured = (
-        f"commonsense_qa, prompts of {mix.prompt_tokens:.0f} tokens compressed whole: {', '.join(said)}; full "
-        f"{_score(the_row(rows, FULL))} ({_source(SHORT, mix.n)}); the published 512 tokens hold such prompts whole"
+        f"commonsense_qa, prompts of {tokens:.0f} tokens compressed whole: {', '.join(said)}; full {_score(full)} "
+        f"({_source(SHORT, full.n)}); {whole}"
     )
     return measured, ", ".join(verdicts)
 
@@ -173,7 +175,10 @@ def _throughput() -> tuple[str, str]:
             f"{of} behind {length:,} tokens: {mix:.0f} ms a token in a quarter of the bytes, the full cache in the "
             f"same kernel {fused:.0f}, stock {stock:.0f}"
         )
-    measured = f"{'; '.join(said)} (smollm2-135m on a CPU, medians; no GPU was seen)"
+    record = record_of("speed/batch1")
+    device = record["terms"]["device"].upper()
+    check_said("no GPU was seen", device == "CPU")
+    measured = f"{'; '.join(said)} ({record['model']['name']} on a {device}, medians; no GPU was seen)"
     return measured, HOLDS if worst <= SLOWER else FAILS
 
 

@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from bench.models.catalogue import EMBEDDED
 from bench.names import RECORD
@@ -14,7 +15,21 @@ from bench.records.row import Row, read_results
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 WIDTH = 120
+Value = TypeVar("Value")
 WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+
+
+def known(value: Value | None, what: str) -> Value:
+    """``value``, which a page cannot do without. Raises :class:`SystemExit` where it is unknown."""
+    if value is None:
+        raise SystemExit(f"a page states a number that its record does not have: {what}")
+    return value
+
+
+def check_said(sentence: str, holds: bool) -> None:
+    """Raises :class:`SystemExit` where a page's ``sentence`` is not what the records say any more."""
+    if not holds:
+        raise SystemExit(f"the records say otherwise by now, write it anew: {sentence}")
 
 
 def rows_of(folder: str, metric: str) -> list[Row]:
@@ -33,7 +48,8 @@ def rows_at(rows: Iterable[Row], ratio: float) -> list[Row]:
 
 def rows_within(rows: Sequence[Row], ratio: float) -> list[Row]:
     """Those of a budget that hold no more than it says."""
-    return [row for row in rows_at(rows, ratio) if (row.kv_share_of_prompt or 1.0) <= 1.05 * ratio]
+    held = ((row, row.kv_share_of_prompt) for row in rows_at(rows, ratio))
+    return [row for row, share in held if share is not None and share <= 1.05 * ratio]
 
 
 def least_budget(rows: Iterable[Row]) -> float:
@@ -77,20 +93,38 @@ def paragraph(text: str) -> str:
     return textwrap.fill(kept, WIDTH, break_long_words=False, break_on_hyphens=False).replace("\0", " ")
 
 
+def record_of(folder: str) -> dict[str, Any]:
+    """The record of a folder, as it is written."""
+    record: dict[str, Any] = json.loads((RESULTS / folder / RECORD).read_text(encoding="utf-8"))
+    return record
+
+
+def settings_of(folder: str) -> dict[str, Any]:
+    """What a run was told."""
+    settings: dict[str, Any] = record_of(folder)["settings"]
+    return settings
+
+
+def threads_of(folder: str) -> str:
+    """Threads that a run computed with, in words."""
+    threads = record_of(folder)["hardware"]["torch_threads"]
+    return f"{in_words(threads)} thread{'s' if threads > 1 else ''}"
+
+
 def model_of(folder: str) -> str:
     """The model of a run, how its publisher's file holds the weights, and what it computed in."""
-    record = json.loads((RESULTS / folder / RECORD).read_text(encoding="utf-8"))
-    ((name, about),) = record["models"].items()
-    known = EMBEDDED.get(name)
-    # The description names the model, then the number format of its file.
-    held = known.description.partition(";")[0].rpartition(", ")[2] if known and known.origin == about["source"] else ""
-    return f"{name} ({f'{held}, dequantized to ' if held else ''}{about['dtype']}, CPU)"
+    ((name, about),) = record_of(folder)["models"].items()
+    listed_as = EMBEDDED.get(name)
+    held = ""
+    if listed_as and listed_as.origin == about["source"]:
+        # The description names the model, then the number format of its file.
+        held = f"{listed_as.description.partition(';')[0].rpartition(', ')[2]}, dequantized to "
+    return f"{name} ({held}{about['dtype']}, {about['device'].upper()})"
 
 
 def length_asked(folder: str) -> int:
     """Tokens of the prompts of a run, as they were asked for."""
-    record = json.loads((RESULTS / folder / RECORD).read_text(encoding="utf-8"))
-    (length,) = record["settings"]["lengths"]
+    (length,) = settings_of(folder)["lengths"]
     return int(length)
 
 

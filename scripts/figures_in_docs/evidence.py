@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from statistics import fmean
+
 import numpy as np
 
 from bench.judge.retention import ratio_interval
 from bench.names import FULL, own_name
 from bench.records.files.markdown import markdown_table
 from bench.records.finished import read_runs
-from bench.records.row import Row, read_results
+from bench.records.row import Row
 from scripts.figures_in_docs.common import (
     RESULTS,
     in_words,
+    known,
     length_asked,
     model_of,
     paragraph,
     percent,
+    rows_of,
+    settings_of,
     the_row,
     with_interval,
 )
@@ -26,7 +31,7 @@ STRICT = "exact_match,strict-match"
 
 def ruler() -> str:
     """All tasks at all budgets."""
-    rows = [row for row in read_results(RESULTS / RULER) if row.metric == "string_match"]
+    rows = rows_of(RULER, "string_match")
     whole = {(row.method, row.cache_ratio): row for row in rows if row.part_of is None}
     parts = [row for row in rows if row.part_of is not None]
     tasks = list(dict.fromkeys(row.task for row in parts))
@@ -55,25 +60,24 @@ def ruler() -> str:
 
 def longbench() -> str:
     """All datasets at a quarter of the bytes."""
-    parts = _of_longbench()
-    tasks = list(dict.fromkeys(row.task for row in parts))
-    scores = {(row.method, row.task): row for row in parts}
+    found = LongBench()
     lines = []
-    for method in dict.fromkeys(row.method for row in parts):
-        mine = [scores[method, task] for task in tasks]
+    for method in found.methods:
+        mine = [found.row(method, task) for task in found.sizes]
         lines.append(
             [
                 method,
                 *(f"{row.score:.0f}" for row in mine),
-                f"{np.mean([row.score for row in mine]):.1f}",
-                "" if method == FULL else kept(*kept_of_longbench(method)),
-                "" if method == FULL else kept(*kept_of_longbench(method, by_document=True)),
-                percent(float(np.mean([row.kv_share_of_prompt or 0.0 for row in mine]))),
+                f"{fmean(row.score for row in mine):.1f}",
+                "" if method == FULL else kept(*found.kept(method)),
+                "" if method == FULL else kept(*found.kept(method, by_document=True)),
+                percent(fmean(known(row.kv_share_of_prompt, "bytes held") for row in mine)),
             ]
         )
-    counts = {own_name(row.task).partition(":")[2]: row.n for row in parts}
+    counts = {own_name(task).partition(":")[2]: n for task, n in found.sizes.items()}
+    longest = settings_of(LONGBENCH)["max_length"]
     said = paragraph(
-        f"""LongBench, rows of up to 8,192 tokens ({", ".join(f"{name} {n}" for name, n in counts.items())}), the
+        f"""LongBench, rows of up to {longest:,} tokens ({", ".join(f"{name} {n}" for name, n in counts.items())}), the
         question read through what was left of the context, {model_of(LONGBENCH)}: score at a quarter of the context's
         bytes, the mean of all datasets, what is kept of the full cache's with 95 % interval, where each dataset and
         where each document weighs the same (some datasets have few rows that are so short), and the bytes held in the
@@ -83,31 +87,37 @@ def longbench() -> str:
     return "\n".join([said, "", *markdown_table(heads, lines, right=range(1, len(heads)))])
 
 
-def kept_of_longbench(method: str, *, by_document: bool = False) -> tuple[float, float, float]:
-    """Share of the full cache's mean, and the ends of its 95 % interval. Each dataset weighs the same, as in
-    LongBench's own averages, or each document."""
-    parts = _of_longbench()
-    metrics = {row.task: row.metric for row in parts}
-    cells = {name: {row.task: row.cell for row in parts if row.method == name} for name in (method, FULL)}
-    (run,) = read_runs([RESULTS / LONGBENCH])
-    found: dict[str, dict[tuple[str, str], float]] = {FULL: {}, method: {}}
-    for sample in run.samples.values():
-        for name, of_task in cells.items():
-            if of_task[sample.task] == sample.cell:
-                score = sample.scores[metrics[sample.task]]
-                assert score is not None, "an unknown score is none of 0"
-                found[name][sample.task, sample.document] = score
-    documents = list(found[FULL])
-    sizes = {row.task: row.n for row in parts}
-    weights = np.array([1.0 if by_document else 1.0 / sizes[task] for task, _ in documents])
-    mine, full = (weights * np.array([found[name][document] for document in documents]) for name in (method, FULL))
-    interval = ratio_interval(mine, full)
-    assert interval is not None
-    return float(mine.sum() / full.sum()), interval.low, interval.high
+class LongBench:
+    """The rows of LongBench and their samples, read once."""
 
+    def __init__(self) -> None:
+        (run,) = read_runs([RESULTS / LONGBENCH])
+        self._rows = {(row.method, row.task): row for row in run.rows if row.part_of is not None}
+        self.methods = list(dict.fromkeys(method for method, _ in self._rows))
+        self.sizes = {task: row.n for (_, task), row in self._rows.items()}
+        """Documents of each dataset."""
+        cells = {(row.task, row.cell): row for row in self._rows.values()}
+        self._scores: dict[str, dict[tuple[str, str], float]] = {method: {} for method in self.methods}
+        """Of each method by dataset and document."""
+        for sample in run.samples.values():
+            row = cells[sample.task, sample.cell]
+            score = known(sample.scores[row.metric], f"score of {sample.document} with {row.method}")
+            self._scores[row.method][sample.task, sample.document] = score
 
-def _of_longbench() -> list[Row]:
-    return [row for row in read_results(RESULTS / LONGBENCH) if row.part_of is not None]
+    def row(self, method: str, task: str) -> Row:
+        """The row of a method on one dataset."""
+        return self._rows[method, task]
+
+    def kept(self, method: str, *, by_document: bool = False) -> tuple[float, float, float]:
+        """Share of the full cache's mean, and the ends of its 95 % interval. Each dataset weighs the same, as in
+        LongBench's own averages, or each document."""
+        documents = list(self._scores[FULL])
+        weights = np.array([1.0 if by_document else 1.0 / self.sizes[task] for task, _ in documents])
+        mine, full = (
+            weights * np.array([self._scores[name][document] for document in documents]) for name in (method, FULL)
+        )
+        interval = known(ratio_interval(mine, full), f"interval of what {method} keeps of LongBench")
+        return float(mine.sum() / full.sum()), interval.low, interval.high
 
 
 def kept(share: float | None, low: float | None, high: float | None) -> str:
@@ -118,16 +128,17 @@ def kept(share: float | None, low: float | None, high: float | None) -> str:
 
 def gsm8k_replay() -> str:
     """The second reading, in a run of its own beside the full cache."""
-    rows = [row for row in read_results(RESULTS / GSM8K_REPLAY) if row.metric == STRICT]
+    rows = rows_of(GSM8K_REPLAY, STRICT)
     full = the_row(rows, FULL)
     said = []
     for row in rows:
         if row.method == FULL:
             continue
-        assert row.difference_low is not None
-        assert row.difference_high is not None
-        ends = f"[{100 * row.difference_low:+.0f}, {100 * row.difference_high:+.0f}]"
-        said.append(f"{100 * row.score:g} % in {100 * (row.cache_ratio or 0.0):g} % of the bytes ({ends} points)")
+        low, high = (known(end, "end of a difference") for end in (row.difference_low, row.difference_high))
+        ratio = known(row.cache_ratio, "budget")
+        said.append(
+            f"{100 * row.score:g} % in {100 * ratio:g} % of the bytes ([{100 * low:+.0f}, {100 * high:+.0f}] points)"
+        )
     return paragraph(
         f"""`mix-replay`, in a run of its own on the first {full.n} of these questions: {", ".join(said)}, where the
         full cache has {100 * full.score:g} % (`results/{GSM8K_REPLAY}`)."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from statistics import fmean, median
 
-from bench.names import FULL, RECORD, own_name
+from bench.names import FULL, own_name
 from bench.records.files.markdown import markdown_table
 from bench.records.files.numbers import seconds_text
 from bench.records.row import Row
@@ -14,7 +13,8 @@ from bench.records.timing import read_timings
 from scripts.figures_in_docs.common import (
     RESULTS,
     aligned,
-    in_words,
+    check_said,
+    known,
     least_budget,
     length_asked,
     model_of,
@@ -23,6 +23,7 @@ from scripts.figures_in_docs.common import (
     rows_at,
     rows_of,
     rows_within,
+    threads_of,
     with_interval,
 )
 
@@ -113,12 +114,20 @@ def _quantized_press(found: _Exam) -> str:
         f"{by_budget(QUANTIZED_PRESS, task, 'score', 1.0)} on `{own_name(task).partition(':')[2]}`"
         for task in found.tasks
     ]
+    seen, seen_alone = (_attended(found.row(method, task, found.ratios[-1])) for method in (QUANTIZED_PRESS, alone))
+    check_said(f"{QUANTIZED_PRESS} attends to more tokens than the press alone", seen > seen_alone)
     return f"""Within the same bytes `{QUANTIZED_PRESS}` attends to more tokens than the press alone: by budgets to
         {by_budget(QUANTIZED_PRESS, task, "quantized_share")} % of all tokens quantized and
         {by_budget(QUANTIZED_PRESS, task, "original_share")} % not, the press alone to
         {by_budget(alone, task, "original_share")} % (`{own_name(task).partition(":")[2]}`). The others are masked,
         which leaves them stored, and their places are stored too, so that it holds more at smaller budgets. Why its
         scores go {" and ".join(scores)} as the quantized tokens become fewer is not explained."""
+
+
+def _attended(row: Row | None) -> float:
+    """Share of all tokens that are attended to."""
+    shares = (row.original_share, row.quantized_share) if row is not None else (None,)
+    return sum(known(share, "share of tokens of a press") for share in shares)
 
 
 class _Exam:
@@ -135,9 +144,7 @@ class _Exam:
             for item in read_timings(RESULTS / TIMES / "speed.csv")
             if item.context_length == length_asked(EXAM) and item.batch_size == 1
         ]
-        record = json.loads((RESULTS / TIMES / RECORD).read_text(encoding="utf-8"))
-        threads = record["hardware"]["torch_threads"]
-        self.threads = f"{in_words(threads)} thread{'s' if threads > 1 else ''}"
+        self.threads = threads_of(TIMES)
         self.setup = f"{model_of(EXAM)}, {self.rows[0].n} documents each"
 
     def row(self, method: str, task: str, ratio: float | None) -> Row | None:
@@ -146,7 +153,7 @@ class _Exam:
     def held(self, method: str) -> str:
         """Bytes in the end at the smallest budget, of the context's; in brackets with every head by itself."""
         least = [row for row in self.rows if row.method == method and row.cache_ratio in (None, self.ratios[-1])]
-        said = percent(fmean(row.kv_share_of_prompt or 0.0 for row in least))
+        said = percent(fmean(known(row.kv_share_of_prompt, f"bytes that {method} holds") for row in least))
         if ragged := [share for row in least if (share := row.ragged_share_of_prompt) is not None]:
             said += f" ({percent(fmean(ragged))})"
         return said

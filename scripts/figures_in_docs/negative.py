@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from bench.names import FULL, RECORD, own_name
+from bench.names import FULL, own_name
 from bench.records.files.csv_ import read_cells
 from bench.records.files.markdown import markdown_table
 from bench.records.row import Row
@@ -15,6 +13,7 @@ from scripts.figures_in_docs.common import (
     paragraph,
     percent,
     rows_of,
+    settings_of,
     the_row,
     with_interval,
 )
@@ -43,7 +42,9 @@ def rereading() -> str:
 def heads() -> str:
     """Heads of a layer that compete and fewer newest tokens, against even heads and 32."""
     lines, ratios, documents = [], [], []
-    for folder in (f"{HEADS}/gov_report", f"{HEADS}/qasper", f"{HEADS}/qwen2.5-coder-0.5b"):
+    folders = [f"{HEADS}/{name}" for name in ("gov_report", "qasper", "qwen2.5-coder-0.5b")]
+    (decoded,) = {settings_of(folder)["continuation"] for folder in folders}
+    for folder in folders:
         rows = [row for row in rows_of(folder, "kl") if row.method in ("mix", "mix-even")]
         ratios = sorted({row.cache_ratio for row in rows if row.cache_ratio is not None}, reverse=True)
         text = "gov_report" if folder.endswith("0.5b") else folder.rpartition("/")[2]
@@ -55,7 +56,7 @@ def heads() -> str:
         documents.append(rows[0].n)
     heads = ["", *(head for ratio in ratios for head in (f"mix, {100 * ratio:g} %", "even", ""))]
     said = paragraph(
-        f"""KL to the full cache over the next 64 tokens of {", ".join(map(str, documents))} texts, lower is
+        f"""KL to the full cache over the next {decoded} tokens of {", ".join(map(str, documents))} texts, lower is
         better (`results/{HEADS}`):"""
     )
     return "\n".join([said, "", *markdown_table(heads, lines, right=range(1, len(heads)))])
@@ -73,7 +74,7 @@ def simulated() -> str:
     names = ["variant", "ratio", "answers", "right", "nll", "kl", "held"]
     for _, cells in read_cells(RESULTS / "quality" / "simulated" / "simulated.csv", names, "scripts/simulate.py"):
         found.setdefault(cells["variant"], {})[float(cells["ratio"])] = cells
-    record = json.loads((RESULTS / "quality" / "simulated" / RECORD).read_text(encoding="utf-8"))["settings"]
+    settings = settings_of("quality/simulated")
     whole = found.pop(FULL)[1.0]
     ratios = sorted(found["base"], reverse=True)
     lines = [
@@ -82,8 +83,9 @@ def simulated() -> str:
     ]
     heads = ["", *(head for ratio in ratios for head in (f"right at {percent(ratio, 1)}", "KL"))]
     said = paragraph(
-        f"""{record["model"]}, {record["contexts"]} contexts of RULER's `niah_multikey_2` up to {record["length"]:,}
-        tokens, {whole["answers"]} answers asked after compression, of which the full cache has {whole["right"]} right;
+        f"""{settings["model"]}, {settings["contexts"]} contexts of RULER's `niah_multikey_2` up to
+        {settings["length"]:,} tokens, {whole["answers"]} answers asked after
+        compression, of which the full cache has {whole["right"]} right;
         shares of the full cache's bytes (`results/quality/simulated`):"""
     )
     table = markdown_table(heads, lines, right=range(1, len(heads)))

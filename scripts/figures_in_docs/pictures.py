@@ -12,7 +12,7 @@ from bench.records.row import Row
 from bench.report.figures.canvas import Figure
 from bench.report.figures.scores import score_figure
 from scripts.figures_in_docs import exam, results
-from scripts.figures_in_docs.common import RESULTS
+from scripts.figures_in_docs.common import RESULTS, known
 
 PICTURES: dict[Path, Callable[[], Sequence[Row]]] = {
     RESULTS / exam.EXAM / "score.png": exam.drawn,
@@ -32,7 +32,6 @@ def write() -> None:
 
 def drawing(rows: Sequence[Row]) -> tuple[Figure, str]:
     """A picture, and what it shows: the task with its documents, and every point."""
-    figure = score_figure("score", rows)
-    assert figure is not None
+    figure = known(score_figure("score", rows), "bytes or scores of a picture")
     ((task, n),) = {(own_name(row.task), row.n) for row in rows}
     return figure, "\n".join([f"{task}, {n} documents", *figure.tips.values()])

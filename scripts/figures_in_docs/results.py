@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from statistics import fmean, median
 
 from bench.judge.verdict import ALPHA
-from bench.names import FULL, FUSED, RECORD
+from bench.names import FULL, FUSED
 from bench.records.files.csv_ import read_cells
 from bench.records.files.markdown import markdown_table
 from bench.records.files.numbers import seconds_text
@@ -17,8 +16,10 @@ from bench.records.timing import read_timings
 from bench.report.columns import adjusted
 from scripts.figures_in_docs.common import (
     RESULTS,
+    check_said,
     count_right,
     in_words,
+    known,
     least_budget,
     listed,
     method_said,
@@ -26,7 +27,9 @@ from scripts.figures_in_docs.common import (
     percent,
     rows_at,
     rows_of,
+    settings_of,
     the_row,
+    threads_of,
 )
 
 
@@ -56,66 +59,66 @@ def drawn() -> list[Row]:
 
 def _length(rows: Sequence[Row]) -> int:
     """What was asked for, to the nearest hundred: prompts are a little shorter."""
-    return 100 * round((rows[0].prompt_tokens or 0.0) / 100)
+    return 100 * round(known(rows[0].prompt_tokens, "tokens of the demo's prompts") / 100)
 
 
 def demo() -> str:
     """The table of the preset demo, and what follows from it."""
-    rows = rows_of("demo", "exact_match")
+    rows = drawn()
     headers = ["budget (bytes)", "method", "exact match", "95 % interval", "bytes held"]
     headers += ["Original / Quantized / Evicted", "TTFT s", "ms per token"]
-    lines = []
     (run,) = read_runs([RESULTS / "demo"])
     per_token: dict[str, list[float]] = {}
     for sample in run.samples.values():
         if sample.tpot_ms is not None:
             per_token.setdefault(sample.cell, []).append(sample.tpot_ms)
-    for row in sorted(rows, key=lambda row: -(row.cache_ratio or 1.0)):
-        full = row.method == FULL
-        shares = (row.original_share, row.quantized_share, row.evicted_share)
-        lines.append(
-            [
-                "" if full else percent(row.cache_ratio, 1).replace(".0 ", " "),
-                method_said(row),
-                f"{row.score:.2f}",
-                f"{row.score_low:.2f} to {row.score_high:.2f}",
-                f"{(row.kv_bytes_mean or 0.0) / 1e6:.1f} MB" if full else percent(row.kv_share_of_prompt),
-                f"{' / '.join(f'{100 * (share or 0.0):.0f}' for share in shares)} %",
-                seconds_text(row.ttft_ms),
-                f"{median(per_token[row.cell]):.0f}",
-            ]
-        )
-    n, more, ratio = rows[0].n, rows_of("needle", "exact_match"), least_budget(rows)
-    mix, origin = the_row(more, "mix", 0.25), the_row(more, "origin", 0.25)
-    half = max(row.cache_ratio or 0.0 for row in rows)
+    ordered = sorted(rows, key=lambda row: 1.0 if row.cache_ratio is None else row.cache_ratio, reverse=True)
+    lines = [_demo_line(row, per_token.get(row.cell, [])) for row in ordered]
+    said = paragraph(
+        f"""SmolLM2-135M-Instruct (bfloat16, CPU, {threads_of("demo")}; its weights are those of a Q4_1 file,
+        dequantized), {in_words(rows[0].n)} passkey prompts of {_length(rows):,} tokens, asked after compression, at
+        equal true bytes; held are the true bytes in the end, of the context's; times are medians over the prompts:"""
+    )
+    table = markdown_table(headers, lines, right=[0, *range(2, len(headers))])
+    return "\n".join([said, "", *table, "", paragraph(_of_demo(rows))])
+
+
+def _demo_line(row: Row, times: Sequence[float]) -> list[str]:
+    """A line of the demo's table. ``times`` are ms per token, of each prompt."""
+    is_full = row.method == FULL
+    known_bytes = f"{row.kv_bytes_mean / 1e6:.1f} MB" if row.kv_bytes_mean is not None else ""
+    shares = [row.original_share, row.quantized_share, row.evicted_share]
+    said = [f"{100 * share:.0f}" for share in shares if share is not None]
+    return [
+        "" if is_full else percent(row.cache_ratio, 1).replace(".0 ", " "),
+        method_said(row),
+        f"{row.score:.2f}",
+        f"{row.score_low:.2f} to {row.score_high:.2f}",
+        known_bytes if is_full else percent(row.kv_share_of_prompt),
+        f"{' / '.join(said)} %" if len(said) == len(shares) else "",
+        seconds_text(row.ttft_ms),
+        f"{median(times):.0f}" if times else "",
+    ]
+
+
+def _of_demo(rows: Sequence[Row]) -> str:
+    """What the demo shows, beside the prompts that ask before compression."""
+    n, asked_before, ratio = rows[0].n, rows_of("needle", "exact_match"), least_budget(rows)
+    half = max(row.cache_ratio for row in rows if row.cache_ratio is not None)
+    mix, origin = (the_row(asked_before, name, 0.25) for name in ("mix", "origin"))
     least, most, newest = the_row(rows, "mix", ratio), the_row(rows, "origin", half), the_row(rows, "window", half)
     told = [method_said(row) for row in rows_at(rows, ratio) if (p := adjusted(row)) is not None and p < ALPHA]
-    apart = all((row.p_to_best or 0.0) < ALPHA for row in rows if row.method == "origin")
-    threads = json.loads((RESULTS / "demo" / RECORD).read_text(encoding="utf-8"))["hardware"]["torch_threads"]
-    return "\n".join(
-        [
-            paragraph(
-                f"""SmolLM2-135M-Instruct (bfloat16, CPU, {in_words(threads)} thread{"s" if threads > 1 else ""}; its
-                weights are those of a Q4_1 file, dequantized), {in_words(n)} passkey prompts of {_length(rows):,}
-                tokens, asked after compression, at equal true bytes; held are the true bytes in the end,
-                of the context's; times are medians over the prompts:"""
-            ),
-            "",
-            *markdown_table(headers, lines, right=[0, *range(2, len(headers))]),
-            "",
-            paragraph(
-                f"""Eviction without knowing the question loses the number: with {percent(most.cache_ratio, 0)} of the
-                bytes `origin` finds {count_right(most)} of {n}, and `window` those that are near the end
-                ({count_right(newest)}). With {percent(ratio, 0)}, spent on quantized tokens, `mix` finds
-                {count_right(least)}. So many prompts tell {listed(told)} from the full cache at {percent(ratio, 0)},
-                and `origin`
-                {"from the best method at each budget" if apart else "from the best method at some budgets only"}
-                (`results/demo`). Where methods have seen the question, as a part of the prompt, eviction loses less: of
-                {mix.n} such prompts, `mix` answers {count_right(mix)} with a quarter of the bytes, `origin`
-                {count_right(origin)} (`results/needle`)."""
-            ),
-        ]
-    )
+    apart = all(row.p_to_best is not None and row.p_to_best < ALPHA for row in rows if row.method == "origin")
+    check_said("eviction without knowing the question loses the number", most.score < the_row(rows, FULL).score)
+    check_said("eviction that has seen the question loses less", origin.score > most.score)
+    return f"""Eviction without knowing the question loses the number: with {percent(most.cache_ratio, 0)} of the
+        bytes `origin` finds {count_right(most)} of {n}, and `window` those that are near the end
+        ({count_right(newest)}). With {percent(ratio, 0)}, spent on quantized tokens, `mix` finds {count_right(least)}.
+        So many prompts tell {listed(told)} from the full cache at {percent(ratio, 0)}, and `origin`
+        {"from the best method at each budget" if apart else "from the best method at some budgets only"}
+        (`results/demo`). Where methods have seen the question, as a part of the prompt, eviction loses less: of {mix.n}
+        such prompts, `mix` answers {count_right(mix)} with a quarter of the bytes, `origin` {count_right(origin)}
+        (`results/needle`)."""
 
 
 TEXTS = {"news": "fidelity/multi_news", "article paragraphs": "fidelity/musique"}
@@ -128,21 +131,26 @@ def fidelity() -> str:
         for row in rows_of(folder, "kl"):
             if row.method != FULL:
                 found.setdefault((row.method, row.cache_ratio), {})[text] = row
-    taken = {key: fmean(row.kv_share_of_prompt or 0.0 for row in rows.values()) for key, rows in found.items()}
+    taken = {
+        key: fmean(known(row.kv_share_of_prompt, f"bytes of {row.method}") for row in rows.values())
+        for key, rows in found.items()
+    }
     lines = []
     for key in sorted(found, key=lambda key: -round(taken[key], 3)):
         scores = [found[key][text].score if text in found[key] else None for text in TEXTS]
-        known = [score for score in scores if score is not None]
-        mean = f"{fmean(known):.3f}" if len(known) == len(TEXTS) else ""
+        measured = [score for score in scores if score is not None]
+        mean = f"{fmean(measured):.3f}" if len(measured) == len(TEXTS) else ""
         lines.append([percent(taken[key]), key[0], *("" if s is None else f"{s:.3f}" for s in scores), mean])
     some = rows_of(TEXTS["news"], "kl")[0]
+    (decoded,) = {settings_of(folder)["continuation"] for folder in TEXTS.values()}
     return "\n".join(
         [
             paragraph(
-                f"""How far each method's next-token distributions are from the full cache's, over 64 tokens decoded
-                behind {some.prompt_tokens:,.0f} (`--tasks fidelity`, mean KL divergence of {some.n} prompts of each
-                text, `results/fidelity`). Presses of kvpress were given a quarter and an eighth as the others were;
-                they evict at prefill only, so what is read on comes on top, and each row stands at what it took:"""
+                f"""How far each method's next-token distributions are from the full cache's, over {decoded} tokens
+                decoded behind {some.prompt_tokens:,.0f} (`--tasks fidelity`, mean KL divergence of {some.n} prompts of
+                each text, `results/fidelity`). Presses of kvpress were given a quarter and an eighth as the others
+                were; they evict at prefill only, so what is read on comes on top, and each row stands at what it
+                took:"""
             ),
             "",
             *markdown_table(["bytes of the prompt's", "method", *TEXTS, "mean"], lines, right=[0, 2, 3, 4]),
@@ -165,6 +173,7 @@ def tuning() -> str:
         max(fmean(kl["mix", ratio]) - fmean(values) for (name, of), values in kl.items() if of == ratio)
         for ratio in ("0.25", "0.125")
     ]
+    check_said("some others come out better than `mix` in the tuning", min(better) > 0)
     equal, published = both('mix:layer_budgets="equal"'), both('mix:importance="mean_var"')
     short, int8 = both("mix:query_span=1"), both('mix:quant_format="int8"')
     return paragraph(
@@ -235,10 +244,12 @@ def _speed() -> str:
 
     many, one = of("batch16", 4000, "tpot_ms"), of("batch1", 7900, "tpot_ms")
     fused = many[FUSED, None]
+    kernels, its_own = many[FULL, None] / fused, fused / many["mix", 0.25]
+    check_said("most of what `mix` gains on the stock cache is the kernel's", kernels > its_own)
     prefill, compress = (of("batch1", 7900, column) for column in ("prefill_s", "compress_s"))
     taken = 100 * compress["mix", 0.25] / prefill[FULL, None]
     return f"""A step of 16 sequences behind 4,000 tokens takes {said(many)}: with a quarter of the bytes `mix` has
-        {fused / many["mix", 0.25]:.1f} times the tokens per second of the full cache in the same kernel, with an eighth
+        {its_own:.1f} times the tokens per second of the full cache in the same kernel, with an eighth
         {fused / many["mix", 0.125]:.1f} times, and most of what it gains on the stock cache is the kernel's. A single
         sequence behind 7,900: {said(one)}. Compression takes {taken:.1f} % of a prefill of so many tokens
         (`results/speed`, SmolLM2-135M in bfloat16 and `k4v3`, two cores, medians of five)."""
