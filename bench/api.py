@@ -83,24 +83,25 @@ class Results:
             lines.append({**line, **{f"scores.{name}": value for name, value in scores.items()}})
         return pandas.DataFrame(lines).drop(columns=["kind", "place"], errors="ignore")
 
-    def table(self, *others: Results, console: Console | None = None) -> None:
-        """Print the comparison of each task, as ``arkv-bench report`` does; with those of other runs behind it."""
+    def table(self, *others: Results, console: Console | None = None, details: bool = False) -> None:
+        """Print the answer and the comparison of each task, as ``arkv-bench report`` does; with those of other runs
+        behind it.
+
+        Args:
+            details: every table, with all metrics, p-values and notes.
+        """
         from rich.console import Console
 
         from bench.records.finished import Run
         from bench.records.shown import headline, run_names
-        from bench.report.averages import print_averages
-        from bench.report.terminal import print_answer, print_comparison
+        from bench.report.terminal import print_runs
 
-        console = console or Console()
-        runs = [self, *others]
-        tables = [results.rows for results in runs]
-        for name, results in zip(run_names([results.path for results in runs]), runs, strict=True):
-            run = Run(name=name, rows=results.rows, record=results.record)
-            print_answer(run, console, name if others else "")
-        print_comparison([headline(rows) for rows in tables], console)
-        for rows in tables:
-            print_averages(rows, console)
+        shown = [self, *others]
+        names = run_names([results.path for results in shown])
+        runs = [
+            Run(name=name, rows=results.rows, record=results.record) for name, results in zip(names, shown, strict=True)
+        ]
+        print_runs(runs, [headline(run.rows) for run in runs], console or Console(), details=details)
 
     def compare(self, baseline: Results | str | Path, **tolerances: Any) -> Report:
         """Hold the run against another one, as ``arkv-bench check`` does, and print what was found.

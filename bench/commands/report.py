@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 @takes(ReportConfig)
 def report(**typed: Any) -> None:
-    """Print the answer, the best method of each budget and what it costs, then the comparison of each task: methods as
-    rows, budgets grouped, the best of each in bold.
+    """Print the answer, the best method of each budget and what it costs, then a short table of each task: methods as
+    rows, budgets grouped, the best of each in bold. All metrics, p-values and notes come with --details.
 
     Of several runs every table says in a column which run a row is of, and each further run is compared with the first
     on the documents that both have answered, with everything that differs between the two.
@@ -28,7 +28,7 @@ def report(**typed: Any) -> None:
     Tasks that were asked for through a group with a score of its own stand in the CSV format only.
 
     [bold]arkv-bench report[/bold]
-    [bold]arkv-bench report runs/demo[/bold]
+    [bold]arkv-bench report runs/demo --details[/bold]
     [bold]arkv-bench report runs/a runs/b --format markdown -o table.md[/bold]
     [bold]arkv-bench report runs/demo --by depth[/bold]
     [bold]arkv-bench report runs/a --against published.csv[/bold]
@@ -57,7 +57,8 @@ def report(**typed: Any) -> None:
     from bench.report import against as published
     from bench.report import averages
     from bench.report import between_written as changed
-    from bench.report.terminal import print_answer, print_comparison
+    from bench.report.terminal import print_runs
+    from bench.report.verdicts import times_of
     from bench.report.writing import to_csv, to_markdown
 
     if by is not None:
@@ -71,6 +72,8 @@ def report(**typed: Any) -> None:
     shown, pairs_of_runs, reasons = _shown(folders)
     rows = [row for table in tables for row in table]
     by_run = dict(zip(run_names(folders), tables, strict=True))
+    records = dict(zip(by_run, map(record_of, folders), strict=True))
+    runs = [Run(name=name, rows=mine, record=records[name]) for name, mine in by_run.items()]
     pairs = published.pair(rows, published.read_published(against)) if against is not None else None
     if config.format == "terminal" and output is None:
         from rich.console import Console
@@ -79,16 +82,11 @@ def report(**typed: Any) -> None:
         if pairs is not None:
             published.print_against(pairs, console)
             return
-        records = dict(zip(run_names(folders), map(record_of, folders), strict=True))
-        for name, mine in by_run.items():
-            print_answer(Run(name=name, rows=mine, record=records[name]), console, name if len(by_run) > 1 else "")
-        changed.print_pairs(pairs_of_runs, console)
-        print_comparison(shown, console)
-        for reason in reasons:
-            console.print(reason, markup=False, highlight=False)
-        averages.print_averages(averages.together(by_run), console)
+        print_runs(runs, shown, console, pairs=pairs_of_runs, reasons=reasons, details=config.details)
         for line in so_far:
             console.print(line, markup=False, highlight=False, style="yellow", soft_wrap=True)
+        if not config.details:
+            console.print("All metrics, p-values and notes: the same with --details", highlight=False)
         console.print("Next, every answer and its prompt on a page: the same with --html page.html", highlight=False)
         return
     if pairs is not None:
@@ -96,7 +94,7 @@ def report(**typed: Any) -> None:
     elif config.format == "csv":
         text = to_csv(by_run, pairs_of_runs)
     else:
-        text = to_markdown(shown) + changed.to_markdown(pairs_of_runs)
+        text = to_markdown(shown, times_of(runs)) + changed.to_markdown(pairs_of_runs)
         text += "".join(f"\n{reason}\n" for reason in map(in_markdown, [*so_far, *reasons]))
         text += f"\n{averages.to_markdown(averages.together(by_run))}"
     if output is None:

@@ -90,14 +90,12 @@ def _summarize(outcome: Outcome, console: Console) -> None:
 
     from bench.records.finished import Run, record_of
     from bench.records.shown import headline
-    from bench.report.averages import print_averages
-    from bench.report.terminal import print_answer, print_comparison
+    from bench.report.terminal import print_runs
     from bench.runs.failures import failure_lines
 
     if asked_for := headline(outcome.rows):
-        print_answer(Run(name=outcome.path.name, rows=outcome.rows, record=record_of(outcome.path)), console)
-        print_comparison([asked_for], console)
-        print_averages(outcome.rows, console)
+        run = Run(name=outcome.path.name, rows=outcome.rows, record=record_of(outcome.path))
+        print_runs([run], [asked_for], console)
     if parts := len({row.task for row in outcome.rows} - {row.task for row in asked_for}):
         console.print(f"{parts} tasks and groups that these consist of have rows of their own in results.csv.")
     if outcome.failures:
@@ -109,6 +107,7 @@ def _summarize(outcome: Outcome, console: Console) -> None:
     if outcome.failures:
         after.append(f"What failed is tried again by the same command with --outdir {folder}")
     if outcome.rows:
+        after.append(f"All metrics, p-values and notes: arkv-bench report {folder} --details")
         after.append(f"Next, a page to look at: arkv-bench report {folder} --html page.html")
     for line in after:
         console.print(line, markup=False, highlight=False, soft_wrap=True)

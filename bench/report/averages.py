@@ -3,6 +3,7 @@ several runs, with the run in a column."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from rich import box
@@ -64,36 +65,56 @@ def _lines(benchmark: str, cells: Mapping[tuple[str | None, str], Sequence[tuple
 
 LEFT = ("run", "method")
 _BROKEN = {
-    "Single-doc QA": "Single-\ndoc QA",
-    "Multi-doc QA": "Multi-\ndoc QA",
-    "Summarization": "Summa-\nrization",
+    "Single-doc QA": "Single\ndoc QA",
+    "Multi-doc QA": "Multi\ndoc QA",
+    "Summarization": "Sum-\nmari-\nzation",
     "Few-shot": "Few-\nshot",
-    "Synthetic": "Syn-\nthetic",
+    "Synthetic": "Syn-\nthe-\ntic",
+    "English": "Eng-\nlish",
+    "Chinese": "Chi-\nnese",
 }
-"""Headers on two lines, so that all columns fit a terminal of 80."""
+"""Headers on several lines, so that all columns fit a terminal of 80."""
 
 LEGEND = "Averages give each dataset the same weight; (2/4) marks one over 2 of 4 datasets."
 
 
 def print_averages(rows: Sequence[Row], console: Console) -> None:
-    """Print the averages of a run, or of several whose rows say which, if there are LongBench tasks."""
+    """Print the averages of a run, or of several whose rows say which, if there are LongBench tasks; 80 columns have no
+    room for a run beside its method, so each run has a table."""
     tables = run_averages(rows)
-    for title, lines in tables:
-        table = Table(
-            title=Text(title, style="bold"),
-            title_justify="left",
-            box=box.SIMPLE_HEAD,
-            show_edge=False,
-            padding=(0, 1, 0, 0),
-        )
-        for header in lines[0]:
-            table.add_column(Text(_BROKEN.get(header, header)), justify="left" if header in LEFT else "right")
-        for line in lines[1:]:
-            table.add_row(*map(Text, line))
-        console.print()
-        console.print(table)
+    for title, (headers, *lines) in tables:
+        if headers[0] != "run":
+            shown = [_table(title, headers, lines)]
+        else:
+            names = dict.fromkeys(line[0] for line in lines)
+            of_run = {name: [line[1:] for line in lines if line[0] == name] for name in names}
+            shown = [_table(f"{title}, {name}", headers[1:], mine) for name, mine in of_run.items()]
+        for table in shown:
+            console.print()
+            console.print(table)
     if tables:
         console.print(LEGEND, markup=False, highlight=False, style="dim")
+
+
+def _table(title: str, headers: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(
+        title=Text(title, style="bold", overflow="fold"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
+    )
+    for header in headers:
+        left = header in LEFT
+        shown = Text(_BROKEN.get(header, header))
+        table.add_column(shown, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+    for line in lines:
+        table.add_row(*(Text(_BREAKS.sub("\n", cell)) for cell in line))
+    return table
+
+
+_BREAKS = re.compile(r" (?=\()|(?<=[:+])")
+"""Before over how many datasets an average is, and in the names of peers, which are long."""
 
 
 def to_markdown(rows: Sequence[Row]) -> str:

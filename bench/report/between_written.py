@@ -90,6 +90,13 @@ def _groups(pair: Pair) -> list[list[Change]]:
     return list(found.values())
 
 
+def _first_metrics(groups: Sequence[list[Change]]) -> list[list[Change]]:
+    found: dict[tuple[str, str], list[Change]] = {}
+    for group in groups:
+        found.setdefault((group[0].row.model, group[0].row.task), group)
+    return list(found.values())
+
+
 STACKED = ("run", "method\nbudget", "n", "before\nnow", "change\n95 % interval", "verdict", "fell\nrose")
 """The same within 80 columns; task and metric stand in the title."""
 
@@ -101,14 +108,19 @@ def _stacked(change: Change) -> list[str]:
     return [run, name, n, scores, changed, said, moved.replace("/", "\n")]
 
 
-def print_pairs(pairs: Sequence[Pair], console: Console) -> None:
-    """Print every pair, a table for each task and metric, then what differs between the two."""
+def print_pairs(pairs: Sequence[Pair], console: Console, *, details: bool) -> None:
+    """Print every pair: what differs between the two, then a table for each task and metric.
+
+    Args:
+        details: all of them; else by each task's first metric only.
+    """
     for pair in pairs:
         console.print()
         console.print(pair.title, markup=False, highlight=False, style="bold")
         for note in notes(pair):
             console.print(f"- {note}", markup=False, highlight=False)
-        for group in _groups(pair):
+        groups = _groups(pair)
+        for group in groups if details else _first_metrics(groups):
             row = group[0].row
             title = Text(f"{pair.title}: {row.task}, {row.metric}, {row.model}", overflow="fold")
             table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bench.judge.verdict import ALPHA, p_text, verdict
 from bench.methods.names import IN_A_WORD, limits_of
-from bench.names import FULL
+from bench.names import FULL, with_format
 from bench.records.files.numbers import (
     bytes_text,
     interval_text,
@@ -103,6 +103,11 @@ class Column:
     left: bool = False
     needed: bool = False
     """Never left out for want of width."""
+
+
+def _briefly(row: Row) -> str:
+    """Without the p-value, and without why nothing can be told."""
+    return _against_full(row).replace(":", ",").partition(",")[0]
 
 
 def _two_lines(above: str, below: str) -> str:
@@ -203,6 +208,20 @@ STACKED = (
 )
 """The same within 80 columns: intervals below their numbers, the format below the method, p in the place of words."""
 
+SHORT = (
+    BUDGET,
+    Column("method", lambda row: with_format(row.method, row.quant_format), left=True, needed=True),
+    Column("score", lambda row: score_text(row.score), needed=True),
+    Column("95 % interval", lambda row: interval_text(row.score_low, row.score_high)),
+    Column("against full", _briefly, left=True, needed=True),
+    Column("KV of full", _share, needed=True),
+    TTFT,
+    TPOT,
+)
+"""One line per row within 80 columns: what a first look needs."""
+SHORTER = tuple(column for column in SHORT if column.header != "95 % interval")
+"""Where names are long."""
+
 LEGEND = (
     "[ , ]: 95 % interval over documents. Δ vs full: paired difference to the full cache on the same documents; its "
     f"interval and p hold for all rows together, and with 0 in the one, or from {ALPHA:.2f} on in the other, the two "
@@ -213,10 +232,16 @@ LEGEND = (
     "keys and values that a full one stores then, question and answer included (a budget is a share of the prompt's "
     "alone); in brackets what it would be if a method that only masks tokens of single heads stored each head by "
     "itself. O/Q/E: tokens that ended Original, Quantized, Evicted.",
-    "TTFT: prefill, compression and the first token; TPOT: every later token. Times are of the machine in record.json; "
-    "full is a stock cache, and how much of a gain on it is the kernel's, arkv-bench speed tells.",
+    "TTFT: prefill, compression and the first token; TPOT: every later token; full is a stock cache, and how much of a "
+    "gain on it is the kernel's, arkv-bench speed tells.",
 )
-"""What the columns mean."""
+"""What the columns mean; what the times are of stands behind it."""
+SHORT_LEGEND = (
+    "against full: the difference to the full cache on the same documents; tied: so many documents show none.",
+    "KV of full: all bytes that the cache holds in the end, of those that a full one holds then.",
+    "TTFT: seconds to the first token, prefill and compression included; TPOT: milliseconds per later token.",
+)
+"""What the columns of :data:`SHORT` mean."""
 
 
 def for_rows(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:

@@ -27,6 +27,8 @@ _QUESTIONS = {
     "mixed": "question after its context where the task tells the two apart, else inside the compressed prompt",
 }
 """What the rows' ``question`` means."""
+BOLD = "bold: the best of a budget, and what is tied with it"
+NOT_EXERCISED = "not exercised: every prompt and answer fits the budget, so that nothing was compressed"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Comparison:
     title: str
     groups: list[list[Row]]
     notes: list[str] = field(default_factory=list)
+    brief: list[str] = field(default_factory=list)
+    """What a short table cannot be read without."""
 
 
 def compare(rows: Sequence[Row]) -> list[Comparison]:
@@ -52,7 +56,7 @@ def compare(rows: Sequence[Row]) -> list[Comparison]:
         notes = _notes(mine)
         if len({row.run for row in mine}) > 1:
             notes.append(WITHIN)
-        comparisons.append(Comparison(title, groups, notes))
+        comparisons.append(Comparison(title, groups, notes, _brief(mine)))
     return comparisons
 
 
@@ -103,7 +107,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         times = "-".join(map(str, repeats))
         notes.append(f"answers are sampled, {times} of each document: scores are avg@{times}, intervals over documents")
     if any(row.leading for row in rows):
-        notes.append("bold: the best of a budget, and what is tied with it")
+        notes.append(BOLD)
     notes += filter(None, [_tied_and_behind(rows)])
     notes += dict.fromkeys(filter(None, map(untold, rows)))
     notes += filter(None, [no_retention(rows)])
@@ -121,7 +125,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             "alone say something else; the run's own command writes the file anew"
         )
     if any(row.not_exercised for row in rows):
-        notes.append("not exercised: every prompt and answer fits the budget, so that nothing was compressed")
+        notes.append(NOT_EXERCISED)
     off = [row for row in rows if off_budget(row)]
     if off:
         notes.append(
@@ -134,6 +138,22 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             shares = ((row.kv_share_of_prompt, "the prompt's bytes"), (row.kv_share, "what full holds in the end"))
             stands = ", ".join(f"{percent_text(share)} of {whole}" for share, whole in shares if share is not None)
             notes.append(f"{row.method} is of a fixed size: {stands}")
+    notes += _of_documents(rows)
+    if several := [name for name, count in Counter(map(_name, rows)).items() if count > 1]:
+        notes.append(f"rows of one name are of other settings, see cell in {RESULTS}: {', '.join(several)}")
+    timed = sorted({row.timed_documents for row in rows if row.timed_documents is not None})
+    if any(row.timed_documents is not None and row.timed_documents < row.n for row in rows):
+        of = "-".join(map(str, sorted({row.n for row in rows})))
+        notes.append(
+            f"times are over {' to '.join(map(str, dict.fromkeys((timed[0], timed[-1]))))} of {of} documents: those "
+            f"measured on the same hardware, threads and batch size, see starts in {RECORD}"
+        )
+    return notes
+
+
+def _of_documents(rows: Sequence[Row]) -> list[str]:
+    """What is to be known of the documents that the rows are over."""
+    notes = []
     truncated = max((row.truncated_documents or 0) for row in rows)
     if truncated:
         notes.append(f"{truncated:.0f} prompts were longer than the context or --max-length and were cut")
@@ -145,16 +165,21 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         )
     elif full and any(row.score_full is None for row in rows):
         notes.append("not compared with full: rows over documents that full has not answered")
-    if several := [name for name, count in Counter(map(_name, rows)).items() if count > 1]:
-        notes.append(f"rows of one name are of other settings, see cell in {RESULTS}: {', '.join(several)}")
-    timed = sorted({row.timed_documents for row in rows if row.timed_documents is not None})
-    if any(row.timed_documents is not None and row.timed_documents < row.n for row in rows):
-        of = "-".join(map(str, sorted({row.n for row in rows})))
-        notes.append(
-            f"times are over {' to '.join(map(str, dict.fromkeys((timed[0], timed[-1]))))} of {of} documents: those "
-            f"measured on the same hardware, threads and batch size, see starts in {RECORD}"
-        )
     return notes
+
+
+def _brief(rows: Sequence[Row]) -> list[str]:
+    """Of the notes those that change how a row is read, in fewer words."""
+    notes = [said for place, said in _QUESTIONS.items() if any(row.question == place for row in rows)]
+    if any(row.leading for row in rows):
+        notes.append(BOLD)
+    if any(row.not_exercised for row in rows):
+        notes.append(NOT_EXERCISED)
+    if off := dict.fromkeys(row.method for row in rows if off_budget(row)):
+        notes.append(f"* not the bytes asked for: {', '.join(off)}")
+    if any(row.ragged_share is not None for row in rows):
+        notes.append("in brackets: what a method that only masks tokens of single heads would hold without them")
+    return notes + _of_documents(rows)
 
 
 def _name(row: Row) -> str:

@@ -23,7 +23,7 @@ from bench.report.figures.canvas import Figure, file_name
 from bench.report.figures.layers import states_figure
 from bench.report.paragraphs import problems_of
 from bench.report.sections import DETAILED, FIGURED, pair_sections, run_sections, speed_sections
-from bench.report.verdicts import HEADERS, answer
+from bench.report.verdicts import HEADERS, answer, times_of
 from bench.report.viewer import viewer_of
 
 STYLES, SCRIPTS = ("page.css", "viewer.css"), ("page.js", "viewer.js", "live.js")
@@ -119,7 +119,7 @@ def build(runs: Sequence[Run], beside: Path | None = None, *, live: bool = False
         problems={run.name: problems_of(run) for run in runs if run.is_run or problems_of(run)},
         records={run.name: json_text(run.record.model_dump(exclude_unset=True)).rstrip() for run in runs if run.record},
         left_out=sum(len(run.rows) - len(headline(run.rows)) for run in runs),
-        legend=LEGEND,
+        legend=[*LEGEND, *filter(None, [times_of(runs)])],
         samples=samples and {"index": Markup(samples.index), "chunks": [Markup(text) for text in samples.chunks]},
         documents=samples.documents if samples else 0,
     )

@@ -9,6 +9,7 @@ from statistics import fmean
 from bench.judge.budgets import by_budget
 from bench.names import FULL, budget_text
 from bench.records.files.numbers import percent_text
+from bench.records.files.text import printable
 from bench.records.finished import Run
 from bench.records.record import Record
 from bench.records.row import Row
@@ -23,7 +24,7 @@ HEADERS = ("budget", "best method", "tied with it", "what it costs")
 FIXED = "fixed size"
 TIME = "x its time"
 """As a cost in time is said."""
-TIMES = "Times are of this run, beside whatever else the machine did: arkv-bench speed measures them by themselves"
+TIMES = "beside whatever else the machine did: arkv-bench speed measures them by themselves"
 TOGETHER = 2
 """Tasks of a model whose budgets stand one by one; of more, each budget is counted over all of them."""
 
@@ -54,31 +55,38 @@ class Answer:
 
 def answer(run: Run) -> Answer:
     """By each task's first metric; of many tasks, counts over all of them."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in headline(run.rows):
-        mine = groups.setdefault((row.model, row.task), [])
-        if not mine or row.metric == mine[0].metric:
-            mine.append(row)
+    groups = by_task(headline(run.rows))
     if not groups:
         return Answer([], ["No task has ended yet: there is nothing to compare."])
     notes: list[str] = []
-    timed = timed_with(run.of_run)
     if len(groups) > TOGETHER:
-        lines = _counted(list(groups.values()))
+        lines = _counted(groups)
         notes.append(f"{len(groups)} comparisons of a model on a task, each by its first metric.")
     else:
         lines = []
-        for (model, task), rows in groups.items():
-            lines += verdicts(rows, task if len(groups) > 1 else "", timed)
+        for rows in groups:
+            model, task = rows[0].model, rows[0].task
+            lines += verdicts(rows, task if len(groups) > 1 else "")
             full = next((row for row in rows if row.method == FULL), None)
             what = f"{task} ({rows[0].metric}, {model}, n={max(row.n for row in rows)})"
             said = f"the full cache scores {_scored(full)}" if full else "the full cache was not measured"
             notes.append(" ".join([f"On {what}, {said}.", *(f"{_capital(text)}." for text in detectable(rows))]))
     if any(TIME in line.cost for line in lines):
-        notes.append(f"{TIMES}.")
+        timed = timed_with(run.of_run)
+        notes.append(f"Times are of this run{f' ({timed})' if timed else ''}, {TIMES}.")
     if len(lines) > LINES:
         notes.append(f"{len(lines) - LINES} more budgets stand in the tables below.")
     return Answer(lines[:LINES], notes)
+
+
+def by_task(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of each model and task, of its first metric only."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        mine = groups.setdefault((row.model, row.task), [])
+        if not mine or row.metric == mine[0].metric:
+            mine.append(row)
+    return list(groups.values())
 
 
 def timed_with(record: Record) -> str:
@@ -87,8 +95,18 @@ def timed_with(record: Record) -> str:
     found = last or [(record.hardware, record.settings.get("batch_size"))]
     threads = {hardware.get("torch_threads") for hardware, _ in found} - {None}
     batches = {str(batch) for _, batch in found if batch is not None}
-    said = [f"{_either(threads)} {'thread' if threads == {1} else 'threads'}"] if threads else []
+    machines = {name for hardware, _ in found for name in hardware.get("gpus") or [hardware.get("cpu")] if name}
+    said = [printable(_either(machines))] if machines else []
+    said += [f"{_either(threads)} {'thread' if threads == {1} else 'threads'}"] if threads else []
     return ", ".join([*said, f"batch size {_either(batches)}"] if batches else said)
+
+
+def times_of(runs: Sequence[Run]) -> str:
+    """What the times of one or more runs are of, as a sentence; empty where no record says."""
+    said = {run.name: timed for run in runs if run.is_run and (timed := timed_with(run.of_run))}
+    if len(set(said.values())) == 1 and len(said) == len(runs):
+        return f"Times: {next(iter(said.values()))}."
+    return f"Times: {'; '.join(f'{name}: {timed}' for name, timed in said.items())}." if said else ""
 
 
 def _either(values: Iterable[object]) -> str:
@@ -96,19 +114,15 @@ def _either(values: Iterable[object]) -> str:
     return " or ".join(sorted(map(str, values)))
 
 
-def verdicts(rows: Sequence[Row], task: str = "", timed: str = "") -> list[Verdict]:
+def verdicts(rows: Sequence[Row], task: str = "") -> list[Verdict]:
     """A line per budget, those that methods were asked for first.
 
     Args:
         rows: of one run, model, task and metric.
         task: where lines of several stand together.
-        timed: what the times are of, by :func:`timed_with`.
     """
     full = next((row for row in rows if row.method == FULL), None)
-    return [
-        _verdict(group, full, ", ".join(filter(None, (task, budget))), timed)
-        for budget, group in _budgets(rows).items()
-    ]
+    return [_verdict(group, full, ", ".join(filter(None, (task, budget)))) for budget, group in _budgets(rows).items()]
 
 
 def _budgets(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -121,7 +135,7 @@ def _budgets(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return dict(sorted(found.items(), key=lambda item: -(item[1][0].cache_ratio or item[1][0].cache_size or 0)))
 
 
-def _verdict(group: Sequence[Row], full: Row | None, budget: str, timed: str) -> Verdict:
+def _verdict(group: Sequence[Row], full: Row | None, budget: str) -> Verdict:
     playing = [row for row in group if not row.not_exercised]
     if not playing:
         return Verdict(budget, "", "", "every prompt fits: nothing was compressed")
@@ -137,12 +151,10 @@ def _verdict(group: Sequence[Row], full: Row | None, budget: str, timed: str) ->
     else:
         rest = [row for row in playing if row not in tops]
         equal = ", ".join(map(named, rest)) or "they score the same"
-    return Verdict(
-        budget, f"{in_words([named(row) for row in tops])}: {_scored(best)}", equal, _cost(best, full, timed)
-    )
+    return Verdict(budget, f"{in_words([named(row) for row in tops])}: {_scored(best)}", equal, _cost(best, full))
 
 
-def _cost(row: Row, full: Row | None, timed: str) -> str:
+def _cost(row: Row, full: Row | None) -> str:
     """In bytes, time and score, beside the full cache."""
     said = [f"{percent_text(row.kv_share)} of full's bytes" if row.kv_share is not None else ""]
     times = []
@@ -151,8 +163,7 @@ def _cost(row: Row, full: Row | None, timed: str) -> str:
         times.append(f"{row.ttft_ms / full.ttft_ms:.2f} {TIME} to the first token")
     if full is not None and full.tpot_ms and row.tpot_ms:
         times.append(f"{row.tpot_ms / full.tpot_ms:.2f} {TIME} per token")
-    if times:
-        said.append("; ".join(times) + (f" ({timed})" if timed else ""))
+    said += times
     against = AGAINST_FULL.cell(row)
     difference = DIFFERENCE.cell(row).replace("\n", " ")
     said.append(": ".join(filter(None, (against and f"score {against}", difference))) or "not compared with full")

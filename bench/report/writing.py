@@ -18,8 +18,12 @@ LATEX_LEFT_OUT = ("against full", "score kept", "KV bytes")
 """Columns of :data:`EVERYTHING` that a page has no room for."""
 
 
-def to_markdown(tables: Sequence[Sequence[Row]]) -> str:
-    """The comparisons as Markdown."""
+def to_markdown(tables: Sequence[Sequence[Row]], times: str = "") -> str:
+    """The comparisons as Markdown.
+
+    Args:
+        times: what times are of, by :func:`bench.report.verdicts.times_of`.
+    """
     lines: list[str] = []
     for comparison in itertools.chain.from_iterable(map(compare, tables)):
         rows = list(itertools.chain.from_iterable(comparison.groups))
@@ -31,7 +35,7 @@ def to_markdown(tables: Sequence[Sequence[Row]]) -> str:
         lines += [f"**{in_markdown(comparison.title)}**", ""]
         lines += markdown_table(headers, cells, right=right, bold=leading)
         lines += ["", *[f"- {note}" for note in comparison.notes], ""]
-    return "\n".join([*lines, " ".join(LEGEND), ""])
+    return "\n".join([*lines, " ".join(filter(None, (*LEGEND, in_markdown(times)))), ""])
 
 
 def to_latex(tables: Sequence[Sequence[Row]]) -> str:

@@ -25,6 +25,14 @@ class ReportConfig(Settings):
         shown_as="RUN",
     )
     format: Literal["terminal", "markdown", "csv"] = setting("terminal", "How tables are written.", TABLES, "nothing")
+    details: bool = setting(
+        False,
+        "In the terminal every table: all metrics, p-values, bytes, states and notes.",
+        TABLES,
+        "nothing",
+        unset="",
+        switch=True,
+    )
     by: str | None = setting(
         None,
         "Rows for each value of what documents say of themselves, such as length or depth.",

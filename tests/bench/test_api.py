@@ -92,10 +92,13 @@ def test_the_table_is_the_report_s(results: Results, capsys: pytest.CaptureFixtu
     mine = capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["report", str(results.path)])
-    table, _, last = capsys.readouterr().out.rpartition("Next, ")
+    table, _, last = capsys.readouterr().out.partition("All metrics, ")
     assert mine == table
     assert last.endswith("--html page.html\n")
     assert "needle (question after), exact_match" in mine
+    assert "O/Q/E" not in mine
+    results.table(details=True)
+    assert "O/Q/E" in capsys.readouterr().out
     both = io.StringIO()
     results.table(results, console=Console(file=both, width=100))
     assert both.getvalue().count("needle (question after), exact_match") == 2

@@ -22,6 +22,7 @@ from bench.records.shown import headline
 from bench.records.timing import Timing
 from bench.report.columns import EVERYTHING, LEGEND, SHARE
 from bench.report.comparison import compare
+from bench.report.page import build
 from bench.report.speed import speed_table
 from bench.report.terminal import print_comparison
 from bench.report.verdicts import answer
@@ -233,7 +234,7 @@ def test_long_names_leave_the_numbers_their_room() -> None:
 def test_columns_without_room_are_named() -> None:
     text = printed(ROWS, 60)
     assert all(len(line) <= 60 for line in text.splitlines())
-    assert "no room for p, kept, O/Q/E %, TTFT s, TPOT ms" in " ".join(text.split())
+    assert "no room for O/Q/E %, TTFT s, TPOT ms" in " ".join(text.split())
     assert "0.875" in text
 
 
@@ -474,21 +475,27 @@ def test_what_a_method_costs_in_time_says_what_the_times_are_of(
     write(tmp_path, ROWS)
     record: dict[str, Any] = {"fingerprint": {}, "finished": "2026-01-01T00:00:00+00:00"}
     starts = [
-        {"hardware": {"torch_threads": threads}, "batch_size": batch} for threads, batch in ((1, "auto"), (2, "auto"))
+        {"hardware": {"cpu": "EPYC", "torch_threads": threads}, "batch_size": batch}
+        for threads, batch in ((1, "auto"), (2, "auto"))
     ]
     for given, said in (
         ({}, ""),
-        ({"hardware": {"torch_threads": 4}, "settings": {"batch_size": 8}}, " (4 threads, batch size 8)"),
-        ({"starts": starts[:1]}, " (1 thread, batch size auto)"),
-        ({"starts": starts}, " (1 or 2 threads, batch size auto)"),
+        ({"hardware": {"torch_threads": 4}, "settings": {"batch_size": 8}}, "4 threads, batch size 8"),
+        ({"starts": starts[:1]}, "EPYC, 1 thread, batch size auto"),
+        ({"starts": starts}, "EPYC, 1 or 2 threads, batch size auto"),
     ):
         (tmp_path / RECORD).write_text(json.dumps({**record, **given}))
         with pytest.raises(SystemExit):
             main(["report", str(tmp_path)])
         shown = " ".join(capsys.readouterr().out.split())
-        assert "Times are of this run, beside whatever else the machine did" in shown
+        assert f"Times are of this run{f' ({said})' if said else ''}, beside whatever else the machine did" in shown
+        assert shown.count(f"Times: {said}.") == bool(said)
         (run,) = read_runs([tmp_path])
         costs = [line.cost for line in answer(run).lines]
-        assert [f"1.00 x its time per token{said}; " in cost for cost in costs] == [True] * len(costs)
+        assert ["1.00 x its time per token; " in cost for cost in costs] == [True] * len(costs)
+        with pytest.raises(SystemExit):
+            main(["report", str(tmp_path), "--format", "markdown"])
+        assert capsys.readouterr().out.count(f"Times: {said}.") == bool(said)
+        assert build([run]).html.count(f"<li>Times: {said}.</li>") == bool(said)
     untimed = [one.model_copy(update={"ttft_ms": None, "tpot_ms": None}) for one in ROWS]
     assert not any("Times" in note for note in answer(Run(name="a", rows=untimed)).notes)
