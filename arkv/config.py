@@ -366,7 +366,15 @@ BYTE_METHODS: dict[str, dict[str, Any]] = {
     "quant": {"original_share": 0.0, "head_budgets": "layer"},
     # At an eighth of a prompt's bytes a whole window of Original tokens would be an eighth of what there is.
     "mix": {"original_share": 0.05, "layer_budgets": "oq", "head_budgets": "layer", "n_recent": 16},
-    # What a question behind the prompt needs lies in few layers and heads: tokens of all of them compete.
-    "mix-replay": {"original_share": 0.05, "importance": "replay", "head_budgets": "all", "n_recent": 4},
+    # What a question behind the prompt needs lies in few layers and heads: tokens of all of them compete. What is read
+    # and written behind it is scored on the same scale, by its largest attention, or every head would evict it first.
+    "mix-replay": {
+        "original_share": 0.05,
+        "importance": "replay",
+        "head_budgets": "all",
+        "n_recent": 4,
+        "decode_importance": "largest",
+        "decode_rate": 1 / 16,
+    },
 }
 """The methods in byte units."""
