@@ -9,9 +9,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from arkv.config import METHODS
+from bench.methods.grid import grid
 from bench.models.catalogue import EMBEDDED
 from bench.names import RECORD
 from bench.records.row import Row, read_results
+from bench.settings.run import RunConfig
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 WIDTH = 120
@@ -103,6 +106,17 @@ def settings_of(folder: str) -> dict[str, Any]:
     """What a run was told."""
     settings: dict[str, Any] = record_of(folder)["settings"]
     return settings
+
+
+def since_changed(folder: str) -> str:
+    """Methods of a run whose defaults are others by now, in words; nothing where all are as they were."""
+    record = record_of(folder)
+    own = [name for name in record["settings"]["methods"] if name in METHODS]
+    given = {key: value for key, value in record["settings"].items() if value is not None and key != "methods"}
+    run = RunConfig(**given, methods=own)
+    cells = grid(own, run.budgets, run.window_size, run.quant_format, run.method_settings)
+    changed = list(dict.fromkeys(cell.method for cell in cells if cell.key not in record["cells"]))
+    return f"{listed(changed)}: earlier defaults." if changed else ""
 
 
 def threads_of(folder: str) -> str:

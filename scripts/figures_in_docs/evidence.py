@@ -21,6 +21,7 @@ from scripts.figures_in_docs.common import (
     percent,
     rows_of,
     settings_of,
+    since_changed,
     the_row,
     with_interval,
 )
@@ -52,7 +53,8 @@ def ruler() -> str:
         f"""RULER at {length_asked(RULER):,} tokens, the question read through what was left of the context,
         {model_of(RULER)}, {parts[0].n} documents of each task: score in percent at a share of the context's bytes, the
         mean of all tasks with 95 % interval, what is kept of the full cache's mean, and the bytes held in the end
-        (`results/{RULER}`, {in_words(len(tasks))} of the six tasks of the preset `evidence-exam`):"""
+        (`results/{RULER}`, {in_words(len(tasks))} of the six tasks of the preset `evidence-exam`).
+        {since_changed(RULER)}"""
     )
     heads = ["method", "budget", *(own_name(task).partition(":")[2] for task in tasks), "mean", "kept", "bytes held"]
     return "\n".join([said, "", *markdown_table(heads, lines, right=range(1, len(heads)))])
@@ -141,5 +143,5 @@ def gsm8k_replay() -> str:
         )
     return paragraph(
         f"""`mix-replay`, in a run of its own on the first {full.n} of these questions: {", ".join(said)}, where the
-        full cache has {100 * full.score:g} % (`results/{GSM8K_REPLAY}`)."""
+        full cache has {100 * full.score:g} % (`results/{GSM8K_REPLAY}`). {since_changed(GSM8K_REPLAY)}"""
     )

@@ -23,6 +23,7 @@ from scripts.figures_in_docs.common import (
     rows_at,
     rows_of,
     rows_within,
+    since_changed,
     threads_of,
     with_interval,
 )
@@ -75,8 +76,8 @@ def exam() -> str:
         f"""RULER at {length_asked(EXAM):,} tokens, asked after compression,
         {found.setup}: score in percent at {shares} % of the context's bytes ({named};
         intervals: [docs/results.md](docs/results.md)). Held in the end, of the context's bytes, in brackets what
-        presses that mask single heads' tokens would hold if each stored its own. TTFT: one prompt,
-        {found.threads}."""
+        presses that mask tokens would hold if each head stored its own. TTFT: one prompt, {found.threads}.
+        {since_changed(EXAM)}"""
     )
     return "\n".join([said, "", *aligned(heads, lines), "", paragraph(_best_of_exam(found.rows))])
 
@@ -96,7 +97,7 @@ def exam_whole() -> str:
         {found.setup}, score in percent with 95 % interval, by shares of the context's bytes. Bytes held are the
         true ones in the end, of the context's too: a press that masks tokens of single heads still stores them; in
         brackets is what they would be if every head were stored by itself. TTFT of one prompt of so many tokens, on an
-        idle machine with {found.threads} (`results/{TIMES}`)."""
+        idle machine with {found.threads} (`results/{TIMES}`). {since_changed(EXAM)}"""
     )
     table = markdown_table(heads, lines, right=range(1, len(heads)))
     return "\n".join([said, "", *table, "", paragraph(_quantized_press(found))])
