@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ SOURCES = sorted(path.relative_to(ROOT).as_posix() for package in PACKAGES for p
 each_source = pytest.mark.parametrize("source", SOURCES)
 
 
+@cache
 def parse(source: str) -> ast.Module:
+    """The tree of a file, which no test changes."""
     return ast.parse((ROOT / source).read_text(encoding="utf-8"), filename=source)
 
 

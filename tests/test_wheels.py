@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import json
 import os
@@ -15,6 +14,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from email.message import Message
 from email.parser import Parser
+from functools import cache
 from importlib.metadata import PathDistribution, distribution
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.test_architecture import imports
+from tests.test_architecture import SOURCES, imports, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = (ROOT / "arkv" / "VERSION").read_text(encoding="utf-8").strip()
@@ -84,12 +84,11 @@ COMES_WITH = {
 """Imports that a requirement brings along: its own interface is made of them, or it alone wants them (sklearn)."""
 
 
+@cache
 def imported(*folders: str) -> set[str]:
     """What the sources in ``folders`` import of others, by top-level name."""
-    trees = [
-        ast.parse(path.read_text(encoding="utf-8")) for folder in folders for path in (ROOT / folder).rglob("*.py")
-    ]
-    found = {name for tree in trees for name, _ in imports(tree, "bench/file.py")}
+    trees = {source: parse(source) for source in SOURCES if source.split("/")[0] in folders}
+    found = {name for source, tree in trees.items() for name, _ in imports(tree, source)}
     return {name.split(".")[0] for name in found} - set(sys.stdlib_module_names) - {"arkv", "bench", "tasks"}
 
 
