@@ -101,8 +101,8 @@ def one_token_attention(
 ) -> torch.Tensor:
     """:func:`plain_attention` of one new token that sees all keys and values, [B, 1, Hq, D].
 
-    The queries that share a KV head are rows of one product, and no head is repeated: on CPUs SDPA is ten times faster
-    so in bfloat16. The sums are the same but for rounding.
+    The queries that share a KV head are rows of one product, and no head is repeated, which SDPA is faster with on CPUs
+    in bfloat16. The sums are the same but for rounding.
 
     Args:
         query: [B, Hq, 1, D].

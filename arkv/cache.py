@@ -14,9 +14,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from arkv.allocators import Allocator, JointAllocator, LayerScores
 from arkv.attention import Handle, attach, dense_of, padding_of, refuse_gradients
 from arkv.blocks import attend_block
-from arkv.budget import Allocator, Geometry, JointAllocator, LayerScores
+from arkv.budget import Geometry
 from arkv.config import CacheConfig, ConfigError
 from arkv.layer import TriStateLayer
 from arkv.memory import storage_bytes
@@ -289,7 +290,7 @@ class TriStateCache(WatchedCache):
         twin.__dict__.update(self.__dict__)
         twin.layers = [layer.fork() if isinstance(layer, TriStateLayer) else layer for layer in self.layers]
         twin._take_stock(copy_stock(self.stock))
-        twin._asked, twin._kinds = set(self._asked), dict(self._kinds)
+        twin._asked, twin._held_as = set(self._asked), dict(self._held_as)
         if sample is None:
             twin._regroup([group.store.clone() for group in self._groups])
             return twin
@@ -300,15 +301,15 @@ class TriStateCache(WatchedCache):
     @staticmethod
     def can_stack(caches: Sequence[Cache]) -> bool:
         """Whether :meth:`stack` takes them: of equal settings, behind prompts, of layers with full attention only."""
-        kinds = {cache._kind() if isinstance(cache, TriStateCache) else None for cache in caches}
-        return len(kinds) == 1 and None not in kinds
+        alike = {cache._stacked_as() if isinstance(cache, TriStateCache) else None for cache in caches}
+        return len(alike) == 1 and None not in alike
 
-    def _kind(self) -> tuple[Any, ...] | None:
+    def _stacked_as(self) -> tuple[Any, ...] | None:
         """What caches that can be stacked have in common; None: this one cannot be."""
         if not self._groups or len(self._own) < len(self.layers) or any(map(keeps_state, self.stock.layers)):
             return None
         # While a cache has not outgrown its budget it has fewer pools.
-        return (self.config, *self._kinds.values(), *(len(group.store.pools) for group in self._groups))
+        return (self.config, *self._held_as.values(), *(len(group.store.pools) for group in self._groups))
 
     @classmethod
     def stack(cls, caches: Sequence[TriStateCache]) -> TriStateCache:
@@ -360,7 +361,7 @@ class TriStateCache(WatchedCache):
         prefill.check(config)
         cache = cls(prefill.model_config, config, allocator)
         cache._take_stock(copy_stock(prefill.stock))
-        cache._asked, cache._kinds = set(prefill._asked), dict(prefill._kinds)
+        cache._asked, cache._held_as = set(prefill._asked), dict(prefill._held_as)
         for layer_idx, (source, layer) in enumerate(zip(prefill.layers, cache.layers, strict=True)):
             if isinstance(source, PrefillLayer) and isinstance(layer, TriStateLayer):
                 key, value = source.states()

@@ -15,8 +15,9 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from arkv import parts
-from arkv.budget import Grant, Slots
+from arkv.budget import Slots
 from arkv.config import CacheConfig
+from arkv.grant import Grant
 from arkv.measure import score_forward, update_scores
 from arkv.parts import Block, InOrder, States
 from arkv.pools import Part

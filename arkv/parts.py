@@ -256,8 +256,8 @@ def _rows_of(x: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor) -> torch
     heads, dim = x.shape[1], x.shape[3]
     if x.stride(3) != 1 or any(stride % dim for stride in x.stride()[:3]):
         x = x.contiguous()
-    # As a list of rows, wherever they lie: the models' tensors are often transposed, and parts of longer ones. Reads of
-    # whole rows by one flat index are ten times faster on CPU than `gather` over the head dim.
+    # As a list of rows, wherever they lie: the models' tensors are often transposed, and parts of longer ones. On CPUs
+    # whole rows by one flat index are read faster than by `gather` over the head dim.
     batch, head, slot = (stride // dim for stride in x.stride()[:3])
     count = 1 + sum((size - 1) * step for size, step in zip(x.shape[:3], (batch, head, slot), strict=True))
     flat = x.as_strided((count, dim), (dim, 1))

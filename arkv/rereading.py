@@ -69,38 +69,25 @@ class _ReplayHandle(Handle):
         plain = kwargs.get("softcap") is None and kwargs.get("s_aux") is None
         if self.fused and plain and kernels.reread.supported(query.device, query.dtype):
             return kernels.reread.reread(query, self.key, self.value, scaling, largest)
-        output, found = plain_reread(
-            module, query, self.key, self.value, largest.shape[2], dense_of(mask), scaling, self.fused, **kwargs
-        )
-        torch.maximum(largest, found, out=largest)
-        return output
+        found = largest_attention(query, self.key, self.value, scaling, self.fused)
+        torch.maximum(largest, found[..., : largest.shape[2]], out=largest)
+        return plain_attention(module, query, self.key, self.value, dense_of(mask), scaling, **kwargs)
 
 
-def plain_reread(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    length: int,
-    dense: torch.Tensor | None,
-    scaling: float,
-    fused: bool,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention output [B, m, Hq, D] of a chunk behind ``length`` tokens, and the largest that each of these gets from
-    it, [B, H, N].
+def largest_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, fused: bool
+) -> torch.Tensor:
+    """The largest attention that any query of a chunk gives to each token, [B, H, N + m].
 
     Args:
         query: [B, Hq, m, D].
-        key, value: [B, H, N + m, D].
-        dense: the mask that SDPA needs.
-        fused: whether a kernel may find the largest.
+        key, value: of the prompt and of the chunk, [B, H, N + m, D].
+        fused: whether a kernel may find it.
     """
     new = query.shape[2]
     none = torch.zeros(1, 1, 1, dtype=torch.bool, device=query.device)
     chunk = Prompt(query, key, value, new=new, window=new, scaling=scaling, sinks=none, fused=fused)
-    output = plain_attention(module, query, key, value, dense, scaling, **kwargs)
-    return output, chunk.near.largest[..., :length]
+    return chunk.near.largest
 
 
 class _ReplayCache(WatchedCache):
@@ -111,7 +98,7 @@ class _ReplayCache(WatchedCache):
         self.fused = fused
         self.layers = [ReplayLayer(layer) if isinstance(layer, PrefillLayer) else layer for layer in prefill.layers]
         self.stock = prefill.stock
-        self._kinds = prefill._kinds
+        self._held_as = prefill._held_as
 
     def rewound(self, prefill: PrefillCache) -> _ReplayCache:
         """The same behind the prompt again: transformers' own layers have gone on."""

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from arkv import kernels
-from arkv.budget import NEVER
 from arkv.config import CacheConfig
+from arkv.grant import NEVER
 from arkv.kernels import twin
 from arkv.layer import TriStateLayer
 from arkv.store import Store

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from arkv.budget import Allocator, ByteAllocator, Grant, JointAllocator, LayerScores, TokenAllocator
+from arkv.allocators import Allocator, ByteAllocator, JointAllocator, LayerScores, TokenAllocator
 from arkv.config import CacheConfig, ConfigError
+from arkv.grant import Grant
 
 
 class Won(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -16,6 +16,20 @@ from arkv.models import copy_layer, keeps_state, layers_of, select_samples, text
 
 class OtherCacheNeeded(ConfigError, AttributeError):
     """A model asked its cache for something that only a cache of the model's own kind has."""
+
+
+class HeldAs(NamedTuple):
+    """What keys and values of a layer are like, whatever tokens and samples they are of."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{dtype} keys and values of {self.key_dim} and {self.value_dim} channels on {self.device}"
 
 
 class WatchedCache(Cache):
@@ -43,8 +57,8 @@ class WatchedCache(Cache):
         """Layers that count tokens: those with keys and values."""
         self._asked: set[tuple[str, int, int]] = set()
         """What the newest forward has come to: states, and layers with keys and values."""
-        self._kinds: dict[int, tuple[Any, ...]] = {}
-        """Of each layer of our own that has taken keys and values: KV heads, channels of both, dtype and device."""
+        self._held_as: dict[int, HeldAs] = {}
+        """Of each layer of our own that has taken keys and values."""
 
     def __getattr__(self, name: str) -> Any:
         # Not set yet in a cache that is being made.
@@ -128,20 +142,20 @@ class WatchedCache(Cache):
         """
         layer: Any = self.layers[layer_idx]
         samples = layer.max_batch_size
-        kind = (key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
+        given = HeldAs(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
         if not samples:
-            self._kinds[layer_idx] = kind
+            self._held_as[layer_idx] = given
             return
-        known = self._kinds.setdefault(layer_idx, kind)
-        if (samples, known[0]) != key.shape[:2]:
+        held = self._held_as.setdefault(layer_idx, given)
+        if (samples, held.heads) != key.shape[:2]:
             raise ConfigError(
-                f"this cache holds {samples} samples with {known[0]} KV heads, and the model gives it keys of "
+                f"this cache holds {samples} samples with {held.heads} KV heads, and the model gives it keys of "
                 f"{key.shape[0]} samples with {key.shape[1]}: make a cache for each model and batch"
             )
-        if kind != known:
+        if given != held:
             raise ConfigError(
-                f"this cache holds {_kind_said(known)}, and the model gives it {_kind_said(kind)}: make a cache for "
-                "each model, precision and device"
+                f"this cache holds {held}, and the model gives it {given}: make a cache for each model, precision and "
+                "device"
             )
 
     # -- whole forwards ------------------------------------------------------------------------------------------------
@@ -178,7 +192,7 @@ class WatchedCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         super().reset()  # type: ignore[no-untyped-call]
-        self.waiting, self._asked, self._kinds = False, set(), {}
+        self.waiting, self._asked, self._held_as = False, set(), {}
         # transformers' layers put zeros in the place of what they hold, and go on from these.
         self._take_stock(DynamicCache(config=self.model_config))
         for index in self._counting:
@@ -192,11 +206,6 @@ def copy_stock(cache: DynamicCache) -> DynamicCache:
     twin: DynamicCache = object.__new__(type(cache))
     twin.__dict__.update(cache.__dict__, layers=[copy_layer(layer) for layer in cache.layers])
     return twin
-
-
-def _kind_said(kind: tuple[Any, ...]) -> str:
-    _, keys, values, dtype, device = kind
-    return f"{str(dtype).removeprefix('torch.')} keys and values of {keys} and {values} channels on {device}"
 
 
 _INTERRUPTED = (

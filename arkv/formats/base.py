@@ -178,7 +178,7 @@ def uniform_levels(bits: int) -> tuple[float, ...]:
 
 
 def e4m3_to_float(codes: torch.Tensor) -> torch.Tensor:
-    """e4m3 (uint8) to float32 through the bit pattern of float16, since the eager cast is some 20 times slower on CPU.
+    """e4m3 (uint8) to float32 through the bit pattern of float16, since the eager cast is slower on CPUs.
 
     Sign, exponent and mantissa of e4m3 sit in the top bits of a float16 after a shift; only the exponent bias
     differs (7 against 15), which is the factor 2**8.

@@ -11,21 +11,9 @@ import pytest
 import torch
 
 from arkv import FORMATS, CacheConfig, ConfigError
-from arkv.budget import (
-    NEVER,
-    ByteAllocator,
-    ByteBudget,
-    Geometry,
-    GivenCounts,
-    Grant,
-    LayerScores,
-    Slots,
-    TokenAllocator,
-    byte_slots,
-    minimal_bytes,
-    token_limit,
-    token_slots,
-)
+from arkv.allocators import ByteAllocator, GivenCounts, LayerScores, TokenAllocator
+from arkv.budget import ByteBudget, Geometry, Slots, byte_slots, minimal_bytes, token_limit, token_slots
+from arkv.grant import NEVER, Grant
 from arkv.scores import oq_ratios
 from arkv.store import row_table_bytes
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arkv import CacheConfig, TriStateCache, attach
-from arkv.budget import GivenCounts
+from arkv.allocators import GivenCounts
 from tests.arkv.conftest import PUBLISHED, Driver, compressed, feed, forward, prompt
 
 LAYERS = 6
@@ -57,7 +57,7 @@ def test_a_step_runs_without_numbers(method: str, settings: dict[str, Any]) -> N
     assert driver.cache.is_compileable
     query, key, value = driver.random(1, seed=1)
     # What the cache knows of its keys and values is of another device, too.
-    driver.cache._kinds.clear()
+    driver.cache._held_as.clear()
     by_layer = []
     with FakeTensorMode():
         for group in driver.cache._groups:

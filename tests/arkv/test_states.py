@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from arkv import FORMATS, CacheConfig, PrefillCache, TriStateCache, attach, kernels
-from arkv.budget import GivenCounts
+from arkv.allocators import GivenCounts
 from arkv.formats.base import CENTER_DTYPE
 from arkv.kernels import twin
 from arkv.pools import Part, Plane, Pool

@@ -1,5 +1,6 @@
 """Attention of tokens that are read behind a prompt on CPUs by a C function, with the largest that each token of the
-prompt gets: the twin of :func:`arkv.rereading.plain_reread`.
+prompt gets: the twin of :func:`arkv.blocks.plain_attention` and
+:func:`arkv.rereading.largest_attention` at once.
 
 ``reread.c`` says how it works: logits are computed once for both, and are never in memory.
 """

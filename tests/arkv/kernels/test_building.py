@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import threading
@@ -12,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from arkv.kernels.cpu import building
-
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+from tests.arkv.kernels.conftest import needs_compiler
 
 
 @pytest.fixture

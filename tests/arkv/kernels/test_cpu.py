@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,16 +10,16 @@ import torch
 
 from arkv import kernels
 from arkv.formats import FORMATS
-from arkv.kernels.cpu import building, pools
+from arkv.kernels.cpu import pools
 from tests.arkv.kernels.cases import NF4, Case, Step, case, compare
+from tests.arkv.kernels.conftest import needs_compiler
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+pytestmark = [needs_compiler, pytest.mark.usefixtures("built")]
 EACH_FORMAT = [None, *sorted(FORMATS), "nf4"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def built() -> Iterator[None]:
-    building.build()
+def _nf4() -> Iterator[None]:
     FORMATS["nf4"] = NF4
     yield
     del FORMATS["nf4"]

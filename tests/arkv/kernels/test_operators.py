@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,14 +16,9 @@ from arkv.kernels import twin
 from arkv.kernels.cpu import building, pools
 from tests.arkv.conftest import compressed, prompt
 from tests.arkv.kernels.cases import Case, case
+from tests.arkv.kernels.conftest import needs_compiler
 
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def built() -> None:
-    if shutil.which("cc") is not None:
-        building.build()
+pytestmark = pytest.mark.usefixtures("built")
 
 
 def small(quant_format: str | None = "k4v3", **settings: Any) -> Case:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +12,10 @@ from arkv.formats import FORMATS
 from arkv.kernels.cpu import building
 from tests.arkv.kernels import test_cpu, test_quantize, test_reread, test_score
 from tests.arkv.kernels.cases import NF4, Step, case
+from tests.arkv.kernels.conftest import needs_compiler
 
 FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+pytestmark = needs_compiler
 
 
 @pytest.fixture(

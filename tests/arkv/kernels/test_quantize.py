@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arkv.formats import FORMATS, Layout, uniform_levels
-from arkv.kernels.cpu import building, quantize
+from arkv.kernels.cpu import quantize
 from tests.arkv.kernels.cases import NF4
+from tests.arkv.kernels.conftest import needs_compiler
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+pytestmark = [needs_compiler, pytest.mark.usefixtures("built")]
 LAYOUTS = {str(bits): Layout(bits, uniform_levels(bits)) for bits in (2, 3, 4)} | {
     "int8": Layout(8),
     "e4m3": Layout(8, floating=True),
@@ -21,12 +20,6 @@ LAYOUTS = {str(bits): Layout(bits, uniform_levels(bits)) for bits in (2, 3, 4)} 
     "table3": NF4.value,
 }
 EACH_LAYOUT = pytest.mark.parametrize("name", sorted(LAYOUTS))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def built() -> None:
-    if shutil.which("cc") is not None:
-        building.build()
 
 
 def same(x: torch.Tensor, name: str) -> None:

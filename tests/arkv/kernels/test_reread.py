@@ -3,7 +3,6 @@ a second reading takes it."""
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import pytest
@@ -11,18 +10,14 @@ import torch
 from torch import nn
 
 from arkv import CacheConfig, PrefillCache, attach
-from arkv.kernels.cpu import building, reread
-from arkv.rereading import plain_reread, replay
+from arkv.blocks import plain_attention
+from arkv.kernels.cpu import reread
+from arkv.rereading import largest_attention, replay
 from tests.arkv.conftest import prompt
+from tests.arkv.kernels.conftest import needs_compiler
 from tests.arkv.kernels.test_score import random
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def built() -> None:
-    if shutil.which("cc") is not None:
-        building.build()
+pytestmark = [needs_compiler, pytest.mark.usefixtures("built")]
 
 
 def compare(
@@ -98,7 +93,8 @@ def test_it_agrees_with_its_twin() -> None:
     visible = torch.ones(20, 90, dtype=torch.bool).tril(70)[None, None]
     module = nn.Module()
     module.num_key_value_groups = 3
-    expected, found = plain_reread(module, query, key, value, 70, visible, 0.1, False)
+    expected = plain_attention(module, query, key, value, visible, 0.1)
+    found = largest_attention(query, key, value, 0.1, fused=False)[..., :70]
     largest = torch.zeros(1, 2, 70)
     assert torch.allclose(reread.reread(query, key, value, 0.1, largest), expected, atol=1e-5)
     assert torch.allclose(largest, found, rtol=2e-5)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import pytest
 import torch
 
 from arkv import CacheConfig, TriStateCache, attach
-from arkv.kernels.cpu import building, score
+from arkv.kernels.cpu import score
 from arkv.scores.attention import Summary, causal_visibility, summarize, window_attention
 from tests.arkv.conftest import prompt
+from tests.arkv.kernels.conftest import needs_compiler
 
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-pytestmark = needs_compiler
-
-
-@pytest.fixture(scope="module", autouse=True)
-def built() -> None:
-    if shutil.which("cc") is not None:
-        building.build()
+pytestmark = [needs_compiler, pytest.mark.usefixtures("built")]
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
