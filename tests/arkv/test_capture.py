@@ -98,7 +98,7 @@ def test_counts_that_are_not_filled_yet_are_no_steady_state(llama: Any) -> None:
     assert cache.is_compileable
 
 
-@pytest.mark.parametrize("method", ["origin", "mix"])
+@pytest.mark.parametrize("method", [pytest.param("origin", marks=pytest.mark.slow), "mix"])
 def test_a_compiled_model_gives_the_same_tokens(llama: Any, method: str) -> None:
     backend = os.environ.get("ARKV_TEST_BACKEND", "eager")
     config = CacheConfig.for_method(method, cache_size=32, window_size=8)
