@@ -38,6 +38,15 @@ def both(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return path, said
 
 
+@pytest.fixture(scope="module")
+def alone(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs with the question at one place, by that place."""
+    folder = tmp_path_factory.mktemp("alone")
+    for question in ("before", "after"):
+        go(tiny_folder, folder / question, question=question, samples=6)
+    return {question: folder / question for question in ("before", "after")}
+
+
 def call(*arguments: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))
@@ -52,7 +61,7 @@ def untimed(path: Path, task: str) -> list[dict[str, Any]]:
     ]
 
 
-def test_both_are_two_tasks_with_the_same_tokens(both: tuple[Path, str], tiny_folder: Path, tmp_path: Path) -> None:
+def test_both_are_two_tasks_with_the_same_tokens(both: tuple[Path, str], alone: dict[str, Path]) -> None:
     path, _ = both
     lines = read_lines(path / SAMPLES)
     assert {(line["task"], line["question"]) for line in lines} == {
@@ -71,8 +80,7 @@ def test_both_are_two_tasks_with_the_same_tokens(both: tuple[Path, str], tiny_fo
         assert after["prompt_sha256"] != before["prompt_sha256"]
     # Each kind alone leaves what it leaves beside the other.
     for question, task in (("before", "needle"), ("after", AFTER)):
-        go(tiny_folder, tmp_path / question, question=question, samples=6)
-        assert untimed(tmp_path / question, task) == untimed(path, task)
+        assert untimed(alone[question], task) == untimed(path, task)
 
 
 def test_every_table_says_which_it_was(both: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,11 +130,9 @@ def test_lm_evals_choices_without_parts_say_that_the_question_is_inside(tiny_fol
     assert {(row.task, row.question) for row in outcome.rows} == {("toy_east", "inside"), ("toy_text", None)}
 
 
-def test_the_gate_never_takes_one_kind_for_the_other(both: tuple[Path, str], tiny_folder: Path, tmp_path: Path) -> None:
+def test_the_gate_never_takes_one_kind_for_the_other(both: tuple[Path, str], alone: dict[str, Path]) -> None:
     path, _ = both
-    after, before = tmp_path / "after", tmp_path / "before"
-    go(tiny_folder, after, question="after", samples=6)
-    go(tiny_folder, before, question="before", samples=6)
+    after, before = alone["after"], alone["before"]
     with pytest.raises(UserError, match="have nothing in common"):
         check(read(after), read(before), Tolerances(judge_speed=False))
     assert not check(read(path), read(after), Tolerances(judge_speed=False)).failed
