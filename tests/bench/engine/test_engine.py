@@ -735,6 +735,18 @@ def test_every_document_is_answered_by_its_own_cells(tiny: Any) -> None:
     assert sorted(found) == [("d0", "mix"), ("d1", "full"), ("d1", "mix"), ("d1", "window"), ("d2", "window")]
 
 
+def test_all_that_takes_long_is_said_while_it_is_done(tiny: Any) -> None:
+    engine, said = Engine(tiny.model, tiny.tokenizer, cells("mix"), batch_size=8), []
+    engine.watch = said.append
+    list(engine.answer_batch([(document(seed=0), engine.cells)]))
+    reading, compressing, *tokens = said
+    length = len(document(seed=0).request.prompt_ids)
+    assert reading == f"reading 1 prompt of up to {length} tokens"
+    assert compressing == f"{engine.cells[0].label}: compressing {length} tokens"
+    assert tokens
+    assert all(" of 1 answer" in item for item in tokens)
+
+
 @pytest.mark.parametrize("method", ["kvpress:snapkv", "hf:quanto-int4"])
 def test_peers_answer_in_a_batch_as_alone(tiny: Any, method: str) -> None:
     questions, grid_ = several(tiny), peer_cells(method)
