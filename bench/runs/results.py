@@ -249,7 +249,7 @@ def _pass_rows(
     """Rows of pass@k, of the metrics that know right and wrong, where each document was answered several times."""
     taken = {cell.key: complete(results.samples[cell.key].values()) for cell in cells}
     repeats = max((sample.repeat or 1 for samples in taken.values() for sample in samples), default=1)
-    metrics = [pass_metric(metric, repeats) for metric in results.task.metrics if metric.binary]
+    metrics = {metric.name: pass_metric(metric, repeats) for metric in results.task.metrics if metric.binary}
     if repeats == 1 or not metrics:
         return []
     best = {key: best_of_repeats(samples, results.task.metrics, repeats) for key, samples in taken.items()}
@@ -259,15 +259,23 @@ def _pass_rows(
             continue
         whole = {sample.own_id: sample for sample in best.get(FULL, ())}
         full = [whole[sample.own_id] for sample in mine if sample.own_id in whole]
-        scored = (_mean_of(mine, metrics), _mean_of(full, metrics) if len(full) == len(mine) else None)
-        table += _cell_rows(model, results.task.name, part_of, metrics, cell, taken[cell.key], [None], starts, *scored)
-    add_statistics(table, [sample for samples in best.values() for sample in samples], metrics)
+        scored = (_mean_of(mine), _mean_of(full) if len(full) == len(mine) else None)
+        for name, metric in metrics.items():
+            # The metric of one length is of its documents.
+            answers = [sample for sample in taken[cell.key] if sample.scores.get(name) is not None]
+            table += _cell_rows(model, results.task.name, part_of, [metric], cell, answers, [None], starts, *scored)
+    add_statistics(table, [sample for samples in best.values() for sample in samples], list(metrics.values()))
     return table
 
 
-def _mean_of(samples: Sequence[Measured], metrics: Iterable[Metric]) -> Evaluation:
-    values = {metric.name: [sample.scores[metric.name] or 0.0 for sample in samples] for metric in metrics}
-    return Evaluation(values={name: fmean(found) for name, found in values.items()})
+def _mean_of(samples: Sequence[Measured]) -> Evaluation:
+    """Means of scores, each over the documents that have it."""
+    known: dict[str, list[float]] = {}
+    for sample in samples:
+        for name, score in sample.scores.items():
+            if score is not None:
+                known.setdefault(name, []).append(score)
+    return Evaluation(values={name: fmean(scores) for name, scores in known.items()})
 
 
 def group_rows(

@@ -67,6 +67,17 @@ def test_every_document_has_as_many_answers_from_one_prefill(
         assert sum(read) == 1 + 2
 
 
+def test_of_several_lengths_each_has_its_rows(tiny_folder: Path, tmp_path: Path) -> None:
+    """Those of a length are of its documents only, pass@k too."""
+    settings = {**SAMPLED, "lengths": (400, 480), "samples": 1, "repeats": 2}
+    outcome, _ = go(tiny_folder, tmp_path, tasks=("ruler:niah_single_1",), **settings)
+    assert outcome.failures == []
+    documents = {"string_match": 2, "string_match,400": 1, "string_match,480": 1}
+    documents |= {f"{metric} pass@2": n for metric, n in documents.items()}
+    for method in ("full", "window"):
+        assert {row.metric: row.n for row in outcome.rows if row.method == method} == documents
+
+
 def test_rows_are_means_over_repeats_with_intervals_over_documents(done: Path) -> None:
     rows = {(row.metric, row.method): row for row in read_results(done)}
     lines = [line for line in read_lines(done / SAMPLES) if line["method"] == "full"]
