@@ -31,6 +31,11 @@ class UserError(Exception):
         self.exit_code = exit_code
 
 
+def unread(path: Path, error: OSError) -> UserError:
+    """A file that cannot be read; one that is not there was asked for in vain."""
+    return UserError(f"{path}: cannot be read ({error.strerror})", 2 if isinstance(error, FileNotFoundError) else 1)
+
+
 def whole_traceback(error: BaseException) -> str:
     """The traceback of an error and of all that it came from, also where ``from None`` hides that from a reader."""
     inner: BaseException | None = error

@@ -23,7 +23,8 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise TaskError(f"cannot read the text {path}: {error.strerror}") from error
+        absent = isinstance(error, FileNotFoundError)
+        raise TaskError(f"cannot read the text {path}: {error.strerror}", usage=absent) from error
 
 
 def _phrases(text: str) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from bench.errors import UserError
 from bench.harness.index import find_all
 from bench.harness.tasks import HarnessTasks
 from bench.methods.names import METHOD_GROUP, TASK_GROUP, check_methods, full_name
@@ -24,6 +25,7 @@ def first_look(config: RunConfig) -> None:
     Raises:
         UserError, TaskError: an unknown name, or a path where nothing is.
     """
+    check_paths(config)
     if not config.plugin:
         own = _installed(METHOD_GROUP)
         variants = [method.name for method in config.methods if not isinstance(method, str)]
@@ -31,6 +33,16 @@ def first_look(config: RunConfig) -> None:
         _check_tasks(config.tasks, [Path(folder) for folder in config.include_path or ()])
     if len(config.model) == 1:
         resolve(config.model[0], weights=False)
+
+
+def check_paths(config: RunConfig) -> None:
+    """Refuse files and folders with documents that are not there. Raises :class:`UserError`."""
+    for name in ("haystack", "text"):
+        file = getattr(config, name)
+        if file is not None and not file.exists():
+            raise UserError(f"{config.option(name)}={file}: no such file", exit_code=2)
+    if config.data_dir is not None and not config.data_dir.is_dir():
+        raise UserError(f"{config.option('data_dir')}={config.data_dir}: no such folder", exit_code=2)
 
 
 def _installed(group: str) -> list[str]:

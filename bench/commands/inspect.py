@@ -39,12 +39,14 @@ def inspect(run: RUN_OF_PROMPT = None, preset: PRESET = None, **typed: Any) -> N
     [bold]arkv-bench inspect --text README.md --cache-size 512[/bold]
     [bold]arkv-bench inspect --task needle --doc 3 --cache-ratio 0.125 --html look.html[/bold]
     """
+    from bench.commands.first_look import check_paths
     from bench.settings.presets import resolve
 
     flags = given(InspectConfig, typed)
     if run is not None or not flags.keys() & {"prompt_file", "task"}:
         flags = _of_run(run, flags)
     config, origin = resolve(flags, preset, InspectConfig)
+    check_paths(config)
     if (config.prompt_file is None) == (config.task is None):
         raise UserError("give --text FILE or --task NAME, one of them", exit_code=2)
     # A preset's folder is that of a run, and its tasks are those of one.

@@ -12,6 +12,7 @@ from bench.settings.plan import PlanConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from bench.costs.capacity import Capacity
     from bench.costs.plan import Calibration, ModelPlan
@@ -149,27 +150,42 @@ def _capacity(config: PlanConfig, console: Console) -> None:
 
 
 def _show_capacity(title: str, rows: Sequence[Capacity], kept: Any, console: Console) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title))
     scores = list(kept or {})
-    heads = ("budget", "method", "KV/token", "pool", "longest", "at once", "KV/step", "tokens/s")
-    for head in (*heads, *(f"{task} {metric}" for task, metric in scores)):
-        table.add_column(head, justify="left" if head == "method" else "right")
+    # Without a bandwidth there is nothing to say of a rate.
+    rated = any(row.tokens_per_s is not None for row in rows)
+    heads = ("budget", "method", "KV/token", "pool", "longest", "at once", "KV/step", *(["tokens/s"] if rated else []))
+    table = _table(title, (*heads, *(f"{task} {metric}" for task, metric in scores)), left="method")
     for row in rows:
         known = [kept[score].get(row.cell.key) for score in scores]
         table.add_row(
             *(_budget(row.cell), Text(f"{row.cell.method} {row.cell.quant_format or ''}".strip())),
             *(_bytes(None if row.bytes_per_token is None else round(row.bytes_per_token)), _count(row.pool_tokens)),
             *(_count(row.longest), _count(row.sequences), _bytes(row.step_bytes)),
-            "" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}",
+            *(["" if row.tokens_per_s is None else f"{row.tokens_per_s:,.0f}"] if rated else []),
             *("" if item is None or item.score is None else f"{item.score:.3g}" for item in known),
         )
     console.print(table)
     if nothing := [row for row in rows if row.sequences == 0]:
         fits = ", ".join(f"{row.cell.label} up to {row.longest:,} tokens" for row in nothing)
         console.print(f"Not one sequence fits: {fits}.", markup=False, highlight=False, style="yellow")
+
+
+def _table(title: str, heads: Sequence[str], *, left: str) -> Table:
+    """A table that cuts no number in 80 columns: names fold instead."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=0
+    )
+    for head in heads:
+        # Heads of scores are names of tasks, which are long.
+        folds = head == left or " " in head
+        table.add_column(Text(head), justify="left" if head == left else "right", no_wrap=not folds, overflow="fold")
+    return table
 
 
 def _budget(cell: Cell) -> str:
@@ -207,13 +223,10 @@ def _bytes(count: int | None) -> str:
 
 
 def _show(plan: ModelPlan, cells: list[Cell], workers: int, console: Console) -> None:
-    from rich.table import Table
-
     from bench.costs.plan import USABLE, cells_table
 
-    tasks = Table(title=f"{plan.name}: {plan.size.parameters / 1e9:.3g} B parameters")
-    for head in ("task", "documents", "prefills", "mean tokens", "longest", "steps per method"):
-        tasks.add_column(head, justify="left" if head == "task" else "right")
+    heads = ("task", "documents", "prefills", "mean tokens", "longest", "steps per method")
+    tasks = _table(f"{plan.name}: {plan.size.parameters / 1e9:.3g} B parameters", heads, left="task")
     for load in plan.loads:
         numbers = (load.documents, load.prefills, load.mean_context, load.longest, load.steps)
         tasks.add_row(load.task, *(f"{number:,}" for number in numbers))
@@ -221,9 +234,8 @@ def _show(plan: ModelPlan, cells: list[Cell], workers: int, console: Console) ->
     for name, error in plan.failures.items():
         console.print(f"{name}: {error}", markup=False, highlight=False, style="red")
     if rows := cells_table(plan, cells):
-        table = Table(title="KV bytes of a prompt after compression, at most")
-        for head in ("method", "mean prompt", "longest prompt"):
-            table.add_column(head, justify="left" if head == "method" else "right")
+        title = "KV bytes of a prompt after compression, at most"
+        table = _table(title, ("method", "mean prompt", "longest prompt"), left="method")
         for label, mean, most in rows:
             table.add_row(label, _bytes(mean), _bytes(most))
         console.print(table)

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 @takes(ReportConfig)
 def report(**typed: Any) -> None:
     """Print the answer, the best method of each budget and what it costs, then a short table of each task: methods as
-    rows, budgets grouped, the best of each in bold. All metrics, p-values and notes come with --details.
+    rows, budgets grouped, the best of each in bold.
+
+    All metrics, p-values and notes come with --details.
 
     Of several runs every table says in a column which run a row is of, and each further run is compared with the first
     on the documents that both have answered, with everything that differs between the two.
@@ -28,6 +30,7 @@ def report(**typed: Any) -> None:
     Tasks that were asked for through a group with a score of its own stand in the CSV format only.
 
     [bold]arkv-bench report[/bold]
+    [bold]arkv-bench report runs/demo[/bold]
     [bold]arkv-bench report runs/demo --details[/bold]
     [bold]arkv-bench report runs/a runs/b --format markdown -o table.md[/bold]
     [bold]arkv-bench report runs/demo --by depth[/bold]

@@ -50,7 +50,7 @@ def resolve(reference: str, *, weights: bool = True) -> ModelSource:
     path = Path(reference).expanduser()
     if reference and path.is_dir():
         path = path.resolve()
-        check_folder(path, f"The folder {path}", weights)
+        check_folder(path, f"The folder {path}", weights, exit_code=2)
         return ModelSource(kind="folder", name=path.name, path=path)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -70,18 +70,24 @@ def resolve(reference: str, *, weights: bool = True) -> ModelSource:
     )
 
 
-def check_folder(folder: Path, what: str, weights: bool = True) -> None:
-    """Refuse a folder that transformers could not load, or would load something else for. ``what`` names it."""
+def check_folder(folder: Path, what: str, weights: bool = True, *, exit_code: int = 1) -> None:
+    """Refuse a folder that transformers could not load, or would load something else for. ``what`` names it.
+
+    Args:
+        exit_code: 2 of a folder that was typed.
+    """
     if not (folder / "config.json").is_file():
-        raise UserError(f"{what} holds no config.json: it is no transformers model")
+        raise UserError(f"{what} holds no config.json: it is no transformers model", exit_code)
     if weights and not any((folder / f"model.safetensors{suffix}").is_file() for suffix in ("", ".index.json")):
         pickled = any(file.suffix in (".bin", ".pt", ".pth") for file in folder.iterdir())
         raise UserError(
             f"{what} holds no model.safetensors"
-            + (": its pickled weights are not loaded, convert them to safetensors" if pickled else "")
+            + (": its pickled weights are not loaded, convert them to safetensors" if pickled else ""),
+            exit_code,
         )
     if (folder / "adapter_config.json").is_file():
-        raise UserError(f"{what} holds an adapter, which transformers would put on another base model: merge it first")
+        message = f"{what} holds an adapter, which transformers would put on another base model: merge it first"
+        raise UserError(message, exit_code)
     # Without one of these, transformers may make up a tokenizer of a few tokens instead of failing.
     if not any(any(folder.glob(name)) for name in ("tokenizer.*", "vocab.*", "*.model", "*.tiktoken", "tekken.json")):
-        raise UserError(f"{what} holds no tokenizer")
+        raise UserError(f"{what} holds no tokenizer", exit_code)

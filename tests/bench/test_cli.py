@@ -230,24 +230,47 @@ def folder(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
-    [(empty, "is empty"), (binary, "not UTF-8"), (folder, "cannot read"), (lambda path: None, "cannot read")],
+    ("make", "said", "status"),
+    [
+        (empty, "is empty", 1),
+        (binary, "not UTF-8", 1),
+        (folder, "cannot read", 1),
+        (lambda path: None, "no such file", 2),
+    ],
 )
 def test_data_files_that_cannot_be_used(
-    fail: Any, tiny_run: list[object], tmp_path: Path, make: Any, said: str
+    fail: Any, tiny_run: list[object], tmp_path: Path, make: Any, said: str, status: int
 ) -> None:
     file = tmp_path / "haystack.txt"
     make(file)
     code, text = fail(*tiny_run, "--haystack", file)
-    assert code == 1
+    assert code == status
     assert said in text
     assert str(file) in text
 
 
 def test_missing_data_dir(fail: Any, tiny_run: list[object], tmp_path: Path) -> None:
     code, text = fail(*tiny_run, "--tasks", "gsm8k", "--data-dir", tmp_path / "nowhere")
-    assert code == 1
-    assert str(tmp_path / "nowhere") in text
+    assert code == 2
+    assert text == f"arkv-bench: --data-dir={tmp_path / 'nowhere'}: no such folder\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "--data-dir", "nowhere"],
+        ["plan", "--no-calibrate", "--text", "nowhere"],
+        ["tune", "--data-dir", "nowhere"],
+        ["inspect", "--task", "needle", "--data-dir", "nowhere"],
+        ["inspect", "--text", "nowhere"],
+        ["report", str(ROOT / "results" / "demo"), "--against", "nowhere"],
+    ],
+)
+def test_a_file_that_is_not_there_is_a_usage_error_everywhere(fail: Any, tiny_folder: Path, command: list[str]) -> None:
+    model = [] if command[0] == "report" else ["--model", tiny_folder]
+    code, text = fail(*command, *model)
+    assert (code, len(text.splitlines())) == (2, 1)
+    assert "nowhere" in text
 
 
 def test_an_unknown_task_among_others(fail: Any, tiny_run: list[object], tmp_path: Path) -> None:
@@ -283,9 +306,10 @@ def test_a_run_ends_with_where_it_is_and_what_to_type_next(
     assert first == "arkv-bench: not everything could be measured:"
     assert missing.startswith(f"  57 tasks of tiny: no rows in --data-dir {tmp_path}: mmlu_")
     assert said.out.count("no rows in") == 1
-    assert said.out.splitlines()[-3:] == [
+    assert said.out.splitlines()[-4:] == [
         f"Run folder: {tmp_path / 'run'}",
         f"What failed is tried again by the same command with --outdir {tmp_path / 'run'}",
+        f"All metrics, p-values and notes: arkv-bench report {tmp_path / 'run'} --details",
         f"Next, a page to look at: arkv-bench report {tmp_path / 'run'} --html page.html",
     ]
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from bench.errors import UserError
+from bench.errors import UserError, unread
 from bench.records.files.text import printable
 from bench.records.files.validation import said
 
@@ -77,7 +77,7 @@ def read_cells(path: Path, needed: Sequence[str], remedy: str) -> Iterator[tuple
                     raise UserError(f"{path}, line {reader.line_num}: more cells than columns")
                 yield reader.line_num, {name: text or "" for name, text in raw.items()}
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise unread(path, error) from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: not a CSV file in UTF-8 ({error})") from None
 

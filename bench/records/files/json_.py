@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from bench.errors import UserError
+from bench.errors import UserError, unread
 from bench.records.files.text import read_bytes
 from bench.records.files.validation import NOT_JSON, said
 
@@ -82,4 +82,4 @@ def read_lines(path: Path, parse: Callable[[bytes], T], remedy: str = "") -> Ite
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise unread(path, error) from None

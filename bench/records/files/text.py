@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from bench.errors import UserError
+from bench.errors import UserError, unread
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -46,7 +46,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        raise unread(path, error) from None
 
 
 def printable(text: str) -> str:

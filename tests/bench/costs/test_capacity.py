@@ -146,7 +146,7 @@ def test_scores_stand_beside_the_cells_that_have_them() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A config is all that it needs."""
-    monkeypatch.setenv("COLUMNS", "110")
+    monkeypatch.setenv("COLUMNS", "80")
     folder = tmp_path / "llama-3.1-8b"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(LLAMA), encoding="utf-8")
@@ -154,9 +154,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     with pytest.raises(SystemExit) as caught:
         main([*asked, "--cache-ratio", "0.25", "--capacity", "h100,24GB", "--context-lengths", "4096,200000"])
     assert caught.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    said = " ".join(shown.split())
     assert "llama-3.1-8b on h100, sequences of 4,096 tokens" in said
-    assert "25 % │ mix k4v3 │ 32.8 kB" in said
+    assert "25 % mix k4v3 32.8 kB" in said
     assert "3,350 GB/s (NVIDIA H100 datasheet, SXM)" in said
     assert "llama-3.1-8b has a context of 131,072 tokens only" in said
     assert "Not one sequence fits: full up to" in said

@@ -241,7 +241,7 @@ def test_a_document_of_a_run(
     [
         ([], "give --text FILE or --task NAME", 2),
         (["--text", "a", "--task", "needle"], "one of them", 2),
-        (["--text", "absent.txt"], "cannot read the text absent.txt: No such file", 1),
+        (["--text", "absent.txt"], "cannot read the text absent.txt: No such file", 2),
         (["--text", "binary.txt"], "the text binary.txt is not UTF-8", 1),
         (["--text", "empty.txt"], "leaves nothing to compress", 1),
         (["--text", "long.txt"], "more than the model's context: give --tokens 510", 1),

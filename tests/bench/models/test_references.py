@@ -86,12 +86,16 @@ def test_incomplete_folders_are_refused(folder: Path, left_out: str, added: str 
     (folder / left_out).unlink()
     if added is not None:
         (folder / added).write_bytes(b"\x80\x04.")
-    assert said in str(refused(folder))
+    error = refused(folder)
+    assert said in str(error)
+    assert error.exit_code == 2
 
 
 def test_adapters_are_refused(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/other"}')
-    assert "holds an adapter" in str(refused(folder))
+    error = refused(folder)
+    assert "holds an adapter" in str(error)
+    assert error.exit_code == 2
 
 
 def test_cache_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
