@@ -26,7 +26,8 @@ from bench.judge.family import at_level, compare, compare_all, leans, resampled_
 from bench.judge.joint import independent_level, of_normal
 from bench.judge.power import of_rows
 from bench.judge.proportions import Proportions, counted, judge_proportions, scored
-from bench.judge.stats import UNBOUNDED, means
+from bench.judge.resampling import means
+from bench.judge.stats import UNBOUNDED
 from bench.judge.verdict import ALPHA
 from bench.records.files.csv_ import csv_text
 from bench.records.files.json_ import json_text

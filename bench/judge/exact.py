@@ -14,7 +14,8 @@ from functools import lru_cache
 import numpy as np
 from scipy import special
 
-from bench.judge.stats import Array, score_statistic
+from bench.judge.resampling import Array
+from bench.judge.stats import score_statistic
 
 MOST_COUNTED = 30
 """Documents up to which outcomes are counted, 496 of them; of more, the score statistic is as good as normal."""

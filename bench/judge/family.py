@@ -31,19 +31,8 @@ from numpy.typing import NDArray
 
 from bench.judge.joint import Joint, joint, quantile, unrelated
 from bench.judge.proportions import judge_proportions
-from bench.judge.stats import (
-    DECIMALS,
-    UNBOUNDED,
-    Array,
-    Interval,
-    Resampled,
-    by_source,
-    ends,
-    is_binary,
-    log_ratios,
-    means,
-    paired,
-)
+from bench.judge.resampling import DECIMALS, Array, Resampled, log_ratios, means
+from bench.judge.stats import UNBOUNDED, Interval, by_source, ends, is_binary, paired
 from bench.judge.tails import skewness_of, student_end, student_tail
 from bench.judge.unseen import unseen_changes
 from bench.judge.verdict import ALPHA, POWER

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import special
 
 from bench.judge.exact import mid_p_of_none
-from bench.judge.stats import NUMBERS_AT_ONCE, RESAMPLES, Array
+from bench.judge.resampling import NUMBERS_AT_ONCE, RESAMPLES, Array
 from bench.judge.verdict import ALPHA
 
 ALL_FLIPS = 12

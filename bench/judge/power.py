@@ -11,7 +11,7 @@ from scipy import special
 
 from bench.judge.exact import MOST_COUNTED, mid_p_of_none
 from bench.judge.joint import independent_level
-from bench.judge.stats import Array
+from bench.judge.resampling import Array
 from bench.judge.tails import normal_end
 from bench.judge.verdict import POWER
 from bench.names import LEAST_DOCUMENTS

@@ -12,7 +12,8 @@ from scipy import special
 from bench.judge.exact import MOST_COUNTED, mid_p, mid_p_interval
 from bench.judge.joint import Joint, of_normal, of_signs
 from bench.judge.power import Counted, McNemar, Paired
-from bench.judge.stats import Array, by_source, design_effect, normal, paired_proportions
+from bench.judge.resampling import Array
+from bench.judge.stats import by_source, design_effect, normal, paired_proportions
 from bench.judge.verdict import ALPHA
 
 

@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from bench.judge.stats import Array, Interval, by_source, normal
+from bench.judge.resampling import Array
+from bench.judge.stats import Interval, by_source, normal
 from bench.judge.tails import student_end
 from bench.judge.verdict import ALPHA
 from bench.names import FULL, LEAST_DOCUMENTS

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from bench.judge.stats import RESAMPLES, Array
+from bench.judge.resampling import RESAMPLES, Array
 
 UNSEEN = 0.5
 """Documents, or sources of them, that changed by as much as can be."""

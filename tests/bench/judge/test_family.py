@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bench.judge import joint
-from bench.judge import stats as resampling
+from bench.judge import joint, resampling
 from bench.judge.family import compare, compare_all
 from bench.judge.power import McNemar, documents_needed, of_rows, too_few
 from scripts.coverage import BOUNDS, claimed, claimed_of_answers, coverage, found, found_of_answers, tables

@@ -7,7 +7,7 @@ import pytest
 from scipy import optimize
 from scipy import stats as reference
 
-from bench.judge import stats
+from bench.judge import resampling, stats
 from bench.judge.verdict import verdict
 
 REPETITIONS = 2000
@@ -48,14 +48,14 @@ def test_coverage_of_the_difference_of_binary_scores(n: int, method: float, full
 @pytest.mark.parametrize("kind", ["divergence", "loss"])
 def test_coverage_of_the_difference_of_skewed_scores(n: int, kind: str) -> None:
     differences, truth = skewed(n, kind)
-    low, high = stats.bootstrap_t(differences, resamples=999)
+    low, high = resampling.bootstrap_t(differences, resamples=999)
     assert 0.93 <= coverage(low, high, truth) <= 0.97
 
 
 def test_the_single_calls_are_the_vectorised_ones() -> None:
     """What a table shows is what the coverage above was measured of."""
     differences, _ = skewed(20, "divergence")
-    low, high = stats.bootstrap_t(differences[:3])
+    low, high = resampling.bootstrap_t(differences[:3])
     for index in range(3):
         interval = stats.difference_interval(differences[index].tolist(), [0.0] * 20)
         assert interval == pytest.approx((low[index], high[index]))
@@ -144,7 +144,7 @@ def test_coverage_of_intervals_that_are_cut_to_the_range(n: int) -> None:
     """Agreement near 1: cutting takes nothing from the coverage, since the truth lies within the range."""
     rng = np.random.default_rng(n)
     scores = rng.binomial(16, 0.9, size=(REPETITIONS, n)) / 16
-    low, high = stats.bootstrap_t(scores, resamples=999)
+    low, high = resampling.bootstrap_t(scores, resamples=999)
     assert 0.93 <= coverage(np.clip(low, 0, 1), np.clip(high, 0, 1), 0.9) <= 0.97
 
 
