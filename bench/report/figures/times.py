@@ -63,7 +63,8 @@ def time_figure(name: str, rows: Sequence[Row]) -> Figure | None:
 
 
 def share_figure(name: str, rows: Sequence[Row], samples: Iterable[Measured]) -> Figure | None:
-    """Where the time of a document goes, and the share of the full cache's bytes that is held; None without times.
+    """Where the time of a document goes, and the share of the full cache's bytes that is held; None where fewer than
+    two rows have both.
 
     Args:
         rows: of one model and task, one per cell.
@@ -72,11 +73,17 @@ def share_figure(name: str, rows: Sequence[Row], samples: Iterable[Measured]) ->
     seconds: dict[str, list[float]] = {}
     for sample in samples:
         seconds.setdefault(sample.cell, []).append(sample.decode_s)
-    shown = [row for row in rows if row.prefill_s is not None and row.cell in seconds]
-    if len(shown) < 2:
+    known = [
+        (row, row.prefill_s, 100 * row.kv_share)
+        for row in rows
+        if row.prefill_s is not None and row.kv_share is not None and row.cell in seconds
+    ]
+    if len(known) < 2:
         return None
+    shown, prefills, held = zip(*known, strict=True)
     parts = {
-        "prefill": [row.prefill_s or 0.0 for row in shown],
+        "prefill": prefills,
+        # None of a cache that nothing is compressed of.
         "compression": [row.compress_s or 0.0 for row in shown],
         "decoding or reading": [fmean(seconds[row.cell]) for row in shown],
     }
@@ -90,10 +97,10 @@ def share_figure(name: str, rows: Sequence[Row], samples: Iterable[Measured]) ->
             widths = [100 * value / total if total else 0.0 for value, total in zip(times, totals, strict=True)]
             time.barh(places, widths, left=left, color=colour, height=0.7, label=part)
             left = [start + width for start, width in zip(left, widths, strict=True)]
-        memory.barh(places, [100 * (row.kv_share or 0.0) for row in shown], color=SERIES[4], height=0.7)
+        memory.barh(places, held, color=SERIES[4], height=0.7)
         for axes, title in ((time, "% of the time"), (memory, "% of full's KV bytes")):
             axes.set_xlabel(title)
-            axes.set_xlim(0, 100 * max(1.0, *(row.kv_share or 0.0 for row in shown)) if axes is memory else 100)
+            axes.set_xlim(0, max(100.0, *held) if axes is memory else 100)
             axes.xaxis.set_major_locator(MaxNLocator(3))
             axes.tick_params(axis="y", length=0)
         time.set_yticks(places, labels)

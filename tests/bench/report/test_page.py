@@ -427,6 +427,8 @@ def test_shares_of_time_need_times() -> None:
         row("mix", 0.8, prefill_s=1.0, compress_s=0.5, cell="mix-512"),
     ]
     assert share_figure("shares", rows, []) is None
+    # Bytes that are not known are no bar of 0.
+    rows.append(row("quant", 0.7, prefill_s=1.0, kv_share=None, cell="mix-512"))
     figure = share_figure("shares", rows, typed([{**item, "decode_s": 2.5} for item in SAMPLES]))
     assert figure is not None
     time, memory = figure.canvas.axes
