@@ -39,6 +39,8 @@ def speed(fresh: FRESH = False, **typed: Any) -> None:
         raise UserError(f"--model={','.join(config.model)}: give one", exit_code=2)
     first_look(config)
     import_lightly()
+    import torch
+
     from bench.costs.bandwidth import measured_bandwidth
     from bench.costs.plan import parse_bytes
     from bench.costs.speed import SpeedBench
@@ -89,10 +91,17 @@ def speed(fresh: FRESH = False, **typed: Any) -> None:
     except KeyboardInterrupt:
         kept = f"; what was timed is in {config.outdir}: the same command continues" if config.outdir else ""
         raise UserError(f"stopped{kept}", exit_code=130) from None
-    title = f"{loaded.name}, {loaded.dtype}, {loaded.device}: medians of {config.repetitions} repetitions"
+    threads = _counted(torch.get_num_threads(), "thread")
+    where = f"{loaded.device}, {threads}" if loaded.device == "cpu" else loaded.device
+    times = _counted(config.repetitions, "repetition")
+    title = f"{loaded.name}, {loaded.dtype}, {where}: medians of {times}"
     _show(timings, title, bench.refused, console)
     if timings.failures:
         raise typer.Exit(1)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _cells(config: SpeedConfig) -> list[Cell]:

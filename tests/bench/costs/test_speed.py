@@ -148,6 +148,8 @@ def test_a_folder_is_gone_on_with(
 
     code, said = call(*line, "--repetitions", "1")
     assert code == 0, said
+    threads = torch.get_num_threads()
+    assert f"cpu, {threads} thread{'' if threads == 1 else 's'}: medians of 1 repetition" in " ".join(said.split())
     assert "Time of a step over the context" in said
     first = read_timings(tmp_path / "speed/speed.csv")
     assert len(first) == 2 * 2 * 4
