@@ -17,7 +17,7 @@ from arkv.models import keeps_state
 from tests.arkv.conftest import PUBLISHED, compressed, feed, forward, held_sets, left_padded, prompt, spread, stock
 from tests.arkv.families import ABSENT, FAMILIES, HYBRID, SHAPE, Family, table
 
-PROMPT, MORE = 50, 3
+PROMPT, MORE = 50, 6
 WHOLE = {"cache_size": 128, "window_size": 8}
 
 
