@@ -11,8 +11,8 @@ FULL = "full"
 DESCRIPTIONS = {
     FULL: "everything at model precision, a stock transformers cache: the baseline",
     "window": "attention sinks and the newest tokens within the budget (StreamingLLM)",
-    "origin": "heavy hitters and the window, all at model precision: eviction only",
-    "quant": "heavy hitters quantized, the window at model precision",
+    "origin": "the tokens that get most attention and the newest, all at model precision: eviction only",
+    "quant": "the same, all but the newest quantized",
     "mix": "ARKV: Original and Quantized by each layer's OQ ratio, the rest evicted",
     "mix-replay": "mix by a second reading of the prompt (KVzip), for questions behind it; costs another prefill",
 }
