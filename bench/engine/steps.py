@@ -134,7 +134,7 @@ class Steps:
 
     def compress(self, cell: Cell, prompt: Prompt | None, beside: Iterable[Cell] = ()) -> Compressed:
         """The cell's own cache of a context, which may be empty; the cells ``beside`` it wait for the same one."""
-        if prompt is not None:
+        if prompt is not None and cell.impl.has_budget:
             self.watch(f"{cell.label}: compressing {prompt.tokens} tokens")
         return cell.compress(self.model, prompt, beside)
 

@@ -473,7 +473,7 @@ def test_states_are_left_once(tiny_folder: Path, tmp_path: Path) -> None:
     go(tiny_folder, tmp_path / "run", samples=1)
     assert not (tmp_path / "run" / STATES).exists()
     go(tiny_folder, tmp_path / "run", samples=1, states=True)
-    window, mix = read_maps(tmp_path / "run")
+    mix, window = read_maps(tmp_path / "run")
     assert (window.task, window.label) == ("needle", "window C=64 tokens per layer")
     assert sum(map(sum, mix.map.quantized)) > 0 == sum(map(sum, window.map.quantized))
     before = (tmp_path / "run" / STATES).read_bytes()
