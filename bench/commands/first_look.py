@@ -13,6 +13,7 @@ from bench.methods.names import METHOD_GROUP, TASK_GROUP, check_methods, full_na
 from bench.models.references import resolve
 from bench.settings.run import RunConfig
 from tasks.base import TaskError
+from tasks.fidelity import SENTENCES
 from tasks.registry import TASKS, get_task, split_spec
 
 
@@ -39,7 +40,8 @@ def check_paths(config: RunConfig) -> None:
     """Refuse files and folders with documents that are not there. Raises :class:`UserError`."""
     for name in ("haystack", "text"):
         file = getattr(config, name)
-        if file is not None and not file.exists():
+        made = name == "text" and file == SENTENCES
+        if file is not None and not made and not file.exists():
             raise UserError(f"{config.option(name)}={file}: no such file", exit_code=2)
     if config.data_dir is not None and not config.data_dir.is_dir():
         raise UserError(f"{config.option('data_dir')}={config.data_dir}: no such folder", exit_code=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -76,6 +77,15 @@ def test_modes(mode: type[AbstractContextManager[Any]], stored: Any, served: boo
         assert torch.equal(one, other)
 
 
+@pytest.fixture
+def _same_recursion() -> Iterator[None]:
+    """Inductor leaves a higher limit of recursion behind."""
+    limit = sys.getrecursionlimit()
+    yield
+    sys.setrecursionlimit(limit)
+
+
+@pytest.mark.usefixtures("_same_recursion")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @needs_compiler
 def test_compiled(backend: str) -> None:
