@@ -13,6 +13,9 @@ from typer.main import get_group
 
 from bench import errors
 from bench.cli import app, main, traceback_first, with_dashes
+from bench.commands.first_look import check_paths
+from bench.settings.run import RunConfig
+from tasks.fidelity import SENTENCES
 from tests.bench.conftest import quiet_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,6 +250,10 @@ def test_data_files_that_cannot_be_used(
     assert code == status
     assert said in text
     assert str(file) in text
+
+
+def test_sentences_are_no_file_to_look_for() -> None:
+    check_paths(RunConfig(text=SENTENCES))
 
 
 def test_missing_data_dir(fail: Any, tiny_run: list[object], tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ LLAMA = {
 }
 """Of Llama-3.1-8B."""
 PARAMETERS = 8_030_261_248
-TOKENS = 512
+TOKENS = 1024
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from arkv import CacheConfig, TriStateCache, attach
 from bench.models.loading import load
 from tests.arkv.test_peak import peak_bytes
 
-TOKENS, BUDGET = 4000, 512
+TOKENS, BUDGET = 7900, 1024
 
 
 @pytest.mark.slow
